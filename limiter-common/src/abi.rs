@@ -1,0 +1,56 @@
+//! The names and sizes by which user space finds what the kernel holds. A map or a program is named here and nowhere else.
+
+/// Version of the layout of every pinned map; part of the pin path, so that two layouts never meet.
+pub const ABI_VERSION: u32 = 1;
+
+/// The XDP program that admits or refuses.
+pub const PROGRAM_XDP: &str = "limiter_xdp";
+/// The `sock_ops` program that confirms and closes ledger entries.
+pub const PROGRAM_SOCK_OPS: &str = "limiter_sockops";
+/// The program by which user space takes entries out of the ledger (run by `BPF_PROG_TEST_RUN`, never attached).
+pub const PROGRAM_CONTROL: &str = "limiter_control";
+
+/// [`crate::ConnectionKey`] → [`crate::LedgerEntry`]: every connection that is counted.
+pub const MAP_LEDGER: &str = "LEDGER";
+/// [`crate::SourceKey`] → [`crate::SourceEntry`]: every source that holds a connection.
+pub const MAP_SOURCES: &str = "SOURCES";
+/// Destination port → service index + 1, or 0 where no service listens.
+pub const MAP_PORTS: &str = "PORTS";
+/// Service index → [`crate::ServicePolicy`].
+pub const MAP_SERVICES: &str = "SERVICES";
+/// Service index → [`crate::policy::ServiceState`]: connections in all.
+pub const MAP_SERVICE_STATE: &str = "SERVICE_STATE";
+/// Service index × [`COUNTERS_PER_SERVICE`] + [`crate::Counter`] → count, per CPU.
+pub const MAP_COUNTERS: &str = "COUNTERS";
+/// Ring buffer of [`crate::event::Refusal`] records.
+pub const MAP_EVENTS: &str = "EVENTS";
+/// Queue of [`crate::ledger::Reservation`]: slots that the stack has yet to confirm.
+pub const MAP_RESERVATIONS: &str = "RESERVATIONS";
+
+/// Every map that is pinned, in the order in which `detach` removes them.
+pub const PINNED_MAPS: [&str; 8] = [
+    MAP_LEDGER,
+    MAP_SOURCES,
+    MAP_PORTS,
+    MAP_SERVICES,
+    MAP_SERVICE_STATE,
+    MAP_COUNTERS,
+    MAP_EVENTS,
+    MAP_RESERVATIONS,
+];
+
+/// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.
+pub const GLOBAL_SNT_ISN_OFFSET: &str = "SNT_ISN_OFFSET";
+/// Load-time constant (`u64`): cookie of the network namespace whose sockets are counted.
+pub const GLOBAL_NETNS_COOKIE: &str = "NETNS_COOKIE";
+
+/// How many services there may be.
+pub const MAX_SERVICES: u32 = 64;
+/// Room for counters of one service; at least the number of [`crate::Counter`]s.
+pub const COUNTERS_PER_SERVICE: u32 = 32;
+/// Default size of the ledger, in connections.
+pub const DEFAULT_MAX_CONNECTIONS: u32 = 262_144;
+/// Size of the ring buffer of events, in bytes.
+pub const EVENTS_BYTES: u32 = 256 * 1024;
+/// How many reservations can be waiting for the stack's confirmation.
+pub const MAX_RESERVATIONS: u32 = 65_536;

@@ -1,0 +1,106 @@
+//! Limits as the kernel programs read them.
+
+/// The limits of one service. Read by the kernel programs at every SYN and every handshake, written by user space at any
+/// time; each field is read once per decision.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServicePolicy {
+    /// Connections that one source may hold; 0: any number.
+    pub connections_per_source: u32,
+    /// Connections that the service may hold in all; 0: any number.
+    pub connections_total: u32,
+    /// Length of the prefix that makes a source of an IPv4 address, 1 to 32.
+    pub ipv4_prefix: u8,
+    /// Length of the prefix that makes a source of an IPv6 address, 1 to 128.
+    pub ipv6_prefix: u8,
+    /// An [`OnDeny`].
+    pub on_deny: u8,
+    /// An [`OnFull`].
+    pub on_full: u8,
+    /// Always 0.
+    pub reserved: u32,
+    /// The service's name in UTF-8, filled up with zeros; for user space alone. All zero: there is no such service.
+    pub name: ServiceName,
+}
+
+/// What a refused SYN gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum OnDeny {
+    /// Nothing: the packet is dropped.
+    Drop = 0,
+    /// It is counted and passes.
+    Observe = 2,
+}
+
+/// What happens to a connection that the ledger has no room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum OnFull {
+    /// It passes, uncounted.
+    Open = 0,
+    /// It is refused.
+    Closed = 1,
+}
+
+/// What a service holds, whatever the limits are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServiceState {
+    /// Ledger entries of the service. Changed by atomic operations only.
+    pub connections: u64,
+    /// When the last refusal because the service was full was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy).
+    pub reported_ns: u64,
+    /// Such refusals since then that were not reported.
+    pub unreported: u64,
+}
+
+/// A service's name as it lies in a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct ServiceName(pub [u8; SERVICE_NAME_BYTES]);
+
+impl Default for ServiceName {
+    fn default() -> Self {
+        Self([0; SERVICE_NAME_BYTES])
+    }
+}
+
+/// Longest name of a service, in bytes.
+pub const SERVICE_NAME_BYTES: usize = 64;
+
+/// One number that is at its limit or past it. A limit of 0 is none.
+#[inline(always)]
+pub const fn at_limit(count: u64, limit: u32) -> bool {
+    limit != 0 && count >= limit as u64
+}
+
+#[cfg(feature = "user")]
+mod host {
+    use super::{SERVICE_NAME_BYTES, ServiceName, ServicePolicy, ServiceState};
+
+    // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
+    unsafe impl aya::Pod for ServicePolicy {}
+    // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
+    unsafe impl aya::Pod for ServiceState {}
+
+    impl ServiceName {
+        /// `None` if the name is longer than [`SERVICE_NAME_BYTES`].
+        pub fn new(name: &str) -> Option<Self> {
+            let mut bytes = [0; SERVICE_NAME_BYTES];
+            bytes.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+            Some(Self(bytes))
+        }
+
+        /// Whether this is the name of no service.
+        pub fn is_empty(&self) -> bool {
+            self.0[0] == 0
+        }
+
+        /// The name; what is not UTF-8 is replaced.
+        pub fn to_string_lossy(&self) -> String {
+            let end = self.0.iter().position(|&byte| byte == 0).unwrap_or(self.0.len());
+            String::from_utf8_lossy(&self.0[..end]).into_owned()
+        }
+    }
+}

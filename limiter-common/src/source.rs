@@ -1,0 +1,76 @@
+//! Sources: the address prefixes that connections are counted against.
+
+use crate::Address;
+
+/// What connections are counted against: a prefix of addresses, as one service sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct SourceKey {
+    /// The prefix; bits after `prefix` are zero.
+    pub address: Address,
+    /// Index of the service.
+    pub service: u16,
+    /// Length of the prefix in bits, in the address's own family: 0 to 32 for IPv4, 0 to 128 for IPv6.
+    pub prefix: u8,
+    /// Always 0.
+    pub reserved: u8,
+}
+
+impl SourceKey {
+    /// The source that `address` belongs to.
+    #[inline(always)]
+    pub const fn new(service: u16, address: &Address, ipv4_prefix: u8, ipv6_prefix: u8) -> Self {
+        let prefix = if address.is_v4() { ipv4_prefix } else { ipv6_prefix };
+        Self { address: address.masked(prefix), service, prefix, reserved: 0 }
+    }
+}
+
+/// What is known of a source. It exists as long as the source holds a connection, so there are never more sources than
+/// connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SourceEntry {
+    /// How many ledger entries name this source, or [`SOURCE_GONE`] while the last one's closer takes the entry away.
+    /// Changed by atomic operations only.
+    pub connections: u64,
+    /// When the last refusal of this source was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy); 0: never.
+    pub reported_ns: u64,
+    /// Refusals since then that were not reported.
+    pub unreported: u64,
+    /// The entry's own key. The kernel may reuse an element for another key at any time after it was removed: whoever
+    /// has changed `connections` checks here that it was the right one.
+    pub key: SourceKey,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// [`SourceEntry::connections`] of an entry that is being removed. Far above any count, so additions to it can be told
+/// from real ones ([`is_gone`]) and taken back.
+pub const SOURCE_GONE: u64 = 1 << 63;
+
+/// Whether a value of [`SourceEntry::connections`] is that of an entry on its way out.
+#[inline(always)]
+pub const fn is_gone(connections: u64) -> bool {
+    connections >= SOURCE_GONE / 2
+}
+
+/// Least time between two reported refusals of one source, in nanoseconds.
+pub const REPORT_INTERVAL_NS: u64 = 1_000_000_000;
+
+#[cfg(feature = "user")]
+mod host {
+    use super::{SourceEntry, SourceKey};
+    use core::{fmt, net::IpAddr};
+
+    // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
+    unsafe impl aya::Pod for SourceKey {}
+    // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
+    unsafe impl aya::Pod for SourceEntry {}
+
+    impl fmt::Display for SourceKey {
+        /// As CIDR: `192.0.2.7/32`.
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{}/{}", IpAddr::from(self.address), self.prefix)
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The configuration: the file, the environment, the flags.
+
+mod schema;
+
+pub use schema::*;

@@ -1,0 +1,208 @@
+//! Every key of the configuration file, its type, its unit and its default.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use crate::policy::Limits;
+
+/// A whole configuration, checked.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Config {
+    /// `[kernel]`
+    pub kernel: Kernel,
+    /// `[limits]`: what holds for every service that does not say otherwise.
+    pub limits: Limits,
+    /// `[[service]]`
+    pub services: Vec<Service>,
+    /// `[gateway]`
+    pub gateway: Gateway,
+    /// `[admin]`
+    pub admin: Admin,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// `[kernel]`: what is attached where.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    /// Interfaces to attach to; none: the gateway works alone.
+    pub interfaces: Vec<String>,
+    /// How to attach.
+    pub attach_mode: AttachMode,
+    /// What a refused SYN gets.
+    pub on_deny: OnDeny,
+    /// What happens to a connection that the ledger has no room for.
+    pub on_full: OnFull,
+    /// Where programs, links and maps are pinned; must be on a bpffs.
+    pub pin_path: PathBuf,
+    /// Size of the ledger, in connections.
+    pub max_connections: u32,
+    /// Debug messages of the kernel programs; off costs nothing, and it can only be changed by attaching anew.
+    pub debug_log: bool,
+}
+
+impl Default for Kernel {
+    fn default() -> Self {
+        Self {
+            interfaces: Vec::new(),
+            attach_mode: AttachMode::Auto,
+            on_deny: OnDeny::Drop,
+            on_full: OnFull::Open,
+            pin_path: "/sys/fs/bpf/limiter".into(),
+            max_connections: limiter_common::abi::DEFAULT_MAX_CONNECTIONS,
+            debug_log: false,
+        }
+    }
+}
+
+/// How the XDP program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// Native, and generic where the driver has no XDP; said aloud.
+    Auto,
+    /// In the driver, or not at all.
+    Native,
+    /// In the network stack: slower, works on every device.
+    Generic,
+}
+
+/// What a refused SYN gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDeny {
+    /// Nothing.
+    Drop,
+    /// It is counted and passes.
+    Observe,
+}
+
+/// What happens to a connection that the ledger has no room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFull {
+    /// It passes, uncounted.
+    Open,
+    /// It is refused.
+    Closed,
+}
+
+/// `[[service]]`: one or several ports with limits of their own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    /// Its name, in output and metrics; at most 64 bytes.
+    pub name: String,
+    /// The ports it listens on (`port = 8080` or `port = [8080, 8443]`).
+    pub ports: Vec<u16>,
+    /// Its limits: those of `[limits]`, but for what it overrides.
+    pub limits: Limits,
+    /// What a refused SYN gets, where it differs from `[kernel]`.
+    pub on_deny: OnDeny,
+}
+
+/// `[gateway]`: the WebSocket server in front of the application.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gateway {
+    /// Addresses to listen on.
+    pub listen: Vec<SocketAddr>,
+    /// What stands behind it.
+    pub upstream: Upstream,
+    /// From accept to the end of the upgrade.
+    pub handshake_timeout: Duration,
+    /// A connection without a message either way for this long is closed (1001); zero: never.
+    pub idle_timeout: Duration,
+    /// How often a quiet client is sent a ping; zero: never.
+    pub ping_interval: Duration,
+    /// How long a client may take to answer a ping before it is given up.
+    pub pong_timeout: Duration,
+    /// How long the shutdown waits for clients to close.
+    pub drain_timeout: Duration,
+    /// `[gateway.messages]`
+    pub messages: Messages,
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self {
+            listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
+            upstream: Upstream::Echo,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(300),
+            ping_interval: Duration::from_secs(30),
+            pong_timeout: Duration::from_secs(10),
+            drain_timeout: Duration::from_secs(30),
+            messages: Messages::default(),
+        }
+    }
+}
+
+/// What stands behind the gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upstream {
+    /// The built-in application that sends each message back.
+    Echo,
+    /// A WebSocket server (`ws://host:port/path`). The client's path and query are appended to a URL without a path of
+    /// its own, and replaced by the URL's otherwise.
+    Relay(String),
+}
+
+/// `[gateway.messages]`: limits on what a client sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Messages {
+    /// Longest message, in bytes, summed over its fragments.
+    pub max_size: usize,
+    /// Messages per window per connection; 0: any number.
+    pub rate: u32,
+    /// The window.
+    pub window: Duration,
+    /// What a violation of the rate does.
+    pub on_violation: OnViolation,
+}
+
+impl Default for Messages {
+    fn default() -> Self {
+        Self { max_size: 64 * 1024, rate: 60, window: Duration::from_secs(60), on_violation: OnViolation::Close }
+    }
+}
+
+/// What happens on a message too many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnViolation {
+    /// The connection is closed with 1008.
+    Close,
+    /// The message is dropped.
+    Drop,
+}
+
+/// `[admin]`: metrics and health over HTTP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// Where it listens; `None` (`listen = ""`): nowhere.
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { listen: Some(SocketAddr::from(([127, 0, 0, 1], 9180))) }
+    }
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// A level (`error`, `warn`, `info`, `debug`, `trace`) or a filter as of `tracing_subscriber::EnvFilter`.
+    pub level: String,
+    /// Lines of text or of JSON.
+    pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs: one object per line.
+    Json,
+}

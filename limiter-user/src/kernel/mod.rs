@@ -1,0 +1,1 @@
+//! Load, attach, pin; the maps as typed methods.

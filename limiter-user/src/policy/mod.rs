@@ -1,0 +1,43 @@
+//! Limits as data, and who to ask for them.
+
+mod limits;
+
+pub use limits::{Limits, Source};
+
+use std::net::SocketAddr;
+
+/// The limits in force for one service, and the place where the ends of its connections are told.
+///
+/// The gateway holds one and knows nothing of what is behind it: kernel maps that the command line changes at any time
+/// (`kernel::LivePolicy`), or numbers that never change ([`Fixed`]).
+pub trait Policy: Send + Sync + 'static {
+    /// The limits at this moment. Called for every handshake, so it must be cheap (a map lookup).
+    fn limits(&self) -> Limits;
+
+    /// The gateway is done with a connection: whatever state the kernel's socket is in, it counts no more. Called exactly
+    /// once for every accepted connection, before its descriptor is closed.
+    fn closed(&self, connection: &Connection);
+}
+
+/// An accepted TCP connection, as the kernel knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Connection {
+    /// The client; IPv4-mapped addresses are given as IPv4.
+    pub remote: SocketAddr,
+    /// The address that it connected to; IPv4-mapped addresses are given as IPv4.
+    pub local: SocketAddr,
+    /// The socket's cookie (`SO_COOKIE`): never used again as long as the host is up.
+    pub cookie: u64,
+}
+
+/// Limits that stay as they are, for a gateway without the kernel's part.
+#[derive(Clone, Copy, Debug)]
+pub struct Fixed(pub Limits);
+
+impl Policy for Fixed {
+    fn limits(&self) -> Limits {
+        self.0
+    }
+
+    fn closed(&self, _: &Connection) {}
+}
