@@ -101,6 +101,30 @@ impl Counter {
         Self::HandshakeObservedSourceLimit,
         Self::HandshakeObservedServiceLimit,
     ];
+
+    /// The name in metrics, logs and `--json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SynAdmitted => "syn_admitted",
+            Self::SynSourceLimit => "syn_source_limit",
+            Self::SynServiceLimit => "syn_service_limit",
+            Self::SynObservedSourceLimit => "syn_observed_source_limit",
+            Self::SynObservedServiceLimit => "syn_observed_service_limit",
+            Self::HandshakeSourceLimit => "handshake_source_limit",
+            Self::HandshakeServiceLimit => "handshake_service_limit",
+            Self::HandshakeLedgerFull => "handshake_ledger_full",
+            Self::HandshakeUnproven => "handshake_unproven",
+            Self::OpenedReserved => "opened_reserved",
+            Self::OpenedUnseen => "opened_unseen",
+            Self::ClosedSocket => "closed_socket",
+            Self::ClosedGateway => "closed_gateway",
+            Self::ClosedExpired => "closed_expired",
+            Self::LedgerFull => "ledger_full",
+            Self::EventsLost => "events_lost",
+            Self::HandshakeObservedSourceLimit => "handshake_observed_source_limit",
+            Self::HandshakeObservedServiceLimit => "handshake_observed_service_limit",
+        }
+    }
 }
 
 const _: () = assert!(Counter::ALL.len() <= crate::abi::COUNTERS_PER_SERVICE as usize);

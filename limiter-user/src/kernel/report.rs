@@ -1,0 +1,110 @@
+//! What the kernel holds, as data for the command line and the metrics.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use limiter_common::Counter;
+use serde::Serialize;
+
+use crate::policy::Limits;
+
+/// What is in force.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// Where the state is pinned.
+    pub pin_path: String,
+    /// Layout version of the pinned state.
+    pub abi: u32,
+    /// Process id of the daemon that runs on this state, if one does.
+    pub daemon: Option<u32>,
+    /// `socket`: `sock_ops` sees connections open and close.
+    pub accounting: &'static str,
+    /// Interfaces and how they are attached.
+    pub interfaces: Vec<AttachedInterface>,
+    /// Services, in the order of their index.
+    pub services: Vec<ServiceRow>,
+    /// Entries in the ledger.
+    pub ledger_entries: u64,
+    /// Room in the ledger.
+    pub ledger_size: u32,
+    /// Sources that hold a connection.
+    pub sources: u64,
+}
+
+/// An interface that a program is attached to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AttachedInterface {
+    /// Its name now; `None` if the interface is gone, or in another network namespace.
+    pub name: Option<String>,
+    /// Its index.
+    pub index: u32,
+    /// `native` or `generic`.
+    pub mode: &'static str,
+}
+
+/// A service and what it holds.
+#[derive(Clone, Debug, Serialize)]
+pub struct ServiceRow {
+    /// Its index in the kernel's maps.
+    #[serde(skip)]
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Its ports.
+    pub ports: Vec<u16>,
+    /// `drop` or `observe`.
+    pub on_deny: &'static str,
+    /// Its limits.
+    #[serde(flatten)]
+    pub limits: Limits,
+    /// Connections that it holds.
+    pub connections: u64,
+    /// What was counted, summed over all CPUs, since it was attached.
+    pub counters: Counters,
+}
+
+/// The counters of one service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Counters(pub BTreeMap<&'static str, u64>);
+
+impl Counters {
+    /// The value of one counter.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0.get(counter.name()).copied().unwrap_or(0)
+    }
+}
+
+/// A source and what it holds.
+#[derive(Clone, Debug, Serialize)]
+pub struct SourceRow {
+    /// Name of the service.
+    pub service: String,
+    /// The source, as CIDR.
+    pub source: String,
+    /// Connections that it holds.
+    pub connections: u64,
+    /// How many it may hold; 0: any number.
+    pub limit: u32,
+}
+
+/// A connection in the ledger.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConnectionRow {
+    /// Name of the service.
+    pub service: String,
+    /// The source that it counts against, as CIDR.
+    pub source: String,
+    /// The client.
+    pub remote: SocketAddr,
+    /// The address it connected to.
+    pub local: SocketAddr,
+    /// `reserved` (the stack has yet to confirm it) or `open`.
+    pub state: &'static str,
+    /// How long it has been in the ledger, in seconds.
+    #[serde(rename = "age_seconds", serialize_with = "whole_seconds")]
+    pub age: Duration,
+}
+
+fn whole_seconds<S: serde::Serializer>(age: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(age.as_secs())
+}
