@@ -60,6 +60,9 @@ pub const OWNER_RESERVED: u64 = 1 << 63;
 /// keeps up; what is lost on the way (a full accept queue) comes back with the client's next segment and is reserved anew.
 pub const RESERVATION_NS: u64 = 3_000_000_000;
 
+/// Least time between two looks through the reservations on behalf of refused SYNs, in nanoseconds.
+pub const EXPIRE_INTERVAL_NS: u64 = 100_000_000;
+
 /// The owner of a reservation that is made now.
 #[inline(always)]
 pub const fn reservation_owner(now_ns: u64) -> u64 {

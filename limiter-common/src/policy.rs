@@ -49,6 +49,14 @@ pub enum OnFull {
 pub struct ServiceState {
     /// Ledger entries of the service. Changed by atomic operations only.
     pub connections: u64,
+    /// Sources that hold one of them. Changed by atomic operations only.
+    pub sources: u64,
+    /// Those connections that the stack has yet to confirm; may be one or two off for a moment. Changed by atomic operations
+    /// only.
+    pub unconfirmed: u64,
+    /// When reservations were last looked through for this service's sake, in nanoseconds of `CLOCK_MONOTONIC` (to a
+    /// jiffy).
+    pub expired_ns: u64,
     /// When the last refusal because the service was full was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy).
     pub reported_ns: u64,
     /// Such refusals since then that were not reported.

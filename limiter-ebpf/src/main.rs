@@ -1,2 +1,58 @@
+//! The kernel programs of limiter.
+//!
+//! - `limiter_xdp` ([`admission`]) sees every packet that a device receives. It refuses the SYNs of sources at their
+//!   limit, and reserves a slot in the ledger when a segment proves that it completes a handshake.
+//! - `limiter_sockops` ([`sockets`]) is told by the TCP stack of connections that opened and closed, and confirms and
+//!   removes their entries.
+//! - `limiter_control` ([`control`]) is run by user space, and removes entries on its behalf.
+//!
+//! They meet in the maps of [`maps`]; what changes a count goes through [`ledger`].
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
+#![expect(unstable_features, reason = "inline assembly for BPF is not stable yet")]
+
+mod admission;
+mod atomic;
+mod control;
+mod counters;
+mod handshake;
+mod ledger;
+mod maps;
+mod packet;
+mod report;
+mod sockets;
+mod sources;
+
+use aya_ebpf::{
+    macros::{sock_ops, xdp},
+    programs::{SockOpsContext, XdpContext},
+};
+
+#[xdp]
+pub fn limiter_xdp(ctx: XdpContext) -> u32 {
+    admission::admit(&ctx)
+}
+
+#[sock_ops]
+pub fn limiter_sockops(ctx: SockOpsContext) -> u32 {
+    sockets::account(&ctx);
+    // Anything else would be an answer to the stack, and overrule that of another program on the same cgroup.
+    1
+}
+
+#[xdp]
+pub fn limiter_control(ctx: XdpContext) -> u32 {
+    control::serve(&ctx)
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // No path leads here: the verifier would refuse the endless loop.
+    loop {}
+}
+
+// The helpers that look up sockets are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,228 @@
+//! Who may connect. Decides on two kinds of packets: the SYN, which asks, and the segment that completes the handshake,
+//! which proves who asks. Everything else passes untouched.
+
+use aya_ebpf::{bindings::xdp_action, helpers::bpf_ktime_get_ns, programs::XdpContext};
+use aya_log_ebpf::debug;
+use limiter_common::{
+    ConnectionKey, Counter, DenyReason, ServicePolicy, SourceKey,
+    event::Stage,
+    ledger::EXPIRE_INTERVAL_NS,
+    policy::{OnDeny, ServiceState, at_limit},
+};
+
+use crate::{
+    atomic,
+    counters::count,
+    handshake::{self, Proof},
+    ledger::{self, Reserved},
+    maps::{LEDGER, SERVICE_STATE, SERVICES, SOURCES, service_on},
+    packet::{self, ACK, FIN, RST, SYN, Segment},
+    report::{Refused, Sampler, report},
+    sources,
+};
+
+/// How many reservations are looked through when a refusal gives the occasion.
+const EXPIRE_ON_REFUSAL: usize = 8;
+/// How many are looked through for each one that is made; more than one, so that the queue drains.
+const EXPIRE_ON_RESERVE: usize = 2;
+
+/// What becomes of a packet.
+enum Verdict {
+    Pass,
+    Drop,
+}
+
+/// The verdict on a frame, as an XDP action.
+#[inline(always)]
+pub fn admit(ctx: &XdpContext) -> u32 {
+    match try_admit(ctx) {
+        Some(Verdict::Drop) => xdp_action::XDP_DROP,
+        Some(Verdict::Pass) | None => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(always)]
+fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
+    let segment = packet::segment(ctx)?;
+    let service = service_on(segment.local_port())?;
+    let flags = segment.flags();
+    if flags & (SYN | ACK | RST | FIN) == SYN {
+        let key = connection(&segment);
+        let policy = SERVICES.get_ptr(u32::from(service))?;
+        let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
+        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+        Some(syn(ctx, &key, service, unsafe { &*policy }, state))
+    } else if flags & (SYN | ACK | RST) == ACK {
+        let key = connection(&segment);
+        if LEDGER.get_ptr(&key).is_some() {
+            return Some(Verdict::Pass);
+        }
+        Some(unknown(ctx, &segment, &key, service))
+    } else {
+        None
+    }
+}
+
+/// Somebody asks for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against anyone.
+#[inline(always)]
+fn syn(ctx: &XdpContext, key: &ConnectionKey, service: u16, policy: &ServicePolicy, state: *mut ServiceState) -> Verdict {
+    let Some((reason, sampler)) = refusal(key, service, policy, state) else {
+        count(service, Counter::SynAdmitted);
+        return Verdict::Pass;
+    };
+    let observed = policy.on_deny == OnDeny::Observe as u8;
+    count(
+        service,
+        match (reason, observed) {
+            (DenyReason::ServiceLimit, false) => Counter::SynServiceLimit,
+            (DenyReason::ServiceLimit, true) => Counter::SynObservedServiceLimit,
+            (_, false) => Counter::SynSourceLimit,
+            (_, true) => Counter::SynObservedSourceLimit,
+        },
+    );
+    report(sampler, &Refused { connection: *key, service, reason, stage: Stage::Syn, observed });
+    debug!(ctx, "service {}: SYN refused, reason {}", service, reason as u8);
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    if unsafe { atomic::load(&raw const (*state).unconfirmed) } != 0 {
+        expire_for_refused(state);
+    }
+    if observed { Verdict::Pass } else { Verdict::Drop }
+}
+
+/// Why a SYN is to be refused, if it is.
+#[inline(always)]
+fn refusal(
+    key: &ConnectionKey,
+    service: u16,
+    policy: &ServicePolicy,
+    state: *mut ServiceState,
+) -> Option<(DenyReason, Sampler)> {
+    // SAFETY of the dereferences: the pointers come from look-ups; array elements stay, and an element of SOURCES that got
+    // another key meanwhile costs a wrong answer to one SYN.
+    let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    if policy.connections_per_source != 0
+        && let Some(entry) = SOURCES.get_ptr_mut(&source)
+        && at_limit(sources::held(entry), policy.connections_per_source)
+    {
+        // SAFETY: see above.
+        let sampler =
+            unsafe { Sampler { reported_ns: &raw mut (*entry).reported_ns, unreported: &raw mut (*entry).unreported } };
+        return Some((DenyReason::SourceLimit, sampler));
+    }
+    // SAFETY: see above.
+    let held = unsafe { atomic::load(&raw const (*state).connections) };
+    if at_limit(held, policy.connections_total) {
+        return Some((DenyReason::ServiceLimit, service_sampler(state)));
+    }
+    None
+}
+
+/// A segment of a connection that is not in the ledger. If it completes a handshake, this is where the slot is reserved.
+#[inline(always)]
+fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u16) -> Verdict {
+    match handshake::prove(ctx, segment) {
+        Proof::NoHandshake => return Verdict::Pass,
+        Proof::Unproven => {
+            count(service, Counter::HandshakeUnproven);
+            return Verdict::Pass;
+        }
+        Proof::Completes => {}
+    }
+    let (Some(policy), Some(state)) =
+        (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
+    else {
+        return Verdict::Pass;
+    };
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let policy = unsafe { &*policy };
+    // SAFETY: the helper has no precondition.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    for _ in 0..EXPIRE_ON_RESERVE {
+        if !ledger::expire_one(now_ns) {
+            break;
+        }
+    }
+    let observe = policy.on_deny == OnDeny::Observe as u8;
+    let (reason, observed) = match ledger::reserve(key, service, policy, state, observe, now_ns) {
+        Reserved::Yes | Reserved::Uncounted => return Verdict::Pass,
+        Reserved::Observed(reason) => (reason, true),
+        Reserved::Refused(reason) => (reason, false),
+    };
+    count(
+        service,
+        match (reason, observed) {
+            (DenyReason::SourceLimit, false) => Counter::HandshakeSourceLimit,
+            (DenyReason::SourceLimit, true) => Counter::HandshakeObservedSourceLimit,
+            (DenyReason::ServiceLimit, false) => Counter::HandshakeServiceLimit,
+            (DenyReason::ServiceLimit, true) => Counter::HandshakeObservedServiceLimit,
+            (DenyReason::LedgerFull, _) => Counter::HandshakeLedgerFull,
+        },
+    );
+    report(
+        handshake_sampler(key, service, policy, state, reason),
+        &Refused { connection: *key, service, reason, stage: Stage::Handshake, observed },
+    );
+    debug!(ctx, "service {}: handshake refused, reason {}", service, reason as u8);
+    if !observed {
+        // The stack forgets the half-open connection, and answers whatever the client sends next with a RST of its own.
+        segment.turn_into_reset();
+    }
+    Verdict::Pass
+}
+
+/// Who the refusal of a handshake is noted for.
+#[inline(always)]
+fn handshake_sampler(
+    key: &ConnectionKey,
+    service: u16,
+    policy: &ServicePolicy,
+    state: *mut ServiceState,
+    reason: DenyReason,
+) -> Sampler {
+    if matches!(reason, DenyReason::SourceLimit) {
+        let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+        if let Some(entry) = SOURCES.get_ptr_mut(&source) {
+            // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile costs a report.
+            return unsafe {
+                Sampler { reported_ns: &raw mut (*entry).reported_ns, unreported: &raw mut (*entry).unreported }
+            };
+        }
+    }
+    service_sampler(state)
+}
+
+#[inline(always)]
+fn service_sampler(state: *mut ServiceState) -> Sampler {
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    unsafe { Sampler { reported_ns: &raw mut (*state).reported_ns, unreported: &raw mut (*state).unreported } }
+}
+
+/// A SYN was refused, and there are slots that the stack never confirmed: gives back those whose time is up. This is what
+/// keeps a forgotten reservation from locking anyone out when no daemon is there to look.
+#[inline(always)]
+fn expire_for_refused(state: *mut ServiceState) {
+    // SAFETY: the helper has no precondition; the pointer comes from a look-up in an array.
+    unsafe {
+        let now_ns = bpf_ktime_get_ns();
+        let last_ns = atomic::load(&raw const (*state).expired_ns);
+        if now_ns.wrapping_sub(last_ns) < EXPIRE_INTERVAL_NS {
+            return;
+        }
+        (&raw mut (*state).expired_ns).write_volatile(now_ns);
+        for _ in 0..EXPIRE_ON_REFUSAL {
+            if !ledger::expire_one(now_ns) {
+                break;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn connection(segment: &Segment) -> ConnectionKey {
+    ConnectionKey {
+        remote: segment.remote(),
+        local: segment.local(),
+        remote_port: segment.remote_port(),
+        local_port: segment.local_port(),
+    }
+}

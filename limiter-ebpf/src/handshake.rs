@@ -1,0 +1,121 @@
+//! Whether a segment proves that its sender has received our SYN-ACK.
+//!
+//! A segment that acknowledges the sequence number of our SYN-ACK can only come from one who saw it (or guessed 32 bits).
+//! So its source address is not spoofed, and the stack is about to open the connection.
+
+use core::mem;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple, tcphdr},
+    helpers::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_tcp_check_syncookie},
+    programs::XdpContext,
+};
+
+use crate::{
+    maps::SNT_ISN_OFFSET,
+    packet::{Network, Segment},
+};
+
+/// What a segment says of the handshake that it belongs to.
+pub enum Proof {
+    /// It completes it.
+    Completes,
+    /// It belongs to a handshake, and proves nothing.
+    Unproven,
+    /// It belongs to none: the connection is open already, or there is nothing for it.
+    NoHandshake,
+}
+
+/// Looks up who the segment is for.
+#[inline(always)]
+pub fn prove(ctx: &XdpContext, segment: &Segment) -> Proof {
+    // Without BTF the offset is not known, and sock_ops counts alone.
+    if SNT_ISN_OFFSET.load() == 0 {
+        return Proof::NoHandshake;
+    }
+    let socket = lookup(ctx, segment);
+    if socket.is_null() {
+        return Proof::NoHandshake;
+    }
+    // SAFETY: the socket is not null, and we hold a reference.
+    let state = unsafe { (*socket).state };
+    let proof = if state == BPF_TCP_NEW_SYN_RECV {
+        acknowledges_request(socket, segment)
+    } else if state == BPF_TCP_LISTEN {
+        // A valid cookie, or a stray segment to a listener. The stack answers that one with a RST.
+        if has_cookie(socket, segment) { Proof::Completes } else { Proof::NoHandshake }
+    } else {
+        Proof::NoHandshake
+    };
+    // SAFETY: we hold the reference, and use the socket no more.
+    unsafe { bpf_sk_release(socket.cast()) };
+    proof
+}
+
+#[inline(always)]
+fn lookup(ctx: &XdpContext, segment: &Segment) -> *mut bpf_sock {
+    // SAFETY: an all-zero tuple is a valid one.
+    let mut tuple: bpf_sock_tuple = unsafe { mem::zeroed() };
+    let remote = segment.remote();
+    let local = segment.local();
+    let size = match segment.network {
+        Network::V4(_) => {
+            let v4 = unsafe_v4(&mut tuple);
+            v4.saddr = remote.v4_word();
+            v4.daddr = local.v4_word();
+            v4.sport = segment.remote_port().to_be();
+            v4.dport = segment.local_port().to_be();
+            mem::size_of_val(v4)
+        }
+        Network::V6(_) => {
+            let v6 = unsafe_v6(&mut tuple);
+            v6.saddr = remote.words();
+            v6.daddr = local.words();
+            v6.sport = segment.remote_port().to_be();
+            v6.dport = segment.local_port().to_be();
+            mem::size_of_val(v6)
+        }
+    };
+    // SAFETY: the tuple has that size; the namespace is the device's own.
+    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut tuple, size as u32, BPF_F_CURRENT_NETNS as i64 as u64, 0) }
+}
+
+/// Whether the segment acknowledges the SYN-ACK of a half-open connection.
+#[inline(always)]
+fn acknowledges_request(socket: *mut bpf_sock, segment: &Segment) -> Proof {
+    // SAFETY: the socket is not null, and we hold a reference.
+    let request = unsafe { bpf_skc_to_tcp_request_sock(socket.cast()) }.cast::<u8>().cast_const();
+    if request.is_null() {
+        return Proof::Unproven;
+    }
+    // SAFETY: the offset is that of a u32 within this kernel's struct; the verifier checks it.
+    let sent = unsafe { request.add(SNT_ISN_OFFSET.load() as usize).cast::<u32>().read_volatile() };
+    if segment.acknowledgement() == sent.wrapping_add(1) { Proof::Completes } else { Proof::Unproven }
+}
+
+/// Whether the segment acknowledges a SYN cookie that the stack would accept.
+#[inline(always)]
+fn has_cookie(listener: *mut bpf_sock, segment: &Segment) -> bool {
+    let (ip, ip_length) = match segment.network {
+        Network::V4(ip) => (ip.cast_mut().cast(), 20),
+        Network::V6(ip) => (ip.cast_mut().cast(), 40),
+    };
+    // SAFETY: we hold a reference to the listener; both headers lie in the packet, with these lengths.
+    let answer = unsafe {
+        bpf_tcp_check_syncookie(listener.cast(), ip, ip_length, segment.tcp_header().cast::<tcphdr>(), 20)
+    };
+    answer == 0
+}
+
+#[inline(always)]
+fn unsafe_v4(tuple: &mut bpf_sock_tuple) -> &mut aya_ebpf::bindings::bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+    // SAFETY: every bit pattern is a valid IPv4 tuple.
+    unsafe { &mut tuple.__bindgen_anon_1.ipv4 }
+}
+
+#[inline(always)]
+fn unsafe_v6(tuple: &mut bpf_sock_tuple) -> &mut aya_ebpf::bindings::bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+    // SAFETY: every bit pattern is a valid IPv6 tuple.
+    unsafe { &mut tuple.__bindgen_anon_1.ipv6 }
+}

@@ -1,0 +1,239 @@
+//! The ledger. Every change of a count is here, together with the entry that it belongs to.
+
+use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
+use limiter_common::{
+    ConnectionKey, Counter, DenyReason, LedgerEntry, ServicePolicy, SourceKey,
+    ledger::{OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner},
+    policy::{OnFull, ServiceState, at_limit},
+};
+
+use crate::{
+    atomic,
+    counters::{count, count_at},
+    maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES},
+    sources,
+};
+
+/// How often a step is tried again that met another CPU's half-done one.
+const ATTEMPTS: usize = 4;
+
+/// What came of a reservation.
+pub enum Reserved {
+    /// There is an entry for the connection now.
+    Yes,
+    /// There is one, and there should not: the limit was passed on a service that only observes.
+    Observed(DenyReason),
+    /// The ledger is full and the service lets connections pass then.
+    Uncounted,
+    /// There is none, and the connection is to be refused.
+    Refused(DenyReason),
+}
+
+/// Reserves a slot for a connection whose handshake has just completed.
+///
+/// The count goes up first and is looked at afterwards, so of any number of CPUs that try at once exactly as many succeed
+/// as there is room for.
+#[inline(always)]
+pub fn reserve(
+    key: &ConnectionKey,
+    service: u16,
+    policy: &ServicePolicy,
+    state: *mut ServiceState,
+    observe: bool,
+    now_ns: u64,
+) -> Reserved {
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
+    let mut reason = None;
+    if at_limit(held_by_service, policy.connections_total) {
+        if !observe {
+            release_service(state);
+            return Reserved::Refused(DenyReason::ServiceLimit);
+        }
+        reason = Some(DenyReason::ServiceLimit);
+    }
+
+    let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    let Ok(held_by_source) = sources::add(&source, state) else {
+        release_service(state);
+        return full(service, policy);
+    };
+    if at_limit(held_by_source, policy.connections_per_source) {
+        if !observe {
+            sources::subtract(&source, state);
+            release_service(state);
+            return Reserved::Refused(DenyReason::SourceLimit);
+        }
+        reason = Some(DenyReason::SourceLimit);
+    }
+
+    let owner = reservation_owner(now_ns);
+    let entry = LedgerEntry { owner, opened_ns: now_ns, source, reserved: 0 };
+    match insert(key, &entry) {
+        Ok(()) => {}
+        Err(error) => {
+            sources::subtract(&source, state);
+            release_service(state);
+            // Another CPU has just made the same entry.
+            return if error == -EEXIST { Reserved::Yes } else { full(service, policy) };
+        }
+    }
+    count(service, Counter::OpenedReserved);
+    // SAFETY: as above.
+    unsafe { atomic::fetch_add(&raw mut (*state).unconfirmed, 1) };
+    // A full queue loses its oldest reservation, which was confirmed long since unless every one of them is forged by
+    // clients that hold a slot for it.
+    let _ = RESERVATIONS.push(&Reservation { key: *key, reserved: 0, owner, opened_ns: now_ns }, u64::from(BPF_EXIST));
+    match reason {
+        None => Reserved::Yes,
+        Some(reason) => Reserved::Observed(reason),
+    }
+}
+
+/// The stack has made a socket of that cookie for a connection. Confirms its reservation, or enters it where XDP did not
+/// see the handshake.
+#[inline(always)]
+pub fn confirm(key: &ConnectionKey, service: u16, cookie: u64, now_ns: u64) {
+    let (Some(policy), Some(state)) =
+        (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
+    else {
+        return;
+    };
+    // SAFETY: the pointers come from look-ups in these maps; the fields are aligned.
+    unsafe {
+        for _ in 0..ATTEMPTS {
+            let Some(entry) = LEDGER.get_ptr_mut(key) else {
+                if enter(key, service, &*policy, state, cookie, now_ns) {
+                    return;
+                }
+                continue;
+            };
+            let owner = atomic::load(&raw const (*entry).owner);
+            // Another instance of this program has been here already (during an upgrade there are two).
+            if owner == cookie {
+                return;
+            }
+            // An owner that is neither a reservation nor on its way out is an older socket of the same addresses, whose
+            // end nobody told: its slot goes to the new one.
+            if owner != OWNER_REMOVED && atomic::compare_exchange(&raw mut (*entry).owner, owner, cookie) {
+                if is_reservation(owner) {
+                    atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// Enters a connection that is open already, whatever the limits say. `false` if somebody else was faster.
+#[inline(always)]
+fn enter(
+    key: &ConnectionKey,
+    service: u16,
+    policy: &ServicePolicy,
+    state: *mut ServiceState,
+    cookie: u64,
+    now_ns: u64,
+) -> bool {
+    let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    if sources::add(&source, state).is_err() {
+        count(service, Counter::LedgerFull);
+        return true;
+    }
+    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, reserved: 0 };
+    match insert(key, &entry) {
+        Ok(()) => {
+            // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+            unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
+            count(service, Counter::OpenedUnseen);
+            true
+        }
+        Err(error) => {
+            sources::subtract(&source, state);
+            if error == -EEXIST {
+                return false;
+            }
+            count(service, Counter::LedgerFull);
+            true
+        }
+    }
+}
+
+/// Takes an entry out, if it has that owner. Of any number of hands that try, one succeeds.
+#[inline(always)]
+pub fn release(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
+    let Some(entry) = LEDGER.get_ptr_mut(key) else { return false };
+    // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
+    unsafe {
+        // An owner is never used twice, so even if the element has got another key meanwhile, this fails.
+        if !atomic::compare_exchange(&raw mut (*entry).owner, owner, OWNER_REMOVED) {
+            return false;
+        }
+        // From here on the entry is ours alone.
+        let source = (*entry).source;
+        let mut removed = false;
+        for _ in 0..ATTEMPTS {
+            if LEDGER.remove(key).is_ok() {
+                removed = true;
+                break;
+            }
+        }
+        if !removed {
+            // The kernel was busy with this bucket each time: give it back, for a later hand.
+            atomic::compare_exchange(&raw mut (*entry).owner, OWNER_REMOVED, owner);
+            return false;
+        }
+        if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(source.service)) {
+            sources::subtract(&source, state);
+            release_service(state);
+            if is_reservation(owner) {
+                atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
+            }
+        }
+        count_at(source.service, counter);
+    }
+    true
+}
+
+/// Looks at the oldest reservation: forgets it if it was confirmed, takes it out if its time is up. `false` if it was
+/// neither, or there was none.
+#[inline(always)]
+pub fn expire_one(now_ns: u64) -> bool {
+    let Ok(Some(reservation)) = RESERVATIONS.pop() else { return false };
+    let pending = match LEDGER.get_ptr(&reservation.key) {
+        // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
+        Some(entry) => unsafe { atomic::load(&raw const (*entry).owner) == reservation.owner },
+        None => false,
+    };
+    if !pending {
+        return true;
+    }
+    if now_ns.wrapping_sub(reservation.opened_ns) < RESERVATION_NS || now_ns < reservation.opened_ns {
+        // Not due. It goes to the end of the queue, which costs the order and nothing else.
+        let _ = RESERVATIONS.push(&reservation, u64::from(BPF_EXIST));
+        return false;
+    }
+    release(&reservation.key, reservation.owner, Counter::ClosedExpired as u32);
+    true
+}
+
+#[inline(always)]
+fn insert(key: &ConnectionKey, entry: &LedgerEntry) -> Result<(), i32> {
+    LEDGER.insert(key, entry, u64::from(BPF_NOEXIST))
+}
+
+#[inline(always)]
+fn release_service(state: *mut ServiceState) {
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    unsafe { atomic::fetch_add(&raw mut (*state).connections, 1_u64.wrapping_neg()) };
+}
+
+#[inline(always)]
+fn full(service: u16, policy: &ServicePolicy) -> Reserved {
+    if policy.on_full == OnFull::Closed as u8 {
+        Reserved::Refused(DenyReason::LedgerFull)
+    } else {
+        count(service, Counter::LedgerFull);
+        Reserved::Uncounted
+    }
+}

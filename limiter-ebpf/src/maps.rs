@@ -1,0 +1,55 @@
+//! The maps. Keys, values, sizes and names are those of `limiter_common`; what each holds is said there, in `abi`.
+
+use aya_ebpf::{
+    Global,
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray, Queue, RingBuf},
+};
+use limiter_common::{
+    ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, ledger::Reservation, policy::ServiceState,
+};
+
+#[map]
+pub static LEDGER: HashMap<ConnectionKey, LedgerEntry> = HashMap::with_max_entries(abi::DEFAULT_MAX_CONNECTIONS, 0);
+
+#[map]
+pub static SOURCES: HashMap<SourceKey, SourceEntry> = HashMap::with_max_entries(abi::DEFAULT_MAX_CONNECTIONS, 0);
+
+#[map]
+pub static PORTS: Array<u32> = Array::with_max_entries(65_536, 0);
+
+#[map]
+pub static SERVICES: Array<ServicePolicy> = Array::with_max_entries(abi::MAX_SERVICES, 0);
+
+#[map]
+pub static SERVICE_STATE: Array<ServiceState> = Array::with_max_entries(abi::MAX_SERVICES, 0);
+
+#[map]
+pub static COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE, 0);
+
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
+
+#[map]
+pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MAX_RESERVATIONS, 0);
+
+/// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.
+#[unsafe(no_mangle)]
+pub static SNT_ISN_OFFSET: Global<u32> = Global::new(0);
+
+/// Cookie of the network namespace whose sockets are counted.
+#[unsafe(no_mangle)]
+pub static NETNS_COOKIE: Global<u64> = Global::new(0);
+
+/// What an insertion answers (negated) if the key is there already.
+pub const EEXIST: i32 = 17;
+
+/// The service that listens on `port`, if any.
+#[inline(always)]
+pub fn service_on(port: u16) -> Option<u16> {
+    match PORTS.get(u32::from(port)) {
+        None | Some(0) => None,
+        Some(index) => Some((*index - 1) as u16),
+    }
+}

@@ -1,0 +1,297 @@
+//! From a frame to a TCP segment: Ethernet, up to two VLAN tags, IPv4 with options or IPv6 with extension headers, TCP.
+//!
+//! A frame that is anything else is nobody's business here and passes: every function answers `None` for it.
+
+use core::mem;
+
+use aya_ebpf::programs::XdpContext;
+use limiter_common::Address;
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+/// IEEE 802.1Q.
+const ETHERTYPE_VLAN: u16 = 0x8100;
+/// IEEE 802.1ad, the outer tag of two.
+const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
+const MAX_VLAN_TAGS: usize = 2;
+
+const PROTOCOL_TCP: u8 = 6;
+const HEADER_HOP_BY_HOP: u8 = 0;
+const HEADER_ROUTING: u8 = 43;
+const HEADER_FRAGMENT: u8 = 44;
+const HEADER_AUTHENTICATION: u8 = 51;
+const HEADER_DESTINATION: u8 = 60;
+const HEADER_MOBILITY: u8 = 135;
+/// RFC 8200 section 4.1 names seven at most in one packet; the kernel has no bound.
+const MAX_EXTENSION_HEADERS: usize = 8;
+
+pub const FIN: u8 = 0x01;
+pub const SYN: u8 = 0x02;
+pub const RST: u8 = 0x04;
+pub const ACK: u8 = 0x10;
+
+#[repr(C)]
+struct EthernetHeader {
+    destination: [u8; 6],
+    source: [u8; 6],
+    ethertype: [u8; 2],
+}
+
+#[repr(C)]
+struct VlanTag {
+    control: [u8; 2],
+    ethertype: [u8; 2],
+}
+
+#[repr(C)]
+pub struct Ipv4Header {
+    version_and_length: u8,
+    service: u8,
+    total_length: [u8; 2],
+    identification: [u8; 2],
+    flags_and_fragment: [u8; 2],
+    ttl: u8,
+    protocol: u8,
+    checksum: [u8; 2],
+    source: [u8; 4],
+    destination: [u8; 4],
+}
+
+#[repr(C)]
+pub struct Ipv6Header {
+    version_and_class: [u8; 4],
+    payload_length: [u8; 2],
+    next_header: u8,
+    hop_limit: u8,
+    source: [u8; 16],
+    destination: [u8; 16],
+}
+
+#[repr(C)]
+struct ExtensionHeader {
+    next_header: u8,
+    length: u8,
+}
+
+#[repr(C)]
+struct FragmentHeader {
+    next_header: u8,
+    reserved: u8,
+    offset_and_flags: [u8; 2],
+    identification: [u8; 4],
+}
+
+#[repr(C)]
+pub struct TcpHeader {
+    source_port: [u8; 2],
+    destination_port: [u8; 2],
+    sequence: [u8; 4],
+    acknowledgement: [u8; 4],
+    data_offset: u8,
+    flags: u8,
+    window: [u8; 2],
+    checksum: [u8; 2],
+    urgent: [u8; 2],
+}
+
+/// The network header of a segment, within the frame.
+#[derive(Clone, Copy)]
+pub enum Network {
+    V4(*const Ipv4Header),
+    V6(*const Ipv6Header),
+}
+
+/// A TCP segment within a frame. The pointers are into the packet, checked against its end.
+#[derive(Clone, Copy)]
+pub struct Segment {
+    pub network: Network,
+    tcp: *mut TcpHeader,
+}
+
+/// Reads header after header, each one checked against the end of the packet.
+struct Cursor {
+    position: usize,
+    end: usize,
+}
+
+impl Cursor {
+    /// The next `T`, which must consist of bytes (alignment 1).
+    #[inline(always)]
+    fn take<T>(&mut self) -> Option<*mut T> {
+        let at = self.position;
+        if at + mem::size_of::<T>() > self.end {
+            return None;
+        }
+        self.position = at + mem::size_of::<T>();
+        Some(at as *mut T)
+    }
+
+    #[inline(always)]
+    fn skip(&mut self, bytes: usize) {
+        self.position += bytes;
+    }
+}
+
+/// The TCP segment in a frame, if there is one and its header is in this frame.
+#[inline(always)]
+pub fn segment(ctx: &XdpContext) -> Option<Segment> {
+    let mut cursor = Cursor { position: ctx.data(), end: ctx.data_end() };
+    let ethernet = cursor.take::<EthernetHeader>()?;
+    // SAFETY: take checked it.
+    let mut ethertype = u16::from_be_bytes(unsafe { (*ethernet).ethertype });
+    for _ in 0..MAX_VLAN_TAGS {
+        if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
+            break;
+        }
+        let tag = cursor.take::<VlanTag>()?;
+        // SAFETY: take checked it.
+        ethertype = u16::from_be_bytes(unsafe { (*tag).ethertype });
+    }
+    let network = match ethertype {
+        ETHERTYPE_IPV4 => ipv4(&mut cursor)?,
+        ETHERTYPE_IPV6 => ipv6(&mut cursor)?,
+        _ => return None,
+    };
+    let tcp = cursor.take::<TcpHeader>()?;
+    Some(Segment { network, tcp })
+}
+
+/// Steps over an IPv4 header (RFC 791) that is followed by the start of a TCP segment.
+#[inline(always)]
+fn ipv4(cursor: &mut Cursor) -> Option<Network> {
+    let header = cursor.take::<Ipv4Header>()?;
+    // SAFETY: take checked it.
+    let ip = unsafe { &*header };
+    let length = usize::from(ip.version_and_length & 0x0f) * 4;
+    // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
+    let first = u16::from_be_bytes(ip.flags_and_fragment) & 0x1fff == 0;
+    if ip.version_and_length >> 4 != 4 || length < mem::size_of::<Ipv4Header>() || ip.protocol != PROTOCOL_TCP || !first {
+        return None;
+    }
+    cursor.skip(length - mem::size_of::<Ipv4Header>());
+    Some(Network::V4(header))
+}
+
+/// Steps over an IPv6 header (RFC 8200) and its extension headers that are followed by the start of a TCP segment.
+#[inline(always)]
+fn ipv6(cursor: &mut Cursor) -> Option<Network> {
+    let header = cursor.take::<Ipv6Header>()?;
+    // SAFETY: take checked it.
+    let ip = unsafe { &*header };
+    if ip.version_and_class[0] >> 4 != 6 {
+        return None;
+    }
+    let mut next = ip.next_header;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        // SAFETY of the dereferences: take checked each.
+        match next {
+            PROTOCOL_TCP => return Some(Network::V6(header)),
+            HEADER_HOP_BY_HOP | HEADER_ROUTING | HEADER_DESTINATION | HEADER_MOBILITY => {
+                let extension = cursor.take::<ExtensionHeader>()?;
+                // SAFETY: take checked it.
+                let extension = unsafe { &*extension };
+                next = extension.next_header;
+                // In units of 8 bytes, the first not counted.
+                cursor.skip((usize::from(extension.length) + 1) * 8 - mem::size_of::<ExtensionHeader>());
+            }
+            HEADER_AUTHENTICATION => {
+                let extension = cursor.take::<ExtensionHeader>()?;
+                // SAFETY: take checked it.
+                let extension = unsafe { &*extension };
+                next = extension.next_header;
+                // In units of 4 bytes, the first two not counted (RFC 4302 section 2.2).
+                cursor.skip((usize::from(extension.length) + 2) * 4 - mem::size_of::<ExtensionHeader>());
+            }
+            HEADER_FRAGMENT => {
+                let fragment = cursor.take::<FragmentHeader>()?;
+                // SAFETY: take checked it.
+                let fragment = unsafe { &*fragment };
+                if u16::from_be_bytes(fragment.offset_and_flags) & 0xfff8 != 0 {
+                    return None;
+                }
+                next = fragment.next_header;
+            }
+            _ => return None,
+        }
+    }
+    if next == PROTOCOL_TCP { Some(Network::V6(header)) } else { None }
+}
+
+impl Segment {
+    #[inline(always)]
+    fn tcp(&self) -> &TcpHeader {
+        // SAFETY: the pointer was checked when the segment was made, and packets don't shrink under a program that does
+        // not shrink them.
+        unsafe { &*self.tcp }
+    }
+
+    /// The client's port.
+    #[inline(always)]
+    pub fn remote_port(&self) -> u16 {
+        u16::from_be_bytes(self.tcp().source_port)
+    }
+
+    /// The port that the segment is for.
+    #[inline(always)]
+    pub fn local_port(&self) -> u16 {
+        u16::from_be_bytes(self.tcp().destination_port)
+    }
+
+    /// The acknowledgement number.
+    #[inline(always)]
+    pub fn acknowledgement(&self) -> u32 {
+        u32::from_be_bytes(self.tcp().acknowledgement)
+    }
+
+    /// The flags of the low byte: FIN to CWR.
+    #[inline(always)]
+    pub fn flags(&self) -> u8 {
+        self.tcp().flags
+    }
+
+    /// The TCP header without its options.
+    #[inline(always)]
+    pub fn tcp_header(&self) -> *mut TcpHeader {
+        self.tcp
+    }
+
+    /// The client's address.
+    #[inline(always)]
+    pub fn remote(&self) -> Address {
+        // SAFETY: the pointers were checked when the segment was made.
+        match self.network {
+            Network::V4(ip) => Address::from_v4_word(u32::from_ne_bytes(unsafe { (*ip).source })),
+            Network::V6(ip) => v6_address(unsafe { &(*ip).source }),
+        }
+    }
+
+    /// The address that the segment is for.
+    #[inline(always)]
+    pub fn local(&self) -> Address {
+        // SAFETY: the pointers were checked when the segment was made.
+        match self.network {
+            Network::V4(ip) => Address::from_v4_word(u32::from_ne_bytes(unsafe { (*ip).destination })),
+            Network::V6(ip) => v6_address(unsafe { &(*ip).destination }),
+        }
+    }
+
+    /// Turns the segment into a RST in place, at the same sequence number, and mends the checksum (RFC 1624).
+    #[inline(always)]
+    pub fn turn_into_reset(&self) {
+        // SAFETY: the pointer was checked when the segment was made.
+        let tcp = unsafe { &mut *self.tcp };
+        let before = u32::from(u16::from_be_bytes([tcp.data_offset, tcp.flags]));
+        tcp.flags = RST;
+        let after = u32::from(u16::from_be_bytes([tcp.data_offset, tcp.flags]));
+        let mut sum = u32::from(!u16::from_be_bytes(tcp.checksum)) + (before ^ 0xffff) + after;
+        sum = (sum & 0xffff) + (sum >> 16);
+        sum = (sum & 0xffff) + (sum >> 16);
+        tcp.checksum = (!(sum as u16)).to_be_bytes();
+    }
+}
+
+#[inline(always)]
+fn v6_address(octets: &[u8; 16]) -> Address {
+    let word = |at: usize| u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]]);
+    Address::from_v6_words([word(0), word(4), word(8), word(12)])
+}

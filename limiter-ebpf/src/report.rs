@@ -1,0 +1,61 @@
+//! Reports of refusals to user space, one per source and second.
+
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use limiter_common::{
+    ConnectionKey, Counter, DenyReason,
+    event::{Refusal, Stage},
+    source::REPORT_INTERVAL_NS,
+};
+
+use crate::{atomic, counters::count, maps::EVENTS};
+
+/// Where it is noted when somebody's refusals were last reported. Several CPUs may race for a report, which costs a
+/// report too many.
+#[derive(Clone, Copy)]
+pub struct Sampler {
+    pub reported_ns: *mut u64,
+    pub unreported: *mut u64,
+}
+
+/// What was refused.
+pub struct Refused {
+    pub connection: ConnectionKey,
+    pub service: u16,
+    pub reason: DenyReason,
+    pub stage: Stage,
+    pub observed: bool,
+}
+
+/// Reports a refusal, unless the same source's last one was reported less than a second ago: then it is only counted.
+#[inline(always)]
+pub fn report(sampler: Sampler, refused: &Refused) {
+    // SAFETY: the helper has no precondition.
+    let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
+    // SAFETY: both pointers are into a map value and aligned.
+    unsafe {
+        let last_ns = atomic::load(sampler.reported_ns);
+        if last_ns != 0 && now_ns.wrapping_sub(last_ns) < REPORT_INTERVAL_NS {
+            atomic::fetch_add(sampler.unreported, 1);
+            return;
+        }
+        sampler.reported_ns.write_volatile(now_ns);
+        let unreported = atomic::load(sampler.unreported);
+        atomic::fetch_add(sampler.unreported, unreported.wrapping_neg());
+        let Some(mut record) = EVENTS.reserve::<Refusal>(0) else {
+            atomic::fetch_add(sampler.unreported, unreported + 1);
+            count(refused.service, Counter::EventsLost);
+            return;
+        };
+        record.write(Refusal {
+            time_ns: now_ns,
+            unreported,
+            connection: refused.connection,
+            service: refused.service,
+            reason: refused.reason as u8,
+            stage: refused.stage as u8,
+            observed: u8::from(refused.observed),
+            reserved: [0; 7],
+        });
+        record.submit(0);
+    }
+}

@@ -1,0 +1,89 @@
+//! How many connections each source holds.
+//!
+//! An entry exists as long as its count is above zero: the first connection makes it, the last one's end takes it away.
+//! The kernel hands the memory of a removed element to another key at once, so a pointer to an entry proves nothing. That
+//! is why whoever takes an entry away first swaps its count for [`SOURCE_GONE`], and whoever adds to a count looks at what
+//! it was before and whose it is, and takes the addition back if it was the wrong one.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use limiter_common::{
+    SourceEntry, SourceKey,
+    policy::ServiceState,
+    source::{SOURCE_GONE, is_gone},
+};
+
+use crate::{
+    atomic,
+    maps::{EEXIST, SOURCES},
+};
+
+/// How often a step is tried again that met another CPU's half-done one.
+const ATTEMPTS: usize = 4;
+
+/// How many connections a source holds now.
+#[inline(always)]
+pub fn held(entry: *const SourceEntry) -> u64 {
+    // SAFETY: the pointer comes from a look-up in this map.
+    let connections = unsafe { atomic::load(&raw const (*entry).connections) };
+    if is_gone(connections) { 0 } else { connections }
+}
+
+/// Adds a connection to a source and returns how many it held before, or `Err` if there is no room for another source.
+#[inline(always)]
+pub fn add(key: &SourceKey, state: *mut ServiceState) -> Result<u64, ()> {
+    let before = add_to_entry(key)?;
+    if before == 0 {
+        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+        unsafe { atomic::fetch_add(&raw mut (*state).sources, 1) };
+    }
+    Ok(before)
+}
+
+#[inline(always)]
+fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
+    for _ in 0..ATTEMPTS {
+        if let Some(entry) = SOURCES.get_ptr_mut(key) {
+            // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
+            unsafe {
+                let before = atomic::fetch_add(&raw mut (*entry).connections, 1);
+                if !is_gone(before) && (*entry).key == *key {
+                    return Ok(before);
+                }
+                atomic::fetch_add(&raw mut (*entry).connections, 1_u64.wrapping_neg());
+            }
+        } else {
+            let first = SourceEntry { connections: 1, reported_ns: 0, unreported: 0, key: *key, reserved: 0 };
+            match SOURCES.insert(key, &first, u64::from(BPF_NOEXIST)) {
+                Ok(()) => return Ok(0),
+                Err(error) if error == -EEXIST => {}
+                Err(_) => return Err(()),
+            }
+        }
+    }
+    Err(())
+}
+
+/// Takes a connection away from a source; the last one takes the source along. Only for a connection that was added: as
+/// long as it counts, the entry stays where it is.
+#[inline(always)]
+pub fn subtract(key: &SourceKey, state: *mut ServiceState) {
+    let Some(entry) = SOURCES.get_ptr_mut(key) else { return };
+    // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
+    unsafe {
+        let connections = &raw mut (*entry).connections;
+        if atomic::fetch_add(connections, 1_u64.wrapping_neg()) != 1 {
+            return;
+        }
+        atomic::fetch_add(&raw mut (*state).sources, 1_u64.wrapping_neg());
+        if !atomic::compare_exchange(connections, 0, SOURCE_GONE) {
+            return;
+        }
+        for _ in 0..ATTEMPTS {
+            if SOURCES.remove(key).is_ok() {
+                return;
+            }
+        }
+        // The kernel was busy with this bucket each time: leave an entry that counts 0, for the next one to use.
+        atomic::fetch_add(connections, SOURCE_GONE.wrapping_neg());
+    }
+}
