@@ -43,34 +43,22 @@ fn connection(ctx: &SockOpsContext) -> Option<(ConnectionKey, u64)> {
     if unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != NETNS_COOKIE.load() {
         return None;
     }
-    // Each field is read on its own and at a constant offset: the verifier takes no arithmetic on this context.
+    // Each field is read at a constant offset, whatever the family is: the verifier takes no arithmetic on this context,
+    // and the compiler would make some of two reads in two branches.
     macro_rules! read {
-        ($field:ident) => {
+        ($field:ident$([$index:literal])?) => {
             // SAFETY: a field of the context, which the kernel keeps valid.
-            unsafe { (&raw const (*ctx.ops).$field).read_volatile() }
-        };
-        ($field:ident[$index:literal]) => {
-            // SAFETY: a field of the context, which the kernel keeps valid.
-            unsafe { (&raw const (*ctx.ops).$field[$index]).read_volatile() }
+            unsafe { (&raw const (*ctx.ops).$field$([$index])?).read_volatile() }
         };
     }
-    let (remote, local) = if read!(family) == AF_INET {
-        (Address::from_v4_word(read!(remote_ip4)), Address::from_v4_word(read!(local_ip4)))
+    let family = read!(family);
+    let (remote_v4, local_v4) = (read!(remote_ip4), read!(local_ip4));
+    let remote_v6 = [read!(remote_ip6[0]), read!(remote_ip6[1]), read!(remote_ip6[2]), read!(remote_ip6[3])];
+    let local_v6 = [read!(local_ip6[0]), read!(local_ip6[1]), read!(local_ip6[2]), read!(local_ip6[3])];
+    let (remote, local) = if family == AF_INET {
+        (Address::from_v4_word(remote_v4), Address::from_v4_word(local_v4))
     } else {
-        (
-            Address::from_v6_words([
-                read!(remote_ip6[0]),
-                read!(remote_ip6[1]),
-                read!(remote_ip6[2]),
-                read!(remote_ip6[3]),
-            ]),
-            Address::from_v6_words([
-                read!(local_ip6[0]),
-                read!(local_ip6[1]),
-                read!(local_ip6[2]),
-                read!(local_ip6[3]),
-            ]),
-        )
+        (Address::from_v6_words(remote_v6), Address::from_v6_words(local_v6))
     };
     // The remote port comes in network order, in a word of its own.
     let remote_port = u32::from_be(read!(remote_port)) as u16;

@@ -1,9 +1,26 @@
-//! Load, attach, pin; the maps as typed methods.
+//! The kernel's side, seen from user space: load, attach, pin; the maps as typed methods; refusals as they come.
 
+mod attach;
+mod btf;
+mod control;
 mod error;
+mod events;
+mod host;
+mod layout;
+mod live;
+mod load;
+mod maps;
 mod pinned;
+mod pins;
 mod report;
 
+pub use attach::{AttachReport, Attached, InterfaceReport};
+pub use control::Control;
 pub use error::KernelError;
-pub use pinned::Pinned;
+pub use events::{Event, Events};
+pub use live::LivePolicy;
+pub use load::{Loaded, load_unpinned};
+pub use maps::{Ledger, ServiceEntry, Services, Sources};
+pub use pinned::{Pinned, detach};
+pub use pins::XdpMode;
 pub use report::{AttachedInterface, ConnectionRow, Counters, ServiceRow, SourceRow, Status};

@@ -1,42 +1,174 @@
 //! The pinned state, opened by name.
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path, time::Duration};
 
-use super::{ConnectionRow, KernelError, ServiceRow, SourceRow, Status};
-use crate::policy::Limits;
+use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
+
+use super::{
+    AttachedInterface, ConnectionRow, KernelError, ServiceRow, SourceRow, Status, host, layout,
+    maps::{Ledger, ServiceEntry, Services, Sources},
+    pins::Pins,
+};
+use crate::{config::OnDeny, policy::Limits};
 
 /// The state of an attached limiter, whether a daemon runs on it or not.
 #[derive(Debug)]
-pub struct Pinned {}
+pub struct Pinned {
+    pins: Pins,
+    ledger_size: u32,
+}
 
 impl Pinned {
     /// Opens what is pinned at `pin_path`.
-    pub fn open(_pin_path: &Path) -> Result<Self, KernelError> {
-        todo!()
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::NotAttached`] if nothing is there, [`KernelError::Layout`] if it is of another version,
+    /// [`KernelError::NoPrivilege`] without the right to look.
+    pub fn open(pin_path: &Path) -> Result<Self, KernelError> {
+        let pins = Pins::new(pin_path);
+        host::require_privilege("look at what is attached")?;
+        if !pins.exist() {
+            layout::check_version(&pins)?;
+            return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
+        }
+        let ledger_size = layout::check(&pins)?;
+        Ok(Self { pins, ledger_size })
     }
 
     /// What is in force.
     pub fn status(&self) -> Result<Status, KernelError> {
-        todo!()
+        let services = self.services()?;
+        let maps = Services::open(&self.pins)?;
+        let mut sources = 0;
+        for service in &services {
+            sources += maps.state(service.index)?.sources;
+        }
+        Ok(Status {
+            pin_path: self.pins.root().display().to_string(),
+            abi: abi::ABI_VERSION,
+            daemon: self.pins.lock_holder(),
+            accounting: "socket",
+            interfaces: self.interfaces()?,
+            ledger_entries: services.iter().map(|service| service.connections).sum(),
+            ledger_size: self.ledger_size,
+            services,
+            sources,
+        })
+    }
+
+    /// The interfaces that are attached.
+    pub fn interfaces(&self) -> Result<Vec<AttachedInterface>, KernelError> {
+        let links = self
+            .pins
+            .xdp_links()
+            .map_err(KernelError::failed(format!("can't list {}", self.pins.links().display())))?;
+        // An index means something else in another network namespace.
+        let here = self.pins.netns(host::netns_cookie()?).is_dir();
+        Ok(links
+            .into_iter()
+            .map(|link| AttachedInterface {
+                name: here.then(|| host::interface_name(link.interface)).flatten(),
+                index: link.interface,
+                mode: link.mode.name(),
+            })
+            .collect())
     }
 
     /// Services, in the order of their index.
     pub fn services(&self) -> Result<Vec<ServiceRow>, KernelError> {
-        todo!()
+        let maps = Services::open(&self.pins)?;
+        let ports = maps.ports()?;
+        maps.all()?
+            .into_iter()
+            .map(|(index, service)| {
+                Ok(ServiceRow {
+                    index,
+                    ports: ports.iter().filter(|(_, owner)| *owner == index).map(|(port, _)| *port).collect(),
+                    on_deny: match service.on_deny {
+                        OnDeny::Drop => "drop",
+                        OnDeny::Observe => "observe",
+                    },
+                    name: service.name,
+                    limits: service.limits,
+                    connections: maps.state(index)?.connections,
+                    counters: maps.counters(index)?,
+                })
+            })
+            .collect()
     }
 
     /// Every source that holds a connection, those with most connections first.
     pub fn sources(&self) -> Result<Vec<SourceRow>, KernelError> {
-        todo!()
+        let services = self.names()?;
+        let mut sources = Sources::open(&self.pins)?.entries()?;
+        sources.retain(|(_, entry)| entry.connections != 0 && !is_gone(entry.connections));
+        sources.sort_by_key(|(key, entry)| (std::cmp::Reverse(entry.connections), key.service, key.to_string()));
+        Ok(sources
+            .into_iter()
+            .map(|(key, entry)| {
+                let service = services.get(&u32::from(key.service));
+                SourceRow {
+                    service: service_name(service, &key),
+                    source: key.to_string(),
+                    connections: entry.connections,
+                    limit: service.map_or(0, |service| service.limits.connections_per_source),
+                }
+            })
+            .collect())
     }
 
     /// Every connection in the ledger, oldest first.
     pub fn connections(&self) -> Result<Vec<ConnectionRow>, KernelError> {
-        todo!()
+        let services = self.names()?;
+        let mut entries = Ledger::open(&self.pins)?.entries()?;
+        entries.sort_by_key(|(_, entry)| entry.opened_ns);
+        let now = host::monotonic();
+        Ok(entries
+            .into_iter()
+            .map(|(key, entry)| ConnectionRow {
+                service: service_name(services.get(&u32::from(entry.source.service)), &entry.source),
+                source: entry.source.to_string(),
+                remote: key.remote(),
+                local: key.local(),
+                state: if is_reservation(entry.owner) { "reserved" } else { "open" },
+                age: now.saturating_sub(Duration::from_nanos(entry.opened_ns)),
+            })
+            .collect())
     }
 
     /// Puts new limits in force for the service of that index; connections that are open stay open.
-    pub fn set_limits(&self, _service: u32, _limits: &Limits) -> Result<(), KernelError> {
-        todo!()
+    pub fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
+        let mut maps = Services::open(&self.pins)?;
+        let entry = maps.get(service)?.ok_or_else(|| KernelError::Failed {
+            what: format!("there is no service number {service} any more"),
+            source: "it was taken away meanwhile".into(),
+        })?;
+        maps.set(service, &ServiceEntry { limits: *limits, ..entry })
     }
+
+    fn names(&self) -> Result<HashMap<u32, ServiceEntry>, KernelError> {
+        Ok(Services::open(&self.pins)?.all()?.into_iter().collect())
+    }
+}
+
+/// Removes every pin under `pin_path`, of whatever version, and with them programs, links and maps. Returns how many
+/// there were.
+///
+/// # Errors
+///
+/// [`KernelError::NotAttached`] if nothing is there, [`KernelError::AlreadyRunning`] while a daemon works on it.
+pub fn detach(pin_path: &Path) -> Result<usize, KernelError> {
+    let pins = Pins::new(pin_path);
+    host::require_privilege("detach")?;
+    if !pin_path.exists() {
+        return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
+    }
+    let _lock = pins.lock()?;
+    pins.remove()
+}
+
+/// The name of a source's service; its number, if the service was taken away and the connection has outlived it.
+fn service_name(service: Option<&ServiceEntry>, key: &SourceKey) -> String {
+    service.map_or_else(|| format!("#{}", key.service), |service| service.name.clone())
 }

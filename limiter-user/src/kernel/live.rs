@@ -1,0 +1,48 @@
+//! The policy that the gateway asks when the kernel's part is attached: the limits are those in the kernel's maps, and
+//! connections that the gateway gives up leave the ledger.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{KernelError, control::Control, maps::Services, pins::Pins};
+use crate::policy::{Connection, Limits, Policy};
+
+/// One service's policy, read anew at every question.
+#[derive(Debug)]
+pub struct LivePolicy {
+    services: Services,
+    index: u32,
+    control: Arc<Control>,
+    /// What to go by should the map not be readable.
+    last: Mutex<Limits>,
+}
+
+impl LivePolicy {
+    /// The policy of the service of that index, which has these limits now.
+    pub(super) fn new(
+        pins: &Pins,
+        index: u32,
+        limits: Limits,
+        control: Arc<Control>,
+    ) -> Result<Self, KernelError> {
+        Ok(Self { services: Services::open(pins)?, index, control, last: Mutex::new(limits) })
+    }
+}
+
+impl Policy for LivePolicy {
+    fn limits(&self) -> Limits {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.services.get(self.index) {
+            Ok(Some(service)) => *last = service.limits,
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "can't read the limits in force; going by the last ones"),
+        }
+        *last
+    }
+
+    fn closed(&self, connection: &Connection) {
+        // It may be gone already: the kernel tells of a socket that closes by itself.
+        if let Err(error) = self.control.release(connection.remote, connection.local, connection.cookie) {
+            tracing::warn!(%error, "can't take a connection out of the ledger; its slot comes back when its socket closes");
+        }
+    }
+}

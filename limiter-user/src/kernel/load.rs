@@ -1,0 +1,105 @@
+//! Hands the programs to the kernel.
+
+use std::{fmt, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{Program, ProgramError, SockOps, Xdp},
+};
+use limiter_common::abi;
+
+use super::{
+    KernelError,
+    btf::{self, VMLINUX},
+    error::log_end,
+    pins::Pins,
+};
+use crate::config::Kernel;
+
+/// The object file of the programs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/limiter.bpf.o"));
+
+/// Bytes of the ring buffer of debug messages as long as nobody wants them: as few as the kernel takes.
+const LOG_BYTES_OFF: u32 = 4096;
+const LOG_MAP: &str = "AYA_LOGS";
+
+/// The programs, accepted by the verifier and not attached.
+pub struct Loaded {
+    /// The programs and the maps.
+    pub programs: Ebpf,
+    /// Whether XDP can tell a completed handshake, which takes the kernel's BTF.
+    pub verifies_handshakes: bool,
+}
+
+impl fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loaded").field("verifies_handshakes", &self.verifies_handshakes).finish_non_exhaustive()
+    }
+}
+
+/// Loads all programs. Maps are made and pinned, or opened where they are pinned already.
+pub fn load(config: &Kernel, pins: &Pins, netns_cookie: u64) -> Result<Loaded, KernelError> {
+    load_with(config, Some(pins), netns_cookie)
+}
+
+/// The same without pins: everything goes when the returned value does. For tests and benchmarks.
+pub fn load_unpinned(config: &Kernel, netns_cookie: u64) -> Result<Loaded, KernelError> {
+    load_with(config, None, netns_cookie)
+}
+
+fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<Loaded, KernelError> {
+    let isn_offset = btf::field_offset(Path::new(VMLINUX), "tcp_request_sock", "snt_isn")
+        .map_err(KernelError::failed(format!("can't read {VMLINUX}")))?
+        .unwrap_or(0);
+    let log_level = if config.debug_log { aya_log::Level::Debug as u8 } else { 0 };
+
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(abi::GLOBAL_SNT_ISN_OFFSET, &isn_offset, true)
+        .override_global(abi::GLOBAL_NETNS_COOKIE, &netns_cookie, true)
+        .override_global(aya_log::LEVEL, &log_level, true)
+        .map_max_entries(abi::MAP_LEDGER, config.max_connections)
+        // There are never more sources than connections.
+        .map_max_entries(abi::MAP_SOURCES, config.max_connections);
+    if !config.debug_log {
+        loader.map_max_entries(LOG_MAP, LOG_BYTES_OFF);
+    }
+    if let Some(pins) = pins {
+        for name in abi::PINNED_MAPS {
+            loader.map_pin_path(name, pins.map(name));
+        }
+    }
+    let mut programs = loader.load(OBJECT).map_err(KernelError::failed("can't load the kernel programs' maps"))?;
+
+    let xdp: &mut Xdp = program(&mut programs, abi::PROGRAM_XDP)?;
+    xdp.load().map_err(|error| refused(abi::PROGRAM_XDP, error))?;
+    let sock_ops: &mut SockOps = program(&mut programs, abi::PROGRAM_SOCK_OPS)?;
+    sock_ops.load().map_err(|error| refused(abi::PROGRAM_SOCK_OPS, error))?;
+    let control: &mut Xdp = program(&mut programs, abi::PROGRAM_CONTROL)?;
+    control.load().map_err(|error| refused(abi::PROGRAM_CONTROL, error))?;
+    Ok(Loaded { programs, verifies_handshakes: isn_offset != 0 })
+}
+
+/// A program of the object file, as its type.
+pub fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, KernelError>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    let what = || format!("the object file has no program {name} of the right type; it was built wrong");
+    ebpf.program_mut(name)
+        .ok_or_else(|| KernelError::Failed { what: what(), source: "not found".into() })?
+        .try_into()
+        .map_err(|error| KernelError::Failed { what: what(), source: Box::new(error) })
+}
+
+fn refused(program: &'static str, error: ProgramError) -> KernelError {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            if io_error.raw_os_error() == Some(libc::EPERM) {
+                return KernelError::NoPrivilege { action: "load kernel programs" };
+            }
+            KernelError::Refused { program, log: log_end(&verifier_log.to_string()), source: io_error }
+        }
+        error => KernelError::failed(format!("can't load the program {program}"))(error),
+    }
+}

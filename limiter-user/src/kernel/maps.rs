@@ -1,0 +1,247 @@
+//! The maps as typed methods. The name of each is said here once more, and nowhere else in this crate.
+
+use std::{fmt, path::Path};
+
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use limiter_common::{
+    ConnectionKey, Counter, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    policy::{ServiceName, ServiceState},
+};
+
+use super::{Counters, KernelError, pins::Pins};
+use crate::{
+    config::{OnDeny, OnFull},
+    policy::Limits,
+};
+
+/// A service as user space says it to the kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServiceEntry {
+    /// Its name.
+    pub name: String,
+    /// Its limits.
+    pub limits: Limits,
+    /// What a refused SYN gets.
+    pub on_deny: OnDeny,
+    /// What happens to a connection that the ledger has no room for.
+    pub on_full: OnFull,
+}
+
+impl ServiceEntry {
+    fn to_policy(&self) -> Option<ServicePolicy> {
+        Some(ServicePolicy {
+            connections_per_source: self.limits.connections_per_source,
+            connections_total: self.limits.connections_total,
+            ipv4_prefix: self.limits.ipv4_prefix,
+            ipv6_prefix: self.limits.ipv6_prefix,
+            on_deny: match self.on_deny {
+                OnDeny::Drop => limiter_common::policy::OnDeny::Drop as u8,
+                OnDeny::Observe => limiter_common::policy::OnDeny::Observe as u8,
+            },
+            on_full: match self.on_full {
+                OnFull::Open => limiter_common::policy::OnFull::Open as u8,
+                OnFull::Closed => limiter_common::policy::OnFull::Closed as u8,
+            },
+            reserved: 0,
+            name: ServiceName::new(&self.name)?,
+        })
+    }
+
+    fn from_policy(policy: &ServicePolicy) -> Option<Self> {
+        (!policy.name.is_empty()).then(|| Self {
+            name: policy.name.to_string_lossy(),
+            limits: Limits {
+                connections_per_source: policy.connections_per_source,
+                connections_total: policy.connections_total,
+                ipv4_prefix: policy.ipv4_prefix,
+                ipv6_prefix: policy.ipv6_prefix,
+            },
+            on_deny: if policy.on_deny == limiter_common::policy::OnDeny::Observe as u8 {
+                OnDeny::Observe
+            } else {
+                OnDeny::Drop
+            },
+            on_full: if policy.on_full == limiter_common::policy::OnFull::Closed as u8 {
+                OnFull::Closed
+            } else {
+                OnFull::Open
+            },
+        })
+    }
+}
+
+/// Services: their limits, their ports, what they hold and what was counted.
+pub struct Services {
+    policies: Array<MapData, ServicePolicy>,
+    states: Array<MapData, ServiceState>,
+    ports: Array<MapData, u32>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl fmt::Debug for Services {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Services").finish_non_exhaustive()
+    }
+}
+
+impl Services {
+    /// Opens the pinned maps.
+    pub fn open(pins: &Pins) -> Result<Self, KernelError> {
+        Ok(Self {
+            policies: open(&pins.map(abi::MAP_SERVICES), Map::Array)?,
+            states: open(&pins.map(abi::MAP_SERVICE_STATE), Map::Array)?,
+            ports: open(&pins.map(abi::MAP_PORTS), Map::Array)?,
+            counters: open(&pins.map(abi::MAP_COUNTERS), Map::PerCpuArray)?,
+        })
+    }
+
+    /// The service of that index, if there is one.
+    pub fn get(&self, index: u32) -> Result<Option<ServiceEntry>, KernelError> {
+        let policy = self.policies.get(&index, 0).map_err(KernelError::failed("can't read a service's limits"))?;
+        Ok(ServiceEntry::from_policy(&policy))
+    }
+
+    /// Every service with its index, in the order of the index.
+    pub fn all(&self) -> Result<Vec<(u32, ServiceEntry)>, KernelError> {
+        let mut services = Vec::new();
+        for index in 0..abi::MAX_SERVICES {
+            if let Some(service) = self.get(index)? {
+                services.push((index, service));
+            }
+        }
+        Ok(services)
+    }
+
+    /// Puts a service in force at an index.
+    pub fn set(&mut self, index: u32, service: &ServiceEntry) -> Result<(), KernelError> {
+        // The configuration bounds the length of names.
+        let policy = service.to_policy().ok_or_else(|| KernelError::Failed {
+            what: format!("the name of the service {} is too long", service.name),
+            source: format!("at most {} bytes", limiter_common::policy::SERVICE_NAME_BYTES).into(),
+        })?;
+        self.policies
+            .set(index, policy, 0)
+            .map_err(KernelError::failed(format!("can't put the limits of {} in force", service.name)))
+    }
+
+    /// Takes a service away.
+    pub fn clear(&mut self, index: u32) -> Result<(), KernelError> {
+        self.policies
+            .set(index, ServicePolicy::default(), 0)
+            .map_err(KernelError::failed("can't take a service away"))
+    }
+
+    /// What a service holds.
+    pub fn state(&self, index: u32) -> Result<ServiceState, KernelError> {
+        self.states.get(&index, 0).map_err(KernelError::failed("can't read what a service holds"))
+    }
+
+    /// What was counted for a service, summed over the CPUs.
+    pub fn counters(&self, index: u32) -> Result<Counters, KernelError> {
+        Counter::ALL
+            .into_iter()
+            .map(|counter| {
+                let values = self
+                    .counters
+                    .get(&(index * abi::COUNTERS_PER_SERVICE + counter as u32), 0)
+                    .map_err(KernelError::failed("can't read a service's counters"))?;
+                Ok((counter.name(), values.iter().sum()))
+            })
+            .collect::<Result<_, _>>()
+            .map(Counters)
+    }
+
+    /// The ports that belong to a service, with its index; ascending.
+    pub fn ports(&self) -> Result<Vec<(u16, u32)>, KernelError> {
+        let mut ports = Vec::new();
+        for (port, entry) in (0..=u16::MAX).zip(self.ports.iter()) {
+            let entry = entry.map_err(KernelError::failed("can't read which ports belong to services"))?;
+            if let Some(service) = entry.checked_sub(1) {
+                ports.push((port, service));
+            }
+        }
+        Ok(ports)
+    }
+
+    /// Gives a port to a service, or to none.
+    pub fn set_port(&mut self, port: u16, service: Option<u32>) -> Result<(), KernelError> {
+        self.ports
+            .set(u32::from(port), service.map_or(0, |index| index + 1), 0)
+            .map_err(KernelError::failed(format!("can't give port {port} to a service")))
+    }
+}
+
+/// The ledger, to look at. Only kernel programs write to it.
+pub struct Ledger(HashMap<MapData, ConnectionKey, LedgerEntry>);
+
+impl fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ledger").finish_non_exhaustive()
+    }
+}
+
+impl Ledger {
+    /// Opens the pinned map.
+    pub fn open(pins: &Pins) -> Result<Self, KernelError> {
+        open(&pins.map(abi::MAP_LEDGER), Map::HashMap).map(Self)
+    }
+
+    /// Every entry there is; entries that come and go meanwhile may or may not be among them.
+    pub fn entries(&self) -> Result<Vec<(ConnectionKey, LedgerEntry)>, KernelError> {
+        collect(self.0.keys(), |key| self.0.get(key, 0), "can't read the ledger")
+    }
+}
+
+/// The sources, to look at. Only kernel programs write to them.
+pub struct Sources(HashMap<MapData, SourceKey, SourceEntry>);
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").finish_non_exhaustive()
+    }
+}
+
+impl Sources {
+    /// Opens the pinned map.
+    pub fn open(pins: &Pins) -> Result<Self, KernelError> {
+        open(&pins.map(abi::MAP_SOURCES), Map::HashMap).map(Self)
+    }
+
+    /// Every source there is; those that come and go meanwhile may or may not be among them.
+    pub fn entries(&self) -> Result<Vec<(SourceKey, SourceEntry)>, KernelError> {
+        collect(self.0.keys(), |key| self.0.get(key, 0), "can't read the sources")
+    }
+}
+
+/// Reads the value of each key. A key that is gone by then is left out, and so is one that comes twice: the kernel starts
+/// over when the key it stands at is removed.
+fn collect<K: Copy + Eq + std::hash::Hash, V>(
+    keys: impl Iterator<Item = Result<K, MapError>>,
+    get: impl Fn(&K) -> Result<V, MapError>,
+    what: &str,
+) -> Result<Vec<(K, V)>, KernelError> {
+    let mut seen = std::collections::HashSet::new();
+    let mut entries = Vec::new();
+    for key in keys {
+        let key = key.map_err(KernelError::failed(what))?;
+        if !seen.insert(key) {
+            continue;
+        }
+        match get(&key) {
+            Ok(value) => entries.push((key, value)),
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(KernelError::failed(what)(error)),
+        }
+    }
+    Ok(entries)
+}
+
+/// Opens a pinned map as one of aya's types.
+pub(super) fn open<M>(path: &Path, kind: impl FnOnce(MapData) -> Map) -> Result<M, KernelError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let what = format!("can't open the map pinned at {}", path.display());
+    let data = MapData::from_pin(path).map_err(KernelError::failed(what.clone()))?;
+    M::try_from(kind(data)).map_err(KernelError::failed(what))
+}

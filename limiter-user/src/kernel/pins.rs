@@ -1,0 +1,275 @@
+//! Where everything is pinned, and who may change it.
+//!
+//! ```text
+//! PIN_PATH/            locked (flock) by the daemon as long as it runs
+//!   v1/                layout version (abi::ABI_VERSION)
+//!     LEDGER …         the maps, by name
+//!     netns-7          an empty folder: cookie of the network namespace that it was attached in
+//!     links/
+//!       sockops        the link of the sock_ops program
+//!       xdp-native-2   the link of the XDP program on the interface of index 2, and how it is attached
+//! ```
+//!
+//! File names on a bpffs have no dots, so interfaces, whose names may have some, stand there by index.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use limiter_common::abi;
+
+use super::{KernelError, host};
+
+/// The places under one pin path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+/// How the XDP program is attached to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver.
+    Native,
+    /// In the network stack.
+    Generic,
+}
+
+impl XdpMode {
+    /// As it is shown.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+/// A pinned link of the XDP program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XdpPin {
+    /// Where it is pinned.
+    pub path: PathBuf,
+    /// How it is attached.
+    pub mode: XdpMode,
+    /// The interface's index.
+    pub interface: u32,
+}
+
+impl Pins {
+    /// The places under `root`, the pin path of the configuration.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// The pin path.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The folder of this layout's version.
+    pub fn version(&self) -> PathBuf {
+        self.root.join(format!("v{}", abi::ABI_VERSION))
+    }
+
+    /// Where a map is pinned.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.version().join(name)
+    }
+
+    /// The folder of the links.
+    pub fn links(&self) -> PathBuf {
+        self.version().join("links")
+    }
+
+    /// The folder whose name says which network namespace the interfaces and the sockets are of.
+    pub fn netns(&self, cookie: u64) -> PathBuf {
+        self.version().join(format!("netns-{cookie}"))
+    }
+
+    /// Where the link of the `sock_ops` program is pinned.
+    pub fn sock_ops(&self) -> PathBuf {
+        self.links().join("sockops")
+    }
+
+    /// Where its successor is pinned until it takes that place.
+    pub fn sock_ops_next(&self) -> PathBuf {
+        self.links().join("sockops_next")
+    }
+
+    /// Where the link of the XDP program on an interface is pinned.
+    pub fn xdp(&self, mode: XdpMode, interface: u32) -> PathBuf {
+        self.links().join(format!("xdp-{}-{interface}", mode.name()))
+    }
+
+    /// The pinned links of the XDP program, by the interface's index.
+    pub fn xdp_links(&self) -> io::Result<Vec<XdpPin>> {
+        let mut links: Vec<XdpPin> = match fs::read_dir(self.links()) {
+            Ok(entries) => entries
+                .collect::<io::Result<Vec<_>>>()?
+                .into_iter()
+                .filter_map(|entry| parse_xdp(&entry.path()))
+                .collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        links.sort_by_key(|link| link.interface);
+        Ok(links)
+    }
+
+    /// Whether there is a state of this layout's version.
+    pub fn exist(&self) -> bool {
+        self.map(abi::MAP_LEDGER).exists()
+    }
+
+    /// The version folders that are there and are not this one's.
+    pub fn other_versions(&self) -> io::Result<Vec<String>> {
+        let own = self.version();
+        let mut others = Vec::new();
+        for entry in fs::read_dir(&self.root)? {
+            let path = entry?.path();
+            if path != own && path.is_dir() {
+                others.extend(path.file_name().map(|name| name.to_string_lossy().into_owned()));
+            }
+        }
+        Ok(others)
+    }
+
+    /// Makes the folders, and takes the lock that says that a process works here. The lock ends with the process.
+    pub fn lock(&self) -> Result<Lock, KernelError> {
+        if !host::is_on_bpffs(&self.root) {
+            return Err(KernelError::NoBpffs { pin_path: self.root.clone() });
+        }
+        let made = !self.root.exists();
+        fs::create_dir_all(&self.root)
+            .map_err(KernelError::failed(format!("can't make the folder {}", self.root.display())))?;
+        let folder = File::open(&self.root)
+            .map_err(KernelError::failed(format!("can't open the folder {}", self.root.display())))?;
+        // SAFETY: the descriptor is open.
+        if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+            return Ok(Lock { folder, made });
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() == io::ErrorKind::WouldBlock {
+            Err(KernelError::AlreadyRunning { pin_path: self.root.clone(), pid: self.lock_holder() })
+        } else {
+            Err(KernelError::failed(format!("can't lock {}", self.root.display()))(error))
+        }
+    }
+
+    /// The process that holds the lock, as /proc/locks shows it; `None` if nobody does.
+    pub fn lock_holder(&self) -> Option<u32> {
+        let folder = fs::metadata(&self.root).ok()?;
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        let place = format!(
+            "{:02x}:{:02x}:{}",
+            libc::major(folder.dev()),
+            libc::minor(folder.dev()),
+            folder.ino()
+        );
+        lock_holder(&locks, &place)
+    }
+
+    /// Removes every pin under the pin path, and the folders. Links go first, so that nothing counts against a map that
+    /// is gone.
+    pub fn remove(&self) -> Result<usize, KernelError> {
+        let removed = remove_tree(&self.root)
+            .map_err(KernelError::failed(format!("can't remove what is pinned at {}", self.root.display())))?;
+        Ok(removed)
+    }
+}
+
+/// That this process, and no other, works on a pin path.
+#[derive(Debug)]
+pub struct Lock {
+    // The lock lies on the descriptor and ends with it.
+    folder: File,
+    /// Whether the pin path was made by taking the lock.
+    pub made: bool,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Said aloud, because a child process may have inherited the descriptor.
+        // SAFETY: the descriptor is open.
+        unsafe { libc::flock(self.folder.as_raw_fd(), libc::LOCK_UN) };
+    }
+}
+
+/// The process that holds the lock of that `major:minor:inode` in the text of /proc/locks.
+fn lock_holder(locks: &str, place: &str) -> Option<u32> {
+    // 1: FLOCK  ADVISORY  WRITE 4711 00:1f:23 0 EOF
+    locks.lines().find_map(|line| {
+        let mut fields = line.split_whitespace();
+        (fields.nth(1)? == "FLOCK").then_some(())?;
+        let pid = fields.nth(2)?.parse().ok()?;
+        (fields.next()? == place).then_some(pid)
+    })
+}
+
+fn parse_xdp(path: &Path) -> Option<XdpPin> {
+    let name = path.file_name()?.to_str()?.strip_prefix("xdp-")?;
+    let (mode, interface) = name.split_once('-')?;
+    let mode = match mode {
+        "native" => XdpMode::Native,
+        "generic" => XdpMode::Generic,
+        _ => return None,
+    };
+    Some(XdpPin { path: path.to_owned(), mode, interface: interface.parse().ok()? })
+}
+
+/// Removes a folder with what is in it, subfolders first. Returns how many files there were.
+fn remove_tree(folder: &Path) -> io::Result<usize> {
+    let (folders, files): (Vec<_>, Vec<_>) = fs::read_dir(folder)?
+        .collect::<io::Result<Vec<_>>>()?
+        .into_iter()
+        .map(|entry| entry.path())
+        .partition(|path| path.is_dir());
+    let mut removed = 0;
+    for subfolder in folders {
+        removed += remove_tree(&subfolder)?;
+    }
+    for file in files {
+        fs::remove_file(file)?;
+        removed += 1;
+    }
+    fs::remove_dir(folder)?;
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_found_by_its_pin() {
+        let pins = Pins::new(Path::new("/sys/fs/bpf/limiter"));
+        for mode in [XdpMode::Native, XdpMode::Generic] {
+            let path = pins.xdp(mode, 17);
+            assert_eq!(parse_xdp(&path), Some(XdpPin { path: path.clone(), mode, interface: 17 }));
+        }
+        assert_eq!(parse_xdp(&pins.sock_ops()), None);
+        assert_eq!(parse_xdp(Path::new("/x/xdp-native-eth0")), None);
+    }
+
+    #[test]
+    fn the_holder_of_a_lock_is_found() {
+        let locks = "1: POSIX  ADVISORY  WRITE 12 00:1f:23 0 EOF\n2: FLOCK  ADVISORY  WRITE 4711 00:1f:23 0 EOF\n2: -> FLOCK  ADVISORY  WRITE 4712 00:1f:23 0 EOF\n";
+        assert_eq!(lock_holder(locks, "00:1f:23"), Some(4711));
+        assert_eq!(lock_holder(locks, "00:1f:24"), None);
+    }
+
+    #[test]
+    fn a_tree_is_removed_whole() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().join("limiter");
+        fs::create_dir_all(root.join("v1/links")).unwrap();
+        fs::write(root.join("v1/LEDGER"), "").unwrap();
+        fs::write(root.join("v1/links/sockops"), "").unwrap();
+        assert_eq!(Pins::new(&root).remove().unwrap(), 2);
+        assert!(!root.exists());
+    }
+}
