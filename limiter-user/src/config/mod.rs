@@ -1,5 +1,22 @@
 //! The configuration: the file, the environment, the flags.
+//!
+//! A key has one value: that of its flag, else of its environment variable, else of the file, else its default
+//! ([`Config::resolve`]).
 
+mod edit;
+mod error;
+mod parse;
+mod read;
+mod resolve;
 mod schema;
+mod upstream;
+mod value;
 
+pub use edit::{LimitKey, PreparedFile, prepare_limits};
+pub use error::{ConfigError, Problem};
+pub use resolve::{DEFAULT_SERVICE, Overrides, Purpose};
 pub use schema::*;
+pub use upstream::InvalidUpstream;
+
+/// A commented file with every key at its default.
+pub const EXAMPLE: &str = include_str!("example.toml");

@@ -55,7 +55,7 @@ impl Default for Kernel {
 }
 
 /// How the XDP program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum AttachMode {
     /// Native, and generic where the driver has no XDP; said aloud.
     Auto,
@@ -66,7 +66,7 @@ pub enum AttachMode {
 }
 
 /// What a refused SYN gets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnDeny {
     /// Nothing.
     Drop,
@@ -75,7 +75,7 @@ pub enum OnDeny {
 }
 
 /// What happens to a connection that the ledger has no room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnFull {
     /// It passes, uncounted.
     Open,
@@ -123,7 +123,7 @@ impl Default for Gateway {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
             upstream: Upstream::Echo,
             handshake_timeout: Duration::from_secs(10),
-            idle_timeout: Duration::from_secs(300),
+            idle_timeout: Duration::from_mins(5),
             ping_interval: Duration::from_secs(30),
             pong_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(30),
@@ -157,12 +157,12 @@ pub struct Messages {
 
 impl Default for Messages {
     fn default() -> Self {
-        Self { max_size: 64 * 1024, rate: 60, window: Duration::from_secs(60), on_violation: OnViolation::Close }
+        Self { max_size: 64 * 1024, rate: 60, window: Duration::from_mins(1), on_violation: OnViolation::Close }
     }
 }
 
 /// What happens on a message too many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnViolation {
     /// The connection is closed with 1008.
     Close,
@@ -199,7 +199,7 @@ impl Default for Log {
 }
 
 /// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// For people.
     Text,

@@ -1,0 +1,187 @@
+//! From the text of a file to a checked configuration.
+
+use std::{collections::HashMap, ops::Range, path::Path, time::Duration};
+
+use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
+use toml::de::DeTable;
+
+use super::{
+    Admin, Config, ConfigError, Gateway, Kernel, Log, Messages, Service,
+    read::{Fault, Item, Report, Section},
+    resolve::uncovered_listen,
+    value,
+};
+use crate::policy::Limits;
+
+/// Most connections that a ledger may hold: about 2 GiB of kernel memory.
+pub(super) const LARGEST_LEDGER: u32 = 1 << 24;
+
+/// Largest message that may be allowed: it is held in memory whole.
+const LARGEST_MESSAGE_BYTES: u64 = 1 << 30;
+
+/// A file, checked by itself.
+#[derive(Clone, Debug, Default)]
+pub(super) struct File {
+    pub(super) config: Config,
+    /// Whether the file says where the gateway listens.
+    pub(super) listen_given: bool,
+}
+
+/// Checks a whole file. `path` is for the messages.
+pub(super) fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
+    let report = Report::new(path, text);
+    let (table, syntax) = DeTable::parse_recoverable(text);
+    for error in &syntax {
+        report.add(&error.span().unwrap_or(0..0), error.message());
+    }
+    // What a broken file seems to say is not worth a complaint.
+    let file = if syntax.is_empty() { file(&report, table.get_ref()) } else { File::default() };
+    match report.problems() {
+        problems if problems.is_empty() => Ok(file),
+        problems => Err(ConfigError::Invalid(problems)),
+    }
+}
+
+fn file(report: &Report, table: &DeTable) -> File {
+    let mut config = Config::default();
+    let mut root = Section::root(report, table);
+    kernel(root.section("kernel"), &mut config.kernel);
+    let mut section = root.section("limits");
+    limits(&mut section, &mut config.limits);
+    section.finish();
+    let base =
+        Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
+    config.services = services(report, root.sections("service"), &base);
+    let listen = gateway(root.section("gateway"), &mut config.gateway);
+    let admin_listen = admin(root.section("admin"), &mut config.admin);
+    log(root.section("log"), &mut config.log);
+    root.finish();
+
+    if let (Some(span), Some(message)) = (&listen, uncovered_listen(&config)) {
+        report.add(span, message);
+    }
+    if let (Some(span), Some(address)) = (admin_listen.or(listen.clone()), config.admin.listen)
+        && address.port() != 0
+        && config.gateway.listen.contains(&address)
+    {
+        report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
+    }
+    File { config, listen_given: listen.is_some() }
+}
+
+fn kernel(mut section: Section, kernel: &mut Kernel) {
+    section
+        .read("interfaces", &mut kernel.interfaces, |item| value::list(item, value::interface, "network interfaces"));
+    section.read("attach_mode", &mut kernel.attach_mode, value::choice);
+    section.read("on_deny", &mut kernel.on_deny, value::choice);
+    section.read("on_full", &mut kernel.on_full, value::choice);
+    section.read("pin_path", &mut kernel.pin_path, value::absolute_path);
+    section.read("max_connections", &mut kernel.max_connections, |item| {
+        value::integer(item, 1..=LARGEST_LEDGER, "connections")
+    });
+    section.read("debug_log", &mut kernel.debug_log, value::boolean);
+    section.finish();
+}
+
+fn limits(section: &mut Section, limits: &mut Limits) {
+    let count = |item: &Item| value::integer(item, 0..=u32::MAX, "connections; 0: any number");
+    section.read("connections_per_source", &mut limits.connections_per_source, count);
+    section.read("connections_total", &mut limits.connections_total, count);
+    section.read("ipv4_prefix", &mut limits.ipv4_prefix, |item| value::integer(item, 1..=32, "bits"));
+    section.read("ipv6_prefix", &mut limits.ipv6_prefix, |item| value::integer(item, 1..=128, "bits"));
+}
+
+fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Service) -> Vec<Service> {
+    let mut services = Vec::new();
+    let mut names: HashMap<String, usize> = HashMap::new();
+    let mut ports: HashMap<u16, String> = HashMap::new();
+    for (place, (span, mut section)) in sections.into_iter().enumerate() {
+        let mut service = base.clone();
+        // Whether the keys are there is asked before they are read: a wrong value is one complaint, not two.
+        for key in ["name", "port"] {
+            if section.item(key).is_none() {
+                report.add(&span, format!("service.{key}: every [[service]] needs a {key}"));
+            }
+        }
+        let name = section.read("name", &mut service.name, service_name);
+        let port = section.read("port", &mut service.ports, value::ports);
+        limits(&mut section, &mut service.limits);
+        section.read("on_deny", &mut service.on_deny, value::choice);
+        section.finish();
+
+        if let Some(span) = name
+            && let Some(other) = names.insert(service.name.clone(), report.line(span.start))
+        {
+            report.add(&span, format!("service.name: line {other} has a service {:?} already", service.name));
+        }
+        for &number in &service.ports {
+            if let (Some(span), Some(other)) = (&port, ports.insert(number, service.name.clone())) {
+                report.add(span, format!("service.port: {number} is a port of the service {other:?} already"));
+            }
+        }
+        if place == MAX_SERVICES as usize {
+            report.add(&span, format!("service: there may be {MAX_SERVICES} services at most"));
+        }
+        services.push(service);
+    }
+    services
+}
+
+fn service_name(item: &Item) -> Result<String, Fault> {
+    let name = value::text(item, "a name")?;
+    if name.is_empty() || name.len() > SERVICE_NAME_BYTES {
+        let found = name.len();
+        return Err(Fault::new(item, format!("found {found} bytes, expected 1 to {SERVICE_NAME_BYTES}")));
+    }
+    if name.trim() != name || name.chars().any(char::is_control) {
+        return Err(Fault::new(item, "a name neither begins nor ends with a space, nor has a control character"));
+    }
+    Ok(name.to_owned())
+}
+
+/// Gives the place of a good `listen`.
+fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> {
+    let listen = section.read("listen", &mut gateway.listen, |item| {
+        let addresses = value::list(item, value::listen, "addresses")?;
+        if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
+    });
+    section.read("upstream", &mut gateway.upstream, value::upstream);
+    let positive = |item: &Item| value::duration(item, Duration::from_millis(1), value::LONGEST);
+    let any = |item: &Item| value::duration(item, Duration::ZERO, value::LONGEST);
+    section.read("handshake_timeout", &mut gateway.handshake_timeout, positive);
+    section.read("idle_timeout", &mut gateway.idle_timeout, any);
+    section.read("ping_interval", &mut gateway.ping_interval, any);
+    section.read("pong_timeout", &mut gateway.pong_timeout, positive);
+    section.read("drain_timeout", &mut gateway.drain_timeout, any);
+    messages(section.section("messages"), &mut gateway.messages);
+    section.finish();
+    listen
+}
+
+fn messages(mut section: Section, messages: &mut Messages) {
+    section.read("max_size", &mut messages.max_size, |item| value::size(item, 1..=LARGEST_MESSAGE_BYTES));
+    section.read("rate", &mut messages.rate, |item| {
+        value::integer(item, 0..=u32::MAX, "messages per window; 0: any number")
+    });
+    section.read("window", &mut messages.window, |item| {
+        value::duration(item, Duration::from_millis(1), Duration::from_hours(24))
+    });
+    section.read("on_violation", &mut messages.on_violation, value::choice);
+    section.finish();
+}
+
+fn admin(mut section: Section, admin: &mut Admin) -> Option<Range<usize>> {
+    let span = section.read("listen", &mut admin.listen, value::optional_address);
+    section.finish();
+    span
+}
+
+fn log(mut section: Section, log: &mut Log) {
+    section.read("level", &mut log.level, value::log_filter);
+    section.read("format", &mut log.format, value::choice);
+    section.finish();
+}
+
+#[cfg(test)]
+#[path = "parse_tests.rs"]
+mod tests;

@@ -1,0 +1,295 @@
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::{AttachMode, EXAMPLE, LogFormat, OnDeny, OnFull, OnViolation, Overrides, Purpose, Upstream};
+
+fn good(text: &str) -> Config {
+    parse(Path::new("limiter.toml"), text).unwrap().config
+}
+
+/// The lines of the refusal.
+fn refused(text: &str) -> Vec<String> {
+    match parse(Path::new("limiter.toml"), text) {
+        Err(ConfigError::Invalid(problems)) => problems.iter().map(ToString::to_string).collect(),
+        other => panic!("{text:?} gave {other:?}"),
+    }
+}
+
+#[test]
+fn an_empty_file_is_the_defaults() {
+    assert_eq!(good(""), Config::default());
+}
+
+#[test]
+fn every_key_is_read() {
+    let text = r#"
+        [kernel]
+        interfaces = ["eth0", "lo"]
+        attach_mode = "generic"
+        on_deny = "observe"
+        on_full = "closed"
+        pin_path = "/run/bpf/x"
+        max_connections = 1_000
+        debug_log = true
+        [limits]
+        connections_per_source = 0
+        connections_total = 4294967295
+        ipv4_prefix = 24
+        ipv6_prefix = 128
+        [[service]]
+        name = "chat"
+        port = [8080, 0x20fb]
+        [[service]]
+        name = "quiet"
+        port = 9000
+        connections_per_source = 3
+        connections_total = 4
+        ipv4_prefix = 1
+        ipv6_prefix = 48
+        on_deny = "drop"
+        [gateway]
+        listen = ["[::]:8080"]
+        upstream = "ws://127.0.0.1:9000"
+        handshake_timeout = "1s"
+        idle_timeout = "0s"
+        ping_interval = "1m 30s"
+        pong_timeout = "500ms"
+        drain_timeout = "0s"
+        [gateway.messages]
+        max_size = "1MiB"
+        rate = 0
+        window = "10s"
+        on_violation = "drop"
+        [admin]
+        listen = ""
+        [log]
+        level = "info,limiter::gateway=debug"
+        format = "json"
+    "#;
+    let limits = Limits { connections_per_source: 0, connections_total: u32::MAX, ipv4_prefix: 24, ipv6_prefix: 128 };
+    let expected = Config {
+        kernel: Kernel {
+            interfaces: vec!["eth0".into(), "lo".into()],
+            attach_mode: AttachMode::Generic,
+            on_deny: OnDeny::Observe,
+            on_full: OnFull::Closed,
+            pin_path: PathBuf::from("/run/bpf/x"),
+            max_connections: 1000,
+            debug_log: true,
+        },
+        limits,
+        services: vec![
+            Service { name: "chat".into(), ports: vec![8080, 8443], limits, on_deny: OnDeny::Observe },
+            Service {
+                name: "quiet".into(),
+                ports: vec![9000],
+                limits: Limits { connections_per_source: 3, connections_total: 4, ipv4_prefix: 1, ipv6_prefix: 48 },
+                on_deny: OnDeny::Drop,
+            },
+        ],
+        gateway: Gateway {
+            listen: vec!["[::]:8080".parse().unwrap()],
+            upstream: Upstream::Relay("ws://127.0.0.1:9000".into()),
+            handshake_timeout: Duration::from_secs(1),
+            idle_timeout: Duration::ZERO,
+            ping_interval: Duration::from_secs(90),
+            pong_timeout: Duration::from_millis(500),
+            drain_timeout: Duration::ZERO,
+            messages: Messages {
+                max_size: 1 << 20,
+                rate: 0,
+                window: Duration::from_secs(10),
+                on_violation: OnViolation::Drop,
+            },
+        },
+        admin: Admin { listen: None },
+        log: Log { level: "info,limiter::gateway=debug".into(), format: LogFormat::Json },
+    };
+    assert_eq!(good(text), expected);
+}
+
+#[test]
+fn services_take_the_limits_wherever_they_stand() {
+    let config =
+        good("[[service]]\nname = \"a\"\nport = 1\n[limits]\nconnections_total = 7\n[kernel]\non_deny = \"observe\"");
+    assert_eq!(config.services[0].limits.connections_total, 7);
+    assert_eq!(config.services[0].on_deny, OnDeny::Observe);
+}
+
+#[test]
+fn each_problem_is_told_with_its_place() {
+    // The text and what must be in its only complaint, which begins with the place.
+    let cases: &[(&str, &str, &str)] = &[
+        ("x = 1", "1:1", "unknown key x; known here: kernel, limits, service, gateway, admin, log"),
+        ("[kernel]\ninterface = [\"lo\"]", "2:1", "unknown key kernel.interface; did you mean interfaces?"),
+        ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
+        ("[gateway.tls]\n", "1:10", "unknown key gateway.tls; known here: listen"),
+        ("[[rule]]\ncidr = \"::/0\"", "1:3", "unknown key rule"),
+        ("[limits]\nconnection_rate = 10", "2:1", "unknown key limits.connection_rate"),
+        (
+            "[kernel]\nattach_mode = \"natve\"",
+            "2:15",
+            "found the string \"natve\", expected one of auto, native, generic; did you mean \"native\"?",
+        ),
+        ("[kernel]\nattach_mode = \"tc\"", "2:15", "expected one of auto, native, generic"),
+        ("[kernel]\non_deny = true", "2:11", "kernel.on_deny: found true, expected one of drop, observe"),
+        ("kernel = 5", "1:10", "kernel: found the number 5, expected a table"),
+        ("service = 5", "1:11", "service: found the number 5, expected tables, each under [[service]]"),
+        ("[service]\nname = \"a\"", "1:1", "service: found a table, expected tables, each under [[service]]"),
+        ("service = [5]", "1:12", "service: found the number 5, expected a table"),
+        ("[kernel]\ninterfaces = \"lo\"", "2:14", "expected an array of network interfaces"),
+        ("[kernel]\ninterfaces = [\"lo\", \"lo\"]", "2:21", "the string \"lo\" is given twice"),
+        ("[kernel]\ninterfaces = [\"a name that is too long\"]", "2:15", "can't be the name of a network interface"),
+        ("[kernel]\npin_path = \"bpf/limiter\"", "2:12", "expected an absolute path"),
+        ("[kernel]\nmax_connections = 0", "2:19", "expected a whole number from 1 to 16777216 (connections)"),
+        ("[kernel]\nmax_connections = 99999999999999999999999", "2:19", "from 1 to 16777216"),
+        (
+            "[limits]\nconnections_per_source = -1",
+            "2:26",
+            "found the number -1, expected a whole number from 0 to 4294967295 (connections; 0: any number)",
+        ),
+        ("[limits]\nconnections_total = 1.5", "2:21", "found the number 1.5"),
+        ("[limits]\nconnections_total = \"10\"", "2:21", "found the string \"10\""),
+        ("[limits]\nipv4_prefix = 33", "2:15", "from 1 to 32"),
+        ("[limits]\nipv4_prefix = 0", "2:15", "from 1 to 32"),
+        ("[limits]\nipv6_prefix = 129", "2:15", "from 1 to 128"),
+        ("[[service]]\nport = 1", "1:1", "service.name: every [[service]] needs a name"),
+        ("[[service]]\nname = \"a\"", "1:1", "service.port: every [[service]] needs a port"),
+        ("[[service]]\nname = \"\"\nport = 1", "2:8", "found 0 bytes, expected 1 to 64"),
+        ("[[service]]\nname = \" a\"\nport = 1", "2:8", "neither begins nor ends with a space"),
+        ("[[service]]\nname = \"a\\u0000\"\nport = 1", "2:8", "control character"),
+        ("[[service]]\nname = \"a\"\nport = 0", "3:8", "from 1 to 65535 (a TCP port)"),
+        ("[[service]]\nname = \"a\"\nport = 65536", "3:8", "from 1 to 65535"),
+        ("[[service]]\nname = \"a\"\nport = []", "3:8", "expected at least one TCP port"),
+        ("[[service]]\nname = \"a\"\nport = [1, 1]", "3:12", "the number 1 is given twice"),
+        ("[[service]]\nname = \"a\"\nports = 1\nport = 1", "3:1", "unknown key service.ports; did you mean port?"),
+        ("[gateway]\nlisten = \"0.0.0.0:8080\"", "2:10", "expected an array of addresses"),
+        ("[gateway]\nlisten = []", "2:10", "expected at least one address"),
+        ("[gateway]\nlisten = [\"8080\"]", "2:11", "expected an address and a port"),
+        ("[gateway]\nlisten = [\"0.0.0.0:0\"]", "2:11", "a port other than 0"),
+        ("[gateway]\nlisten = [\"[::]:1\", \"[::]:1\"]", "2:21", "given twice"),
+        ("[gateway]\nupstream = \"http://x\"", "2:12", "it does not begin with ws://"),
+        ("[gateway]\nhandshake_timeout = 10", "2:21", "found the number 10, expected a duration with its unit"),
+        ("[gateway]\nhandshake_timeout = \"10\"", "2:21", "expected a duration with its unit"),
+        ("[gateway]\nhandshake_timeout = \"0s\"", "2:21", "expected a duration from 1ms to "),
+        ("[gateway]\nidle_timeout = \"2years\"", "2:16", "expected a duration from 0s to "),
+        ("[gateway.messages]\nmax_size = \"64 apples\"", "2:12", "expected a size with its unit"),
+        ("[gateway.messages]\nmax_size = -5", "2:12", "expected a size with its unit"),
+        ("[gateway.messages]\nmax_size = \"0B\"", "2:12", "expected a size from 1 B to 1.0 GiB"),
+        ("[admin]\nlisten = \"localhost\"", "2:10", "or \"\" for none"),
+        ("[admin]\nlisten = \"0.0.0.0:8080\"", "2:10", "the gateway listens on 0.0.0.0:8080 too"),
+        ("[log]\nlevel = \"inof\"", "2:9", "expected a level"),
+        ("[log]\nlevel = \"\"", "2:9", "expected a level"),
+        ("[log]\nformat = \"xml\"", "2:10", "expected one of text, json"),
+        (
+            "[[service]]\nname = \"a\"\nport = 1\n[gateway]\nlisten = [\"0.0.0.0:2\"]",
+            "5:10",
+            "no [[service]] has port 2",
+        ),
+        ("[limits]\nipv4_prefix = 24\nipv4_prefix = 32", "3:1", "duplicate key"),
+        ("[limits", "1:8", ""),
+        ("# ä\nxä = \"ö\"", "2:2", ""),
+    ];
+    for (text, place, complaint) in cases {
+        let lines = refused(text);
+        assert_eq!(lines.len(), 1, "{text:?} gave {lines:#?}");
+        let place = format!("limiter.toml:{place}: ");
+        assert!(lines[0].starts_with(&place) && lines[0].contains(complaint), "{text:?} gave {:?}", lines[0]);
+    }
+}
+
+#[test]
+fn a_name_of_64_bytes_is_taken_and_one_of_65_refused() {
+    let with_name = |length: usize| format!("[[service]]\nname = \"{}\"\nport = 1", "n".repeat(length));
+    assert_eq!(good(&with_name(64)).services[0].name.len(), 64);
+    assert!(refused(&with_name(65))[0].contains("found 65 bytes, expected 1 to 64"));
+}
+
+#[test]
+fn two_services_share_neither_name_nor_port() {
+    let lines = refused(
+        "[[service]]\nname = \"a\"\nport = [80, 81]\n[[service]]\nname = \"b\"\nport = 81\n[[service]]\nname = \"a\"\nport = 82",
+    );
+    assert_eq!(
+        lines,
+        [
+            "limiter.toml:6:8: service.port: 81 is a port of the service \"a\" already",
+            "limiter.toml:8:8: service.name: line 2 has a service \"a\" already",
+        ]
+    );
+}
+
+#[test]
+fn the_65th_service_is_refused_once() {
+    let services: Vec<_> = (1..=66).map(|n| format!("[[service]]\nname = \"s{n}\"\nport = {n}\n")).collect();
+    assert_eq!(refused(&services.concat()), ["limiter.toml:193:1: service: there may be 64 services at most"]);
+}
+
+#[test]
+fn all_problems_are_told_in_the_order_of_the_file() {
+    let lines = refused("[limits]\nipv4_prefix = 99\nwidth = 3\n[kernel]\npin_path = 1\n[gateway]\nupstream = \"x\"\n");
+    let places: Vec<_> = lines.iter().map(|line| line.split(": ").next().unwrap()).collect();
+    assert_eq!(places, ["limiter.toml:2:15", "limiter.toml:3:1", "limiter.toml:5:12", "limiter.toml:7:12"]);
+}
+
+#[test]
+fn all_syntax_errors_are_told() {
+    assert!(refused("a = \nb = 1\nc = [1, \n").len() >= 2);
+}
+
+/// The example with what it has in comments as keys.
+fn example_in_full() -> String {
+    EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(rest) if rest.split_once(" = ").is_some_and(|(key, _)| !key.contains(' ')) => rest,
+            _ => line,
+        })
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn the_example_is_the_defaults() {
+    let defaults = Config::resolve(None, &Overrides::default(), Purpose::Run).unwrap();
+    assert_eq!(good(EXAMPLE), defaults);
+    assert_eq!(good(&example_in_full()), defaults);
+}
+
+#[test]
+fn the_example_has_every_key() {
+    let text = example_in_full();
+    let table = DeTable::parse(&text).unwrap();
+    let report = Report::new(Path::new("example.toml"), &text);
+    file(&report, table.get_ref());
+    let document: toml::Value = toml::from_str(&text).unwrap();
+    for key in report.keys() {
+        let mut value = &document;
+        for part in key.split('.') {
+            let next = value.get(part).unwrap_or_else(|| panic!("the example lacks {key}"));
+            value = next.get(0).filter(|_| part == "service").unwrap_or(next);
+        }
+    }
+    assert!(report.keys().contains("service.on_deny") && report.keys().contains("gateway.messages.window"));
+}
+
+proptest! {
+    #[test]
+    fn no_text_makes_it_panic(text in "\\PC{0,200}") {
+        let _ = parse(Path::new("f"), &text);
+    }
+
+    #[test]
+    fn no_value_makes_it_panic(
+        key in prop::sample::select(vec!["kernel.interfaces", "kernel.pin_path", "limits.ipv4_prefix", "service",
+            "gateway.listen", "gateway.upstream", "gateway.idle_timeout", "gateway.messages.max_size", "admin.listen",
+            "log.level"]),
+        value in "[-0-9a-z.:\"\\[\\]{}= ]{0,30}",
+    ) {
+        let _ = parse(Path::new("f"), &format!("{key} = {value}"));
+        let _ = parse(Path::new("f"), &format!("{key} = [\"{value}\"]"));
+        let _ = parse(Path::new("f"), &format!("{key} = '{value}'"));
+    }
+}

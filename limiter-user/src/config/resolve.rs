@@ -1,0 +1,231 @@
+//! One configuration out of the file, the environment and the flags.
+
+use std::{
+    collections::BTreeSet,
+    fs::File as FsFile,
+    io::{self, Read},
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use super::{
+    AttachMode, Config, ConfigError, OnDeny, Service, Upstream,
+    parse::{self, File},
+    value,
+};
+
+/// Name of the service that stands for ports which the file gives no name.
+pub const DEFAULT_SERVICE: &str = "default";
+
+/// Longest file that is read; no real one comes near.
+const LONGEST_FILE_BYTES: u64 = 1 << 20;
+
+/// What the command line and the environment say; each value takes the place of the file's.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Overrides {
+    /// In place of `kernel.interfaces`.
+    pub interfaces: Option<Vec<String>>,
+    /// In place of the ports of the service, see [`Config::resolve`].
+    pub ports: Option<Vec<u16>>,
+    /// In place of `gateway.listen`.
+    pub listen: Option<Vec<SocketAddr>>,
+    /// In place of `gateway.upstream`.
+    pub upstream: Option<Upstream>,
+    /// In place of `connections_per_source` in `[limits]` and in every `[[service]]`.
+    pub connections_per_source: Option<u32>,
+    /// In place of `connections_total` in `[limits]` and in every `[[service]]`.
+    pub connections_total: Option<u32>,
+    /// In place of `on_deny` in `[kernel]` and in every `[[service]]`.
+    pub on_deny: Option<OnDeny>,
+    /// In place of `kernel.attach_mode`.
+    pub attach_mode: Option<AttachMode>,
+    /// In place of `kernel.pin_path`.
+    pub pin_path: Option<PathBuf>,
+    /// In place of `admin.listen`; `Some(None)`: nowhere.
+    pub admin: Option<Option<SocketAddr>>,
+}
+
+/// What the configuration is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A gateway, with or without the kernel's part.
+    Run,
+    /// The kernel's part alone, in front of a server that is not ours.
+    Attach,
+}
+
+impl Config {
+    /// The file of that path, checked, with nothing added to it.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        read_file(path).map(|file| file.config)
+    }
+
+    /// What is in force: the flags and the environment (`overrides`), else the file, else the defaults.
+    ///
+    /// The services that the result has, of which there is at least one:
+    ///
+    /// 1. Those of the file. `--port` stands for the ports of the only one, and is refused where there are several.
+    /// 2. If the file has none: one named [`DEFAULT_SERVICE`], with the ports of `--port`.
+    /// 3. Without `--port` either: the same with the ports that the gateway listens on. [`Purpose::Attach`] does that
+    ///    only if a flag or the file names these, since it must not protect a port that nobody has mentioned.
+    ///
+    /// Under [`Purpose::Run`] the gateway listens on the ports of `--port` where neither a flag nor the file says
+    /// otherwise, and each port that it listens on must be a service's.
+    pub fn resolve(file: Option<&Path>, overrides: &Overrides, purpose: Purpose) -> Result<Self, ConfigError> {
+        let file = file.map_or_else(|| Ok(File::default()), read_file)?;
+        merge(file, overrides, purpose)
+    }
+}
+
+fn read_file(path: &Path) -> Result<File, ConfigError> {
+    parse::parse(path, &read_text(path)?)
+}
+
+/// The text of a configuration file.
+pub(super) fn read_text(path: &Path) -> Result<String, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+    let mut text = String::new();
+    FsFile::open(path)
+        .and_then(|file| file.take(LONGEST_FILE_BYTES + 1).read_to_string(&mut text))
+        .map_err(unreadable)?;
+    if text.len() as u64 > LONGEST_FILE_BYTES {
+        return Err(unreadable(io::Error::other(format!("it is longer than {LONGEST_FILE_BYTES} bytes"))));
+    }
+    Ok(text)
+}
+
+fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, ConfigError> {
+    let File { mut config, listen_given } = file;
+    let given = overrides.clone();
+    let set_limits = |limits: &mut crate::policy::Limits| {
+        limits.connections_per_source = given.connections_per_source.unwrap_or(limits.connections_per_source);
+        limits.connections_total = given.connections_total.unwrap_or(limits.connections_total);
+    };
+
+    let kernel = &mut config.kernel;
+    kernel.interfaces = given.interfaces.unwrap_or_else(|| std::mem::take(&mut kernel.interfaces));
+    kernel.attach_mode = given.attach_mode.unwrap_or(kernel.attach_mode);
+    kernel.on_deny = given.on_deny.unwrap_or(kernel.on_deny);
+    kernel.pin_path = given.pin_path.unwrap_or_else(|| std::mem::take(&mut kernel.pin_path));
+    set_limits(&mut config.limits);
+    for service in &mut config.services {
+        set_limits(&mut service.limits);
+        service.on_deny = given.on_deny.unwrap_or(service.on_deny);
+    }
+    let listen_named = listen_given || given.listen.is_some();
+    if let Some(listen) = given.listen {
+        config.gateway.listen = listen;
+    } else if let (Some(ports), false) = (&given.ports, listen_given) {
+        config.gateway.listen = ports.iter().map(|&port| (Ipv4Addr::UNSPECIFIED, port).into()).collect();
+    }
+    config.gateway.upstream = given.upstream.unwrap_or_else(|| config.gateway.upstream.clone());
+    config.admin.listen = given.admin.unwrap_or(config.admin.listen);
+
+    choose_services(&mut config, given.ports, listen_named, purpose)?;
+    check(&config, purpose)?;
+    Ok(config)
+}
+
+/// See [`Config::resolve`].
+fn choose_services(
+    config: &mut Config,
+    ports: Option<Vec<u16>>,
+    listen_named: bool,
+    purpose: Purpose,
+) -> Result<(), ConfigError> {
+    match (config.services.as_mut_slice(), ports) {
+        ([], ports) => {
+            let ports = match ports {
+                Some(ports) => ports,
+                None if listen_named || purpose == Purpose::Run => {
+                    let ports: BTreeSet<u16> = config.gateway.listen.iter().map(SocketAddr::port).collect();
+                    ports.into_iter().collect()
+                }
+                None => {
+                    return Err(ConfigError::invalid(
+                        "no port to protect: name it with --port, or give the file a [[service]]",
+                    ));
+                }
+            };
+            config.services.push(Service {
+                name: DEFAULT_SERVICE.to_owned(),
+                ports,
+                limits: config.limits,
+                on_deny: config.kernel.on_deny,
+            });
+        }
+        ([service], Some(ports)) => service.ports = ports,
+        (_, Some(_)) => {
+            return Err(ConfigError::invalid(
+                "--port doesn't say which service it is for: the file has several; change their ports there",
+            ));
+        }
+        (_, None) => {}
+    }
+    Ok(())
+}
+
+/// What the file can't be blamed for alone.
+fn check(config: &Config, purpose: Purpose) -> Result<(), ConfigError> {
+    for name in &config.kernel.interfaces {
+        value::check_interface(name).map_err(ConfigError::invalid)?;
+    }
+    refuse_twice(&config.kernel.interfaces, "the interface")?;
+    for service in &config.services {
+        refuse_twice(&service.ports, "the port")?;
+        if service.ports.contains(&0) {
+            return Err(ConfigError::invalid("port 0 can't be protected: name the port that the server listens on"));
+        }
+    }
+    if !config.kernel.pin_path.is_absolute() {
+        let path = config.kernel.pin_path.display();
+        return Err(ConfigError::invalid(format!("the pin path {path} is not an absolute path")));
+    }
+    if purpose == Purpose::Attach {
+        if config.kernel.interfaces.is_empty() {
+            return Err(ConfigError::invalid(
+                "no interface to attach to: name it with --interface, or in the file as kernel.interfaces",
+            ));
+        }
+        return Ok(());
+    }
+    refuse_twice(&config.gateway.listen, "the gateway's address")?;
+    if let Some(address) = config.gateway.listen.iter().find(|address| address.port() == 0) {
+        return Err(ConfigError::invalid(format!("the gateway can't listen on {address}: limits need a known port")));
+    }
+    if let Some(message) = uncovered_listen(config) {
+        return Err(ConfigError::invalid(message));
+    }
+    match config.admin.listen {
+        Some(admin) if admin.port() != 0 && config.gateway.listen.contains(&admin) => {
+            Err(ConfigError::invalid(format!("the gateway and the admin server can't both listen on {admin}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn refuse_twice<T: Ord + ToString>(values: &[T], what: &str) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    match values.iter().find(|value| !seen.insert(*value)) {
+        Some(value) => Err(ConfigError::invalid(format!("{what} {} is given twice", value.to_string()))),
+        None => Ok(()),
+    }
+}
+
+/// What to say if the gateway listens on a port that no service has.
+pub(super) fn uncovered_listen(config: &Config) -> Option<String> {
+    let covered = |address: &&SocketAddr| {
+        config.services.is_empty() || config.services.iter().any(|service| service.ports.contains(&address.port()))
+    };
+    config.gateway.listen.iter().find(|address| !covered(address)).map(|address| {
+        let port = address.port();
+        format!(
+            "gateway.listen: no [[service]] has port {port}, so {address} would have no limits: \
+             add it to a service, or listen elsewhere"
+        )
+    })
+}
+
+#[cfg(test)]
+#[path = "resolve_tests.rs"]
+mod tests;

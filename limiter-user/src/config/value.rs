@@ -1,0 +1,191 @@
+//! From a value of the file to a value that is meant: what is right, and how to say what is not.
+
+use std::{
+    collections::HashSet, fmt::Display, hash::Hash, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration,
+};
+
+use bytesize::ByteSize;
+use clap::ValueEnum;
+use toml::de::DeValue;
+
+use super::{
+    read::{Fault, Item, nearest},
+    schema::Upstream,
+};
+
+/// Longest duration that is taken, so that no deadline overflows.
+pub(super) const LONGEST: Duration = Duration::from_hours(365 * 24);
+
+const LOG_LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// What a value is, for a reader.
+pub(super) fn kind(item: &Item) -> String {
+    match item.get_ref() {
+        DeValue::String(text) if text.chars().count() <= 40 => format!("the string {text:?}"),
+        DeValue::String(_) => "a string".into(),
+        DeValue::Integer(number) => format!("the number {number}"),
+        DeValue::Float(number) => format!("the number {number}"),
+        DeValue::Boolean(value) => format!("{value}"),
+        DeValue::Datetime(_) => "a date".into(),
+        DeValue::Array(_) => "an array".into(),
+        DeValue::Table(_) => "a table".into(),
+    }
+}
+
+fn expected(item: &Item, what: impl Display) -> Fault {
+    Fault::new(item, format!("found {}, expected {what}", kind(item)))
+}
+
+pub(super) fn text<'a>(item: &'a Item, what: &str) -> Result<&'a str, Fault> {
+    item.get_ref().as_str().ok_or_else(|| expected(item, what))
+}
+
+pub(super) fn boolean(item: &Item) -> Result<bool, Fault> {
+    item.get_ref().as_bool().ok_or_else(|| expected(item, "true or false"))
+}
+
+/// A whole number of that range; `meaning` says what it counts.
+pub(super) fn integer<T>(item: &Item, range: RangeInclusive<T>, meaning: &str) -> Result<T, Fault>
+where
+    T: TryFrom<i128> + PartialOrd + Display,
+{
+    let what = || format!("a whole number from {} to {} ({meaning})", range.start(), range.end());
+    let DeValue::Integer(number) = item.get_ref() else { return Err(expected(item, what())) };
+    i128::from_str_radix(number.as_str(), number.radix())
+        .ok()
+        .and_then(|number| T::try_from(number).ok())
+        .filter(|number| range.contains(number))
+        .ok_or_else(|| expected(item, what()))
+}
+
+/// A TCP port.
+pub(super) fn port(item: &Item) -> Result<u16, Fault> {
+    integer(item, 1..=u16::MAX, "a TCP port")
+}
+
+/// One of the names of an enumeration.
+pub(super) fn choice<T: ValueEnum>(item: &Item) -> Result<T, Fault> {
+    let possible: Vec<_> = T::value_variants().iter().filter_map(ValueEnum::to_possible_value).collect();
+    let names: Vec<&str> = possible.iter().map(clap::builder::PossibleValue::get_name).collect();
+    let what = format!("one of {}", names.join(", "));
+    let found = text(item, &what)?;
+    T::from_str(found, false).map_err(|_| match nearest(found, &names) {
+        Some(near) => expected(item, format!("{what}; did you mean {near:?}?")),
+        None => expected(item, what),
+    })
+}
+
+/// A duration with its unit, of that range.
+pub(super) fn duration(item: &Item, shortest: Duration, longest: Duration) -> Result<Duration, Fault> {
+    let what = r#"a duration with its unit, such as "500ms", "30s" or "5m""#;
+    let duration = humantime::parse_duration(text(item, what)?).map_err(|_| expected(item, what))?;
+    if duration < shortest || duration > longest {
+        let (shortest, longest) = (humantime::format_duration(shortest), humantime::format_duration(longest));
+        return Err(expected(item, format!("a duration from {shortest} to {longest}")));
+    }
+    Ok(duration)
+}
+
+/// A size in bytes, with a unit or without, of that range.
+pub(super) fn size(item: &Item, range: RangeInclusive<u64>) -> Result<usize, Fault> {
+    let what = r#"a size with its unit, such as "64KiB""#;
+    let bytes = match item.get_ref() {
+        DeValue::String(text) => text.parse::<ByteSize>().map_err(|_| expected(item, what))?.as_u64(),
+        DeValue::Integer(number) => {
+            u64::from_str_radix(number.as_str(), number.radix()).map_err(|_| expected(item, what))?
+        }
+        _ => return Err(expected(item, what)),
+    };
+    usize::try_from(bytes).ok().filter(|_| range.contains(&bytes)).ok_or_else(|| {
+        expected(item, format!("a size from {} to {}", ByteSize(*range.start()), ByteSize(*range.end())))
+    })
+}
+
+/// An array of values, none of them twice.
+pub(super) fn list<T>(item: &Item, convert: impl Fn(&Item) -> Result<T, Fault>, what: &str) -> Result<Vec<T>, Fault>
+where
+    T: Clone + Eq + Hash,
+{
+    let array = item.get_ref().as_array().ok_or_else(|| expected(item, format!("an array of {what}")))?;
+    let mut seen = HashSet::new();
+    array
+        .iter()
+        .map(|item| {
+            let value = convert(item)?;
+            if !seen.insert(value.clone()) {
+                return Err(Fault::new(item, format!("{} is given twice", kind(item))));
+            }
+            Ok(value)
+        })
+        .collect()
+}
+
+/// `8080` or `[8080, 8443]`.
+pub(super) fn ports(item: &Item) -> Result<Vec<u16>, Fault> {
+    if !item.get_ref().is_array() {
+        return Ok(vec![port(item)?]);
+    }
+    let ports = list(item, port, "TCP ports")?;
+    if ports.is_empty() { Err(expected(item, "at least one TCP port")) } else { Ok(ports) }
+}
+
+pub(super) fn interface(item: &Item) -> Result<String, Fault> {
+    let name = text(item, r#"the name of a network interface, such as "eth0""#)?;
+    check_interface(name).map_err(|why| Fault::new(item, why))?;
+    Ok(name.to_owned())
+}
+
+/// What the kernel takes as the name of an interface (`dev_valid_name`).
+pub(super) fn check_interface(name: &str) -> Result<(), String> {
+    let valid = !name.is_empty()
+        && name.len() < libc::IFNAMSIZ
+        && name != "."
+        && name != ".."
+        && !name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
+    if valid { Ok(()) } else { Err(format!("{name:?} can't be the name of a network interface")) }
+}
+
+pub(super) fn absolute_path(item: &Item) -> Result<PathBuf, Fault> {
+    let what = "an absolute path";
+    let path = PathBuf::from(text(item, what)?);
+    if path.is_absolute() { Ok(path) } else { Err(expected(item, what)) }
+}
+
+pub(super) fn listen(item: &Item) -> Result<SocketAddr, Fault> {
+    let what = r#"an address and a port, such as "0.0.0.0:8080" or "[::]:8080""#;
+    let address: SocketAddr = text(item, what)?.parse().map_err(|_| expected(item, what))?;
+    if address.port() == 0 {
+        return Err(expected(item, "a port other than 0: limits hold for a port that is known"));
+    }
+    Ok(address)
+}
+
+/// An address, or nothing for `""`.
+pub(super) fn optional_address(item: &Item) -> Result<Option<SocketAddr>, Fault> {
+    let what = r#"an address and a port, such as "127.0.0.1:9180", or "" for none"#;
+    match text(item, what)? {
+        "" => Ok(None),
+        address => address.parse().map(Some).map_err(|_| expected(item, what)),
+    }
+}
+
+pub(super) fn upstream(item: &Item) -> Result<Upstream, Fault> {
+    text(item, r#""echo" or a URL such as "ws://127.0.0.1:9000""#)?
+        .parse()
+        .map_err(|why: super::InvalidUpstream| Fault::new(item, why.to_string()))
+}
+
+pub(super) fn log_filter(item: &Item) -> Result<String, Fault> {
+    let what = r#"a level (off, error, warn, info, debug, trace) or a filter such as "info,limiter::gateway=debug""#;
+    let filter = text(item, what)?;
+    // EnvFilter takes a bare word for the name of a module: a misspelt level would silence everything.
+    let words_are_levels = filter
+        .split(',')
+        .filter(|directive| !directive.contains(['=', '[']))
+        .all(|word| LOG_LEVELS.contains(&word.trim().to_lowercase().as_str()));
+    if words_are_levels && filter.parse::<tracing_subscriber::EnvFilter>().is_ok() {
+        Ok(filter.to_owned())
+    } else {
+        Err(expected(item, what))
+    }
+}
