@@ -1,0 +1,210 @@
+//! Whether there is room for one more session, counted per source and in all.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::policy::{Limits, Source};
+
+/// From this many sources on, the table gives memory back when most of them are gone.
+const KEEP_CAPACITY: usize = 1024;
+
+/// The sessions that are open. Its memory is bounded by them: a source without one is not in it.
+#[derive(Default)]
+pub(super) struct Admission {
+    counts: Mutex<Counts>,
+}
+
+#[derive(Default)]
+struct Counts {
+    total: u32,
+    sources: HashMap<Source, u32>,
+}
+
+/// The right to one session; dropping it gives the slot back.
+#[must_use]
+pub(super) struct Permit {
+    admission: Arc<Admission>,
+    /// As it was when the slot was taken: the prefixes may have been changed since.
+    source: Source,
+}
+
+/// Which limit is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Full {
+    /// `connections_per_source`, which is this much.
+    Source(u32),
+    /// `connections_total`.
+    Service,
+}
+
+impl Admission {
+    /// Takes a slot for a client at `ip` under the limits of this moment.
+    pub(super) fn try_admit(self: &Arc<Self>, ip: IpAddr, limits: &Limits) -> Result<Permit, Full> {
+        let source = limits.source(ip);
+        let mut counts = self.counts();
+        let held = counts.sources.get(&source).copied().unwrap_or(0);
+        if reached(held, limits.connections_per_source) {
+            return Err(Full::Source(limits.connections_per_source));
+        }
+        if reached(counts.total, limits.connections_total) {
+            return Err(Full::Service);
+        }
+        counts.sources.insert(source, held + 1);
+        counts.total += 1;
+        Ok(Permit { admission: Arc::clone(self), source })
+    }
+
+    /// How many sessions are open.
+    pub(super) fn total(&self) -> u32 {
+        self.counts().total
+    }
+
+    fn release(&self, source: Source) {
+        let mut counts = self.counts();
+        let held = counts.sources.get_mut(&source).map(|held| {
+            *held -= 1;
+            *held
+        });
+        if held == Some(0) {
+            counts.sources.remove(&source);
+            let capacity = counts.sources.capacity();
+            if capacity > KEEP_CAPACITY && counts.sources.len() < capacity / 4 {
+                counts.sources.shrink_to(KEEP_CAPACITY.max(capacity / 2));
+            }
+        }
+        counts.total -= 1;
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        // Nothing under the lock can panic half way.
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// 0: there is no limit.
+fn reached(held: u32, limit: u32) -> bool {
+    limit != 0 && held >= limit
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.admission.release(self.source);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn limits(per_source: u32, total: u32) -> Limits {
+        Limits { connections_per_source: per_source, connections_total: total, ..Limits::default() }
+    }
+
+    fn ip(n: u8) -> IpAddr {
+        IpAddr::from([192, 0, 2, n])
+    }
+
+    #[test]
+    fn the_source_limit_is_exact_and_a_drop_makes_room() {
+        let admission = Arc::new(Admission::default());
+        let limits = limits(2, 0);
+        let first = admission.try_admit(ip(1), &limits).unwrap();
+        let _second = admission.try_admit(ip(1), &limits).unwrap();
+        assert_eq!(admission.try_admit(ip(1), &limits).err(), Some(Full::Source(2)));
+        let _other = admission.try_admit(ip(2), &limits).unwrap();
+        drop(first);
+        let _third = admission.try_admit(ip(1), &limits).unwrap();
+        assert_eq!(admission.total(), 3);
+    }
+
+    #[test]
+    fn the_source_is_told_before_the_service() {
+        let admission = Arc::new(Admission::default());
+        let _permit = admission.try_admit(ip(1), &limits(1, 1)).unwrap();
+        assert_eq!(admission.try_admit(ip(1), &limits(1, 1)).err(), Some(Full::Source(1)));
+        assert_eq!(admission.try_admit(ip(2), &limits(1, 1)).err(), Some(Full::Service));
+    }
+
+    #[test]
+    fn zero_is_no_limit() {
+        let admission = Arc::new(Admission::default());
+        let permits: Vec<_> = (0..100).map(|_| admission.try_admit(ip(1), &limits(0, 0)).unwrap()).collect();
+        assert_eq!(admission.total(), 100);
+        drop(permits);
+        assert_eq!(admission.total(), 0);
+    }
+
+    #[test]
+    fn a_permit_goes_back_to_the_source_it_came_from_when_prefixes_change() {
+        let admission = Arc::new(Admission::default());
+        let wide = Limits { ipv4_prefix: 24, ..limits(1, 0) };
+        let permit = admission.try_admit(ip(1), &wide).unwrap();
+        let _narrow = admission.try_admit(ip(1), &limits(1, 0)).unwrap();
+        drop(permit);
+        assert!(admission.try_admit(ip(9), &wide).is_ok());
+        assert_eq!(admission.counts().sources.len(), 1);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Arrive(u8),
+        Leave(usize),
+        Tune(u32, u32),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..4u8).prop_map(Step::Arrive),
+            3 => any::<usize>().prop_map(Step::Leave),
+            1 => (0..5u32, 0..12u32).prop_map(|(per_source, total)| Step::Tune(per_source, total)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_over_the_limit_nor_released_twice(steps in proptest::collection::vec(step(), 0..300)) {
+            let admission = Arc::new(Admission::default());
+            let mut current = limits(3, 8);
+            let mut held: Vec<(u8, Permit)> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Arrive(n) => {
+                        let own = u32::try_from(held.iter().filter(|(m, _)| *m == n).count()).unwrap();
+                        let all = u32::try_from(held.len()).unwrap();
+                        let expected = if reached(own, current.connections_per_source) {
+                            Some(Full::Source(current.connections_per_source))
+                        } else if reached(all, current.connections_total) {
+                            Some(Full::Service)
+                        } else {
+                            None
+                        };
+                        match admission.try_admit(ip(n), &current) {
+                            Ok(permit) => {
+                                prop_assert_eq!(expected, None);
+                                held.push((n, permit));
+                            }
+                            Err(full) => prop_assert_eq!(expected, Some(full)),
+                        }
+                    }
+                    Step::Leave(i) if !held.is_empty() => {
+                        let i = i % held.len();
+                        drop(held.swap_remove(i));
+                    }
+                    Step::Leave(_) => {}
+                    Step::Tune(per_source, total) => current = limits(per_source, total),
+                }
+                let sources: std::collections::HashSet<u8> = held.iter().map(|(n, _)| *n).collect();
+                prop_assert_eq!(admission.total() as usize, held.len());
+                prop_assert_eq!(admission.counts().sources.len(), sources.len());
+            }
+            drop(held);
+            prop_assert_eq!(admission.total(), 0);
+            prop_assert!(admission.counts().sources.is_empty());
+        }
+    }
+}

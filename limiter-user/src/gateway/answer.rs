@@ -1,0 +1,184 @@
+//! The HTTP answers of the handshake: what a refused client is told, and what the log and the metrics call it.
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    HeaderMap, Response, StatusCode,
+    header::{
+        CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_PROTOCOL,
+        SEC_WEBSOCKET_VERSION, UPGRADE, WWW_AUTHENTICATE,
+    },
+};
+use serde::Serialize;
+
+use super::handshake::Handshake;
+
+/// Headers of an upstream's refusal that a client can do something with.
+const PASSED_ON: [HeaderName; 2] = [RETRY_AFTER, WWW_AUTHENTICATE];
+
+/// Why a handshake does not become a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// A plain HTTP request.
+    NotWebSocket,
+    /// A version of the protocol that nobody speaks.
+    Version,
+    /// A handshake that breaks RFC 6455; with what is wrong.
+    Bad(&'static str),
+    /// Not complete before `handshake_timeout`.
+    Timeout,
+    /// The source holds this many connections and may hold no more.
+    SourceFull(u32),
+    /// The service holds as many connections as it may.
+    ServiceFull,
+    /// The gateway is being shut down.
+    Draining,
+    /// Nothing answers at the upstream's address, or not in WebSocket.
+    UpstreamUnreachable,
+    /// The upstream takes too long to answer.
+    UpstreamTimeout,
+    /// The upstream does not want this client; with its status and the headers that go with it.
+    UpstreamRefused(StatusCode, HeaderMap),
+}
+
+#[derive(Serialize)]
+struct Problem<'a> {
+    r#type: &'static str,
+    title: &'a str,
+    status: u16,
+    detail: &'a str,
+}
+
+impl Refusal {
+    /// What metrics and logs call it.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::NotWebSocket => "not_websocket",
+            Self::Version => "version",
+            Self::Bad(_) => "bad_request",
+            Self::Timeout => "timeout",
+            Self::SourceFull(_) => "source_full",
+            Self::ServiceFull => "service_full",
+            Self::Draining => "draining",
+            Self::UpstreamUnreachable => "upstream_unreachable",
+            Self::UpstreamTimeout => "upstream_timeout",
+            Self::UpstreamRefused(..) => "upstream_refused",
+        }
+    }
+
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
+            Self::Bad(_) => StatusCode::BAD_REQUEST,
+            Self::Timeout => StatusCode::REQUEST_TIMEOUT,
+            Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
+            // What goes wrong behind the gateway is no fault of the client; only what it can act on is passed on.
+            Self::UpstreamRefused(status, _)
+                if status.is_client_error() || *status == StatusCode::SERVICE_UNAVAILABLE =>
+            {
+                *status
+            }
+            Self::UpstreamUnreachable | Self::UpstreamRefused(..) => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    fn detail(&self) -> String {
+        match self {
+            Self::NotWebSocket => "this server speaks WebSocket only".into(),
+            Self::Version => "this server speaks version 13 of the WebSocket protocol".into(),
+            Self::Bad(what) => (*what).into(),
+            Self::Timeout => "the handshake was not complete in time".into(),
+            Self::SourceFull(limit) => {
+                format!("too many connections from your address; {limit} at a time are allowed")
+            }
+            Self::ServiceFull => "the service has no room for another connection at the moment".into(),
+            Self::Draining => "the server is shutting down".into(),
+            Self::UpstreamUnreachable => "the application behind this server cannot be reached".into(),
+            Self::UpstreamTimeout => "the application behind this server did not answer in time".into(),
+            Self::UpstreamRefused(..) => "the application refused the connection".into(),
+        }
+    }
+
+    /// Seconds after which to try again. Jittered, so that those who were refused together don't return together.
+    fn retry_after(&self) -> Option<u16> {
+        match self {
+            Self::SourceFull(_) => Some(fastrand::u16(5..=10)),
+            Self::ServiceFull => Some(fastrand::u16(5..=15)),
+            Self::Draining => Some(fastrand::u16(1..=5)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn response(&self) -> Response<Full<Bytes>> {
+        let status = self.status();
+        let mut response = Response::new(Full::new(self.body()));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        if status == StatusCode::UPGRADE_REQUIRED {
+            headers.insert(CONNECTION, HeaderValue::from_static("close, upgrade"));
+            headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+            headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        }
+        if let Some(seconds) = self.retry_after() {
+            headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if let Self::UpstreamRefused(_, theirs) = self {
+            for name in PASSED_ON {
+                if let Some(value) = theirs.get(&name) {
+                    headers.insert(name, value.clone());
+                }
+            }
+        }
+        response
+    }
+
+    /// The whole answer as bytes, for a client whose request did not get as far as an HTTP server's answer.
+    pub(super) fn raw(&self) -> Vec<u8> {
+        let status = self.status();
+        let body = self.body();
+        let retry = self.retry_after().map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
+        let mut raw = format!(
+            "HTTP/1.1 {status}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n{retry}connection: \
+             close\r\n\r\n",
+            body.len()
+        )
+        .into_bytes();
+        raw.extend_from_slice(&body);
+        raw
+    }
+
+    fn body(&self) -> Bytes {
+        let status = self.status();
+        let problem = Problem {
+            // No document of ours describes it further, so the title is the status's own (RFC 9457, 4.2.1).
+            r#type: "about:blank",
+            title: status.canonical_reason().unwrap_or("Error"),
+            status: status.as_u16(),
+            detail: &self.detail(),
+        };
+        // Strings and a number can't fail to serialise.
+        serde_json::to_vec(&problem).unwrap_or_default().into()
+    }
+}
+
+/// 101, with the subprotocol that was chosen. No extension is: a message that is small on the wire and large in memory
+/// would go past the limits.
+pub(super) fn switching_protocols(handshake: &Handshake, protocol: Option<HeaderValue>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    // Base64 is always a legal value.
+    if let Ok(accept) = HeaderValue::from_str(&handshake.accept) {
+        headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    if let Some(protocol) = protocol {
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, protocol);
+    }
+    response
+}

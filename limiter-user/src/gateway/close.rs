@@ -1,0 +1,193 @@
+//! How a session ends: why, what each side is told, and how long it is waited for.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Error, Message,
+        error::ProtocolError,
+        protocol::{CloseFrame, frame::coding::CloseCode},
+    },
+};
+
+use super::socket::Socket;
+
+/// How long the Close frame may take to leave.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a client that is told to close may take to do so.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a session ends.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The client closes.
+    Client(Option<CloseFrame>),
+    /// The client's connection broke, or ended without a Close frame.
+    Lost,
+    /// The client sent what is no WebSocket frame (1002), or text that is no UTF-8 (1007).
+    Malformed(CloseCode),
+    /// A message over `max_size`.
+    TooBig,
+    /// A message over `rate`.
+    TooMany,
+    /// No message either way for `idle_timeout`.
+    Idle,
+    /// A ping was not answered within `pong_timeout`.
+    NoPong,
+    /// The client does not take what it is sent.
+    SlowConsumer,
+    /// The gateway is being shut down.
+    Draining,
+    /// The upstream closes.
+    Upstream(Option<CloseFrame>),
+    /// The upstream's connection broke, or it does not take what it is sent.
+    UpstreamGone,
+    /// The upstream sent what can't be passed on.
+    UpstreamMalformed,
+}
+
+impl End {
+    /// What an error while reading from the client means.
+    pub(super) fn of_client(error: &Error) -> Self {
+        match error {
+            Error::Capacity(_) => Self::TooBig,
+            Error::Utf8(_) => Self::Malformed(CloseCode::Invalid),
+            Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Self::Lost,
+            Error::Protocol(_) => Self::Malformed(CloseCode::Protocol),
+            _ => Self::Lost,
+        }
+    }
+
+    /// What an error while reading from the upstream means.
+    pub(super) fn of_upstream(error: &Error) -> Self {
+        match error {
+            Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Self::UpstreamGone,
+            Error::Capacity(_) | Error::Utf8(_) | Error::Protocol(_) => Self::UpstreamMalformed,
+            _ => Self::UpstreamGone,
+        }
+    }
+
+    /// What metrics and logs call it.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::Client(_) => "client",
+            Self::Lost => "lost",
+            Self::Malformed(_) => "malformed",
+            Self::TooBig => "too_big",
+            Self::TooMany => "over_rate",
+            Self::Idle => "idle",
+            Self::NoPong => "no_pong",
+            Self::SlowConsumer => "slow_consumer",
+            Self::Draining => "draining",
+            Self::Upstream(_) => "upstream",
+            Self::UpstreamGone => "upstream_gone",
+            Self::UpstreamMalformed => "upstream_malformed",
+        }
+    }
+
+    /// The Close frame for the client.
+    fn for_client(&self) -> Option<CloseFrame> {
+        let (code, reason) = match self {
+            Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
+            Self::Lost => return None,
+            Self::Malformed(CloseCode::Invalid) => (CloseCode::Invalid, "invalid UTF-8"),
+            Self::Malformed(code) => (*code, "malformed frame"),
+            Self::TooBig => (CloseCode::Size, "message too big"),
+            Self::TooMany => (CloseCode::Policy, "too many messages"),
+            Self::Idle => (CloseCode::Away, "idle"),
+            Self::NoPong => (CloseCode::Away, "no answer to ping"),
+            Self::SlowConsumer => (CloseCode::Policy, "too slow to receive"),
+            Self::Draining => (CloseCode::Away, "server is shutting down"),
+            Self::UpstreamGone => (CloseCode::Restart, "application went away"),
+            Self::UpstreamMalformed => (CloseCode::Error, "application error"),
+        };
+        Some(CloseFrame { code, reason: reason.into() })
+    }
+
+    /// The Close frame for the upstream.
+    fn for_upstream(&self) -> Option<CloseFrame> {
+        let (code, reason) = match self {
+            Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
+            Self::UpstreamMalformed => (CloseCode::Protocol, "malformed or oversized message"),
+            // Its client's faults are none of its own: to the upstream the client has gone away.
+            _ => (CloseCode::Away, "client went away"),
+        };
+        Some(CloseFrame { code, reason: reason.into() })
+    }
+}
+
+/// Closes the client's side. In a drain it may take `drain_timeout` to close too. Says whether it took part.
+pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain_timeout: Duration) -> bool {
+    match end {
+        End::Lost => false,
+        // The answer to the client's Close is in the buffer already. Nothing more can come from it, so closing after
+        // the flush is no RST.
+        End::Client(_) => {
+            _ = timeout(FLUSH_TIMEOUT, socket.flush()).await;
+            true
+        }
+        // Somebody who isn't there isn't waited for: the slot is free once the attempt is made.
+        End::NoPong | End::SlowConsumer => {
+            send_close(&mut socket, end.for_client()).await;
+            false
+        }
+        // The reader stopped in the middle of a frame, so there is no Close to be found in what follows.
+        End::Malformed(_) | End::TooBig => {
+            if send_close(&mut socket, end.for_client()).await {
+                socket.into_inner().linger(CLOSE_TIMEOUT).await;
+            }
+            false
+        }
+        _ => {
+            let patience = if matches!(end, End::Draining) { drain_timeout } else { CLOSE_TIMEOUT };
+            if !send_close(&mut socket, end.for_client()).await {
+                return false;
+            }
+            let answered = timeout(patience, answer(&mut socket)).await.unwrap_or(false);
+            if !answered {
+                socket.into_inner().linger(FLUSH_TIMEOUT).await;
+            }
+            answered
+        }
+    }
+}
+
+/// Closes the upstream's side, which is told what its client was, and not waited for longer than a moment.
+pub(super) async fn upstream<S: AsyncRead + AsyncWrite + Unpin>(mut socket: WebSocketStream<S>, end: &End) {
+    match end {
+        End::UpstreamGone => {}
+        End::Upstream(_) => _ = timeout(FLUSH_TIMEOUT, socket.flush()).await,
+        _ => {
+            if send_close(&mut socket, end.for_upstream()).await {
+                _ = timeout(CLOSE_TIMEOUT, answer(&mut socket)).await;
+            }
+        }
+    }
+}
+
+/// Sends the Close frame; false: it could not leave.
+async fn send_close<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut WebSocketStream<S>,
+    frame: Option<CloseFrame>,
+) -> bool {
+    matches!(timeout(FLUSH_TIMEOUT, socket.send(Message::Close(frame))).await, Ok(Ok(())))
+}
+
+/// Waits for the Close frame that answers ours; what was on its way before is dropped. False: the connection broke.
+async fn answer<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut WebSocketStream<S>) -> bool {
+    while let Some(received) = socket.next().await {
+        match received {
+            Ok(Message::Close(_)) => return true,
+            Ok(_) => {}
+            Err(_) => return false,
+        }
+    }
+    false
+}

@@ -1,0 +1,189 @@
+//! One accepted connection, from its first byte to its last.
+
+use std::{
+    future::poll_fn,
+    net::IpAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::AsyncWriteExt,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
+
+use super::{
+    Shared,
+    admission::{Full as NoRoom, Permit},
+    answer::{Refusal, switching_protocols},
+    application::Opened,
+    drain::Outcome,
+    handshake, messages,
+    relay::Client,
+    session,
+    socket::Socket,
+};
+
+/// Longest head of a request, in bytes, and most header lines in it. A cookie and a token fit with room to spare.
+const MAX_HEAD: usize = 16 * 1024;
+const MAX_HEADERS: usize = 64;
+
+/// How long a client that was refused may take to read why.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// How long a connection without a request may go on in a drain.
+const DRAIN_GRACE: Duration = Duration::from_secs(1);
+
+/// A handshake that was answered with 101.
+struct Accepted {
+    permit: Permit,
+    application: Opened,
+}
+
+/// Serves a connection until it is closed.
+pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) -> Outcome {
+    let started = Instant::now();
+    let handshake = Box::pin(shake_hands(socket, &shared, started));
+    let Some((socket, Accepted { permit, application })) = handshake.await else {
+        return Outcome::NoSession;
+    };
+    shared.metrics.session_opened(started.elapsed());
+    let clean = session::run(socket, application, &shared).await;
+    // The socket is closed by now, so that whoever gets the slot doesn't find it still taken in the kernel.
+    drop(permit);
+    Outcome::Session { clean }
+}
+
+/// Reads the request and answers it. `None`: refused, or the client left; the connection is closed.
+async fn shake_hands(
+    socket: Socket,
+    shared: &Arc<Shared>,
+    started: Instant,
+) -> Option<(WebSocketStream<Socket>, Accepted)> {
+    let client = socket.connection().remote.ip();
+    let deadline = started + shared.config.handshake_timeout;
+    let answered: Arc<Mutex<Answered>> = Arc::default();
+    let service = service_fn(|request| answer(request, client, deadline, shared, &answered));
+    let mut http = http1::Builder::new()
+        .max_buf_size(MAX_HEAD)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(socket), service);
+
+    // The HTTP side is polled here rather than in a task of its own, so that the socket can always be taken back.
+    let served = tokio::select! {
+        served = poll_fn(|cx| http.poll_without_shutdown(cx)) => Ok(served),
+        refusal = out_of_time(shared, deadline) => Err(refusal),
+    };
+    let parts = http.into_parts();
+    let mut socket = parts.io.into_inner();
+    let answered = std::mem::take(&mut *answered.lock().unwrap_or_else(PoisonError::into_inner));
+
+    match (served, answered) {
+        (Ok(Ok(())), Answered::Accepted(accepted)) => {
+            let config = messages::client_config(&shared.config.messages, shared.application.is_relay());
+            let read = parts.read_buf.to_vec();
+            let socket = WebSocketStream::from_partially_read(socket, read, Role::Server, Some(config)).await;
+            return Some((socket, *accepted));
+        }
+        (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
+        // The HTTP side has answered what it could not parse, if there was anything.
+        (Ok(Err(e)), _) if e.is_parse() => {
+            refused(shared, client, "malformed");
+            socket.linger(LINGER).await;
+        }
+        // Before it had an answer, or before it had read it; nothing to log, for that is what port checks do.
+        (Ok(_), _) | (Err(_), Answered::Refused | Answered::Accepted(_)) => shared.metrics.handshake("left"),
+        (Err(refusal), Answered::Nothing) => {
+            refused(shared, client, refusal.label());
+            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
+                socket.linger(LINGER).await;
+            }
+        }
+    }
+    None
+}
+
+/// What the HTTP side came to.
+#[derive(Default)]
+enum Answered {
+    #[default]
+    Nothing,
+    Refused,
+    Accepted(Box<Accepted>),
+}
+
+/// Completes when a handshake must be over, with what to tell the client.
+async fn out_of_time(shared: &Shared, deadline: Instant) -> Refusal {
+    tokio::select! {
+        () = sleep_until(deadline) => Refusal::Timeout,
+        () = shared.drain.wait() => {
+            sleep_until(deadline.min(Instant::now() + DRAIN_GRACE)).await;
+            Refusal::Draining
+        }
+    }
+}
+
+/// Boxed because the HTTP side must be able to move it.
+type Answering = Pin<Box<dyn Future<Output = hyper::Result<Response<Full<Bytes>>>> + Send>>;
+
+/// The answer to a request, and through `answered` what comes of the connection.
+fn answer(
+    request: Request<Incoming>,
+    client: IpAddr,
+    deadline: Instant,
+    shared: &Arc<Shared>,
+    answered: &Arc<Mutex<Answered>>,
+) -> Answering {
+    let shared = Arc::clone(shared);
+    let answered = Arc::clone(answered);
+    Box::pin(async move {
+        let (response, outcome) = match decide(request, client, deadline, &shared).await {
+            Ok((response, accepted)) => (response, Answered::Accepted(Box::new(accepted))),
+            Err(refusal) => {
+                refused(&shared, client, refusal.label());
+                (refusal.response(), Answered::Refused)
+            }
+        };
+        *answered.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+        Ok(response)
+    })
+}
+
+/// Whether this client gets a session, and the application's side of it.
+async fn decide(
+    request: Request<Incoming>,
+    client: IpAddr,
+    deadline: Instant,
+    shared: &Arc<Shared>,
+) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
+    let (head, _) = request.into_parts();
+    let handshake = handshake::check(&head)?;
+    if shared.drain.begun() {
+        return Err(Refusal::Draining);
+    }
+    let permit = shared.admission.try_admit(client, &shared.policy.limits()).map_err(|full| match full {
+        NoRoom::Source(limit) => Refusal::SourceFull(limit),
+        NoRoom::Service => Refusal::ServiceFull,
+    })?;
+    // A tenth of the time is kept, to tell the client that the upstream has not answered.
+    let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
+    let (application, protocol) = shared
+        .application
+        .open(&head, &handshake, Client::new(client), &shared.config.messages, upstream_deadline)
+        .await?;
+    Ok((switching_protocols(&handshake, protocol), Accepted { permit, application }))
+}
+
+/// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.
+fn refused(shared: &Shared, client: IpAddr, reason: &'static str) {
+    shared.metrics.handshake(reason);
+    if let Some(left_out) = shared.refusals.admit(reason) {
+        tracing::info!(%client, reason, left_out, "handshake refused");
+    }
+}

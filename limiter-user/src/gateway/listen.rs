@@ -1,0 +1,189 @@
+//! Listening sockets, and the loop that accepts from them.
+
+use std::{
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::{JoinError, JoinSet},
+    time::sleep,
+};
+
+use super::{Shared, connection, drain::Outcome, socket::Socket};
+
+/// Connections that completed their handshake and wait for the accept. The kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// How long the loop rests when the host can give no more sockets; what is established meanwhile waits in the backlog.
+const BACKOFF: Duration = Duration::from_millis(100);
+
+/// Why a gateway can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// `gateway.listen` is empty.
+    #[error("gateway.listen names no address, so nothing could be served; give one, for example \"0.0.0.0:8080\"")]
+    NoAddress,
+    /// An address can't be listened on.
+    #[error("cannot listen on {address}: {source}; {}", advice(.source, *.address))]
+    Address {
+        /// The address, as configured.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// `gateway.upstream` is no URL that can be relayed to.
+    #[error(
+        "gateway.upstream = \"{url}\": {problem}; give the address of a WebSocket server, for example \
+         \"ws://127.0.0.1:9000\", or \"echo\""
+    )]
+    Upstream {
+        /// The URL, as configured.
+        url: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+fn advice(error: &io::Error, address: SocketAddr) -> String {
+    let port = address.port();
+    match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => {
+            format!("`ss -ltnp 'sport = :{port}'` shows who holds the port: stop it, or listen elsewhere")
+        }
+        Some(libc::EACCES) => format!("port {port} takes root or CAP_NET_BIND_SERVICE; ports from 1024 on don't"),
+        Some(libc::EADDRNOTAVAIL) => "no interface has this address (`ip address` lists those there are)".to_owned(),
+        Some(libc::EAFNOSUPPORT) => "this host has that address family switched off".to_owned(),
+        _ => "listen elsewhere, or mend the cause and start again".to_owned(),
+    }
+}
+
+/// Bound sockets.
+pub(super) struct Listeners {
+    sockets: Vec<TcpListener>,
+    addrs: Vec<SocketAddr>,
+    /// Which one is asked first next time, so that a busy one does not starve the others.
+    next: usize,
+}
+
+impl Listeners {
+    pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Self, BindError> {
+        if addresses.is_empty() {
+            return Err(BindError::NoAddress);
+        }
+        let mut listeners = Self { sockets: Vec::new(), addrs: Vec::new(), next: 0 };
+        for &address in addresses {
+            let (socket, addr) = bind(address).map_err(|source| BindError::Address { address, source })?;
+            listeners.sockets.push(socket);
+            listeners.addrs.push(addr);
+        }
+        Ok(listeners)
+    }
+
+    pub(super) fn local_addrs(&self) -> &[SocketAddr] {
+        &self.addrs
+    }
+
+    /// The next connection, with the address of the listener that it came in on.
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<(io::Result<(TcpStream, SocketAddr)>, SocketAddr)> {
+        for _ in 0..self.sockets.len() {
+            let i = self.next;
+            self.next = (self.next + 1) % self.sockets.len();
+            if let Poll::Ready(accepted) = self.sockets[i].poll_accept(cx) {
+                return Poll::Ready((accepted, self.addrs[i]));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // A restart must not wait for the connections in TIME_WAIT that the last run left.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // So that 0.0.0.0 and [::] can both be given with the same port.
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    let listener = TcpListener::from_std(socket.into())?;
+    let addr = listener.local_addr()?;
+    Ok((listener, addr))
+}
+
+/// Accepts and serves until `shutdown` completes; then closes the listening sockets and hands back the connections that
+/// are still there.
+pub(super) async fn serve(
+    mut listeners: Listeners,
+    shared: &Arc<Shared>,
+    shutdown: impl Future<Output = ()>,
+) -> JoinSet<Outcome> {
+    let mut connections = JoinSet::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut shutdown => return connections,
+            Some(ended) = connections.join_next() => report_panic(&ended),
+            (accepted, local) = poll_fn(|cx| listeners.poll_accept(cx)) => match accepted {
+                Ok((stream, remote)) => {
+                    let socket = Socket::new(stream, remote, local, Arc::clone(&shared.policy));
+                    connections.spawn(connection::serve(socket, Arc::clone(shared)));
+                }
+                // The client went away while it waited in the backlog: its own affair.
+                Err(e) if is_about_one_connection(&e) => {}
+                Err(e) => {
+                    shared.metrics.accept_errors.inc();
+                    if let Some(left_out) = shared.refusals.admit("accept") {
+                        tracing::warn!(
+                            error = %e, left_out,
+                            "cannot accept; clients wait in the backlog (out of descriptors: raise LimitNOFILE)"
+                        );
+                    }
+                    tokio::select! {
+                        () = &mut shutdown => return connections,
+                        () = sleep(BACKOFF) => {}
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A connection's own task must not be able to end the others.
+pub(super) fn report_panic(ended: &Result<Outcome, JoinError>) {
+    if let Err(e) = ended
+        && e.is_panic()
+    {
+        tracing::error!(error = %e, "a connection's task panicked; its connection was closed and released");
+    }
+}
+
+/// accept(2) also hands out errors that were pending on the new socket itself.
+fn is_about_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ECONNABORTED
+                | libc::EINTR
+                | libc::EPERM
+                | libc::EPROTO
+                | libc::ENETDOWN
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::ENONET
+                | libc::EHOSTUNREACH
+                | libc::EOPNOTSUPP
+                | libc::ENETUNREACH
+        )
+    )
+}

@@ -1,0 +1,143 @@
+//! What the gateway counts.
+
+use std::time::Duration;
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+/// From a millisecond to the usual deadline.
+const HANDSHAKE_SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
+
+/// From a client that comes and goes to one that stays for days.
+const CONNECTION_SECONDS: [f64; 10] = [0.1, 1.0, 10.0, 60.0, 300.0, 1_800.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0];
+
+/// The gateway's metrics. One is made per process, registered, and handed to [`Gateway::bind`](super::Gateway::bind).
+pub struct Metrics {
+    handshakes: Family<ResultLabel, Counter>,
+    handshake_seconds: Histogram,
+    sessions: Gauge,
+    connections_closed: Family<ReasonLabel, Counter>,
+    connection_seconds: Histogram,
+    messages: Family<MessageLabels, Counter>,
+    message_bytes: Family<DirectionLabel, Counter>,
+    pub(super) accept_errors: Counter,
+    /// Series of `messages` and `message_bytes`, at hand so that a message costs no look-up.
+    pub(super) received: Direction,
+    pub(super) sent: Direction,
+    pub(super) over_rate: Counter,
+    pub(super) too_big: Counter,
+    pub(super) malformed: Counter,
+}
+
+/// Messages that pass in one direction.
+pub(super) struct Direction {
+    messages: Counter,
+    bytes: Counter,
+}
+
+impl Direction {
+    pub(super) fn count(&self, bytes: usize) {
+        self.messages.inc();
+        self.bytes.inc_by(bytes as u64);
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabel {
+    direction: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MessageLabels {
+    direction: &'static str,
+    verdict: &'static str,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let messages: Family<MessageLabels, Counter> = Family::default();
+        let message_bytes: Family<DirectionLabel, Counter> = Family::default();
+        let verdict = |direction, verdict| messages.get_or_create_owned(&MessageLabels { direction, verdict });
+        let passed = |direction| Direction {
+            messages: verdict(direction, "passed"),
+            bytes: message_bytes.get_or_create_owned(&DirectionLabel { direction }),
+        };
+        Self {
+            received: passed("in"),
+            sent: passed("out"),
+            over_rate: verdict("in", "over_rate"),
+            too_big: verdict("in", "too_big"),
+            malformed: verdict("in", "malformed"),
+            handshakes: Family::default(),
+            handshake_seconds: Histogram::new(HANDSHAKE_SECONDS),
+            sessions: Gauge::default(),
+            connections_closed: Family::default(),
+            connection_seconds: Histogram::new(CONNECTION_SECONDS),
+            accept_errors: Counter::default(),
+            messages,
+            message_bytes,
+        }
+    }
+}
+
+impl Metrics {
+    /// Adds them to `registry`, whose prefix should be `limiter`. Done once; a second time would write each twice.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("handshakes", "WebSocket handshakes, by what came of them", self.handshakes.clone());
+        registry.register(
+            "handshake_seconds",
+            "From accept to the end of the upgrade, of handshakes that succeeded",
+            self.handshake_seconds.clone(),
+        );
+        registry.register("sessions", "WebSocket sessions that are open in the gateway", self.sessions.clone());
+        registry.register(
+            "connections_closed",
+            "WebSocket sessions that ended, by reason",
+            self.connections_closed.clone(),
+        );
+        registry.register("connection_seconds", "How long WebSocket sessions lasted", self.connection_seconds.clone());
+        registry.register(
+            "messages",
+            "Messages from (in) and to (out) clients, by what was done with them",
+            self.messages.clone(),
+        );
+        registry.register("message_bytes", "Payload of the messages that were passed on", self.message_bytes.clone());
+        registry.register(
+            "accept_errors",
+            "Failed accepts; out of file descriptors, mostly",
+            self.accept_errors.clone(),
+        );
+    }
+
+    /// A handshake came to an end.
+    pub(super) fn handshake(&self, result: &'static str) {
+        self.handshakes.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// A handshake succeeded, `took` after the accept.
+    pub(super) fn session_opened(&self, took: Duration) {
+        self.handshake("accepted");
+        self.handshake_seconds.observe(took.as_secs_f64());
+        self.sessions.inc();
+    }
+
+    /// A session ended, `lasted` after the handshake.
+    pub(super) fn session_closed(&self, reason: &'static str, lasted: Duration) {
+        self.sessions.dec();
+        self.connections_closed.get_or_create(&ReasonLabel { reason }).inc();
+        self.connection_seconds.observe(lasted.as_secs_f64());
+    }
+}

@@ -1,0 +1,316 @@
+//! The way to an upstream WebSocket server.
+
+use std::{future::poll_fn, net::IpAddr, pin::pin, task::Poll, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::{
+    HeaderMap, Request, Response, StatusCode, Uri,
+    body::Incoming,
+    client::conn::http1,
+    header::{
+        CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderName, HeaderValue, SEC_WEBSOCKET_ACCEPT,
+        SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, TE, TRAILER,
+        TRANSFER_ENCODING, UPGRADE,
+    },
+    http::{request::Parts, uri::PathAndQuery},
+};
+use hyper_util::rt::TokioIo;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        handshake::{client::generate_key, derive_accept_key},
+        protocol::{Role, WebSocketConfig},
+    },
+};
+
+use super::{answer::Refusal, handshake::Handshake};
+
+/// After how much silence the kernel asks whether the upstream's host is still there.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// Headers of a request that hold for one hop, or that only the gateway may set.
+const NOT_PASSED_ON: [HeaderName; 14] = [
+    CONNECTION,
+    UPGRADE,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    CONTENT_LENGTH,
+    SEC_WEBSOCKET_KEY,
+    SEC_WEBSOCKET_VERSION,
+    SEC_WEBSOCKET_EXTENSIONS,
+    SEC_WEBSOCKET_PROTOCOL,
+    FORWARDED,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("x-real-ip"),
+    HeaderName::from_static("x-request-id"),
+];
+
+/// The same, by how they begin.
+const NOT_PASSED_ON_PREFIXES: [&str; 3] = ["x-forwarded-", "x-limiter-", "proxy-"];
+
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// An upstream WebSocket server.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Relay {
+    host: String,
+    port: u16,
+    /// Where every client is led, whatever it asked for; `None`: where it asked for.
+    path: Option<PathAndQuery>,
+}
+
+/// Whom the gateway connects for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Client {
+    ip: IpAddr,
+    /// Ties the upstream's log lines to ours.
+    request_id: u128,
+}
+
+impl Client {
+    pub(super) fn new(ip: IpAddr) -> Self {
+        Self { ip, request_id: fastrand::u128(..) }
+    }
+}
+
+impl Relay {
+    /// Of a URL as the configuration has it; an error says what is wrong with it.
+    pub(super) fn new(url: &str) -> Result<Self, &'static str> {
+        let uri: Uri = url.parse().map_err(|_| "not a URL")?;
+        match uri.scheme_str() {
+            Some("ws") => {}
+            Some("wss") => return Err("TLS to the upstream is not supported"),
+            _ => return Err("the scheme must be ws://"),
+        }
+        if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+            return Err("a user or a password in it would go nowhere");
+        }
+        let host = uri.host().filter(|host| !host.is_empty()).ok_or("it names no host")?;
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let path = uri.path_and_query().filter(|path| !matches!(path.as_str(), "" | "/")).cloned();
+        Ok(Self { host, port: uri.port_u16().unwrap_or(80), path })
+    }
+
+    /// Opens the upstream's side for a client's request: a socket, and the subprotocol that the upstream chose.
+    pub(super) async fn connect(
+        &self,
+        head: &Parts,
+        handshake: &Handshake,
+        client: Client,
+        config: WebSocketConfig,
+        deadline: Instant,
+    ) -> Result<(WebSocketStream<TcpStream>, Option<HeaderValue>), Refusal> {
+        let connecting = async {
+            let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(|error| {
+                tracing::debug!(%error, host = self.host, port = self.port, "cannot connect to the upstream");
+                Refusal::UpstreamUnreachable
+            })?;
+            // Neither is worth a session.
+            _ = stream.set_nodelay(true);
+            _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE));
+            self.shake_hands(stream, head, handshake, client, config).await
+        };
+        timeout_at(deadline, connecting).await.unwrap_or(Err(Refusal::UpstreamTimeout))
+    }
+
+    async fn shake_hands(
+        &self,
+        stream: TcpStream,
+        head: &Parts,
+        handshake: &Handshake,
+        client: Client,
+        config: WebSocketConfig,
+    ) -> Result<(WebSocketStream<TcpStream>, Option<HeaderValue>), Refusal> {
+        let key = generate_key();
+        let request = self.request(head, handshake, client, &key).ok_or(Refusal::UpstreamUnreachable)?;
+        let exchanged = exchange(stream, request).await.map_err(|error| {
+            tracing::debug!(%error, "the upstream broke off the handshake");
+            Refusal::UpstreamUnreachable
+        })?;
+        let (response, stream, read) = match exchanged {
+            Exchanged::Upgraded { response, stream, read } => (response, stream, read),
+            Exchanged::Refused { status, headers } => return Err(Refusal::UpstreamRefused(status, headers)),
+        };
+        let protocol = chosen_protocol(&response, handshake, &key).map_err(|problem| {
+            tracing::warn!(problem, "the upstream's answer to the handshake is wrong");
+            Refusal::UpstreamUnreachable
+        })?;
+        let socket = WebSocketStream::from_partially_read(stream, read.to_vec(), Role::Client, Some(config)).await;
+        Ok((socket, protocol))
+    }
+
+    /// The request for the upstream. `None` only for what is no header value, which the parser would not have let in.
+    fn request(&self, head: &Parts, handshake: &Handshake, client: Client, key: &str) -> Option<Request<Empty<Bytes>>> {
+        let path = self.path.as_ref().or(head.uri.path_and_query());
+        let mut request = Request::new(Empty::new());
+        *request.uri_mut() = Uri::from(path.cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
+        let headers = request.headers_mut();
+        // As the client sent it: applications compare it with the Origin.
+        headers.insert(HOST, head.headers.get(HOST)?.clone());
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        headers.insert(SEC_WEBSOCKET_KEY, HeaderValue::from_str(key).ok()?);
+        if let Some(protocols) = &handshake.protocols {
+            headers.insert(SEC_WEBSOCKET_PROTOCOL, protocols.clone());
+        }
+        let hop = named_by_connection(&head.headers);
+        for (name, value) in &head.headers {
+            if *name != HOST && is_passed_on(name) && !hop.contains(name) {
+                headers.append(name, value.clone());
+            }
+        }
+        headers.insert(X_FORWARDED_FOR, HeaderValue::from_str(&client.ip.to_string()).ok()?);
+        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+        headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
+        Some(request)
+    }
+}
+
+fn is_passed_on(name: &HeaderName) -> bool {
+    !NOT_PASSED_ON.contains(name) && !NOT_PASSED_ON_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix))
+}
+
+/// The headers that the client says are for this hop alone (RFC 9110, 7.6.1).
+fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect()
+}
+
+/// What came of a handshake with the upstream.
+enum Exchanged {
+    Upgraded { response: Response<Incoming>, stream: TcpStream, read: Bytes },
+    Refused { status: StatusCode, headers: HeaderMap },
+}
+
+/// Sends a request and, if the answer is 101, takes the socket back with what was read beyond it.
+async fn exchange(stream: TcpStream, request: Request<Empty<Bytes>>) -> hyper::Result<Exchanged> {
+    let (mut sender, mut connection) =
+        http1::Builder::new().title_case_headers(true).handshake(TokioIo::new(stream)).await?;
+    let mut done = false;
+    let response = {
+        let mut sending = pin!(sender.send_request(request));
+        // Both in this task: whoever gives up on the handshake drops the socket with it.
+        poll_fn(|cx| {
+            if !done && let Poll::Ready(ended) = connection.poll_without_shutdown(cx) {
+                done = true;
+                ended?;
+            }
+            sending.as_mut().poll(cx)
+        })
+        .await?
+    };
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        let (head, _) = response.into_parts();
+        return Ok(Exchanged::Refused { status: head.status, headers: head.headers });
+    }
+    if !done {
+        poll_fn(|cx| connection.poll_without_shutdown(cx)).await?;
+    }
+    let parts = connection.into_parts();
+    Ok(Exchanged::Upgraded { response, stream: parts.io.into_inner(), read: parts.read_buf })
+}
+
+/// The subprotocol of an upstream's 101; an error says what is wrong with the answer (RFC 6455, 4.1).
+fn chosen_protocol(
+    response: &Response<Incoming>,
+    handshake: &Handshake,
+    key: &str,
+) -> Result<Option<HeaderValue>, &'static str> {
+    let headers = response.headers();
+    if headers.get(SEC_WEBSOCKET_ACCEPT).is_none_or(|accept| *accept != derive_accept_key(key.as_bytes())) {
+        return Err("Sec-WebSocket-Accept does not match the key");
+    }
+    if headers.contains_key(SEC_WEBSOCKET_EXTENSIONS) {
+        return Err("it negotiates an extension that was not offered");
+    }
+    let Some(chosen) = headers.get(SEC_WEBSOCKET_PROTOCOL) else { return Ok(None) };
+    let offered = handshake.protocols.as_ref().and_then(|offered| offered.to_str().ok()).unwrap_or_default();
+    if !offered.split(", ").any(|name| chosen == name) {
+        return Err("it chooses a subprotocol that was not offered");
+    }
+    Ok(Some(chosen.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn relay(url: &str) -> Relay {
+        Relay::new(url).unwrap()
+    }
+
+    #[test]
+    fn urls_are_taken_apart() {
+        let plain = relay("ws://127.0.0.1:9000");
+        assert_eq!((plain.host.as_str(), plain.port, plain.path), ("127.0.0.1", 9000, None));
+        assert_eq!(relay("ws://[::1]:9000/").host, "::1");
+        assert_eq!(relay("ws://app").port, 80);
+        assert_eq!(relay("ws://app/x?y=1").path.unwrap(), "/x?y=1");
+    }
+
+    #[test]
+    fn urls_that_lead_nowhere_are_refused() {
+        for url in ["", "app:9000", "http://app", "wss://app", "ws://", "ws://u:p@app", "ws://a b"] {
+            assert!(Relay::new(url).is_err(), "{url}");
+        }
+    }
+
+    #[test]
+    fn spoofed_and_hop_headers_are_not_passed_on() {
+        let (head, ()) = Request::get("/chat?token=t")
+            .header("host", "example.com")
+            .header("connection", "Upgrade, X-Hop")
+            .header("x-hop", "1")
+            .header("x-forwarded-for", "203.0.113.1")
+            .header("x-forwarded-host", "evil")
+            .header("forwarded", "for=203.0.113.1")
+            .header("x-limiter-user", "root")
+            .header("x-request-id", "mine")
+            .header("sec-websocket-extensions", "permessage-deflate")
+            .header("cookie", "a=1")
+            .header("cookie", "b=2")
+            .body(())
+            .unwrap()
+            .into_parts();
+        let handshake = Handshake { accept: String::new(), protocols: Some(HeaderValue::from_static("a, b")) };
+        let client = Client { ip: [192, 0, 2, 7].into(), request_id: 1 };
+        let request = relay("ws://app").request(&head, &handshake, client, "key").unwrap();
+
+        assert_eq!(request.uri(), "/chat?token=t");
+        let header =
+            |name: &str| request.headers().get_all(name).iter().map(|v| v.to_str().unwrap()).collect::<Vec<_>>();
+        assert_eq!(header("host"), ["example.com"]);
+        assert_eq!(header("cookie"), ["a=1", "b=2"]);
+        assert_eq!(header("x-forwarded-for"), ["192.0.2.7"]);
+        assert_eq!(header("x-forwarded-proto"), ["http"]);
+        assert_eq!(header("x-request-id"), ["00000000000000000000000000000001"]);
+        assert_eq!(header("sec-websocket-protocol"), ["a, b"]);
+        for gone in ["x-hop", "x-forwarded-host", "forwarded", "x-limiter-user", "sec-websocket-extensions"] {
+            assert!(header(gone).is_empty(), "{gone}");
+        }
+    }
+
+    #[test]
+    fn a_path_in_the_url_replaces_the_clients() {
+        let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
+        let handshake = Handshake { accept: String::new(), protocols: None };
+        let client = Client::new([192, 0, 2, 7].into());
+        let request = relay("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
+        assert_eq!(request.uri(), "/fixed");
+    }
+}

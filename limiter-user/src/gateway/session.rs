@@ -1,0 +1,165 @@
+//! A WebSocket session: messages one way and the other, until something ends it.
+
+use std::sync::Arc;
+
+use tokio::{net::TcpStream, time::Instant};
+use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
+
+use super::{
+    Shared,
+    application::Opened,
+    close::{self, End},
+    liveness,
+    messages::WindowLimiter,
+    metrics::Metrics,
+    peer::{Peer, Received, SendError},
+    socket::Socket,
+};
+use crate::config::{Messages, OnViolation};
+
+/// Serves `client` to the end of the session and closes both sides. Says whether the client took part in the close.
+pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, shared: &Arc<Shared>) -> bool {
+    let config = &shared.config;
+    let opened = Instant::now();
+    let client = Peer::new(client, config.pong_timeout);
+    let inbound = Inbound::new(config.messages, &shared.metrics);
+    let upstream = match application {
+        Opened::Echo => None,
+        Opened::Relay(socket) => Some(Peer::new(*socket, config.pong_timeout)),
+    };
+
+    let served = async {
+        match &upstream {
+            None => echo(&client, inbound, &shared.metrics).await,
+            Some(upstream) => relay(&client, upstream, inbound, &shared.metrics).await,
+        }
+    };
+    let end = tokio::select! {
+        biased;
+        () = shared.drain.wait() => End::Draining,
+        end = liveness::watch(&client, config) => end,
+        end = served => end,
+    };
+
+    tracing::debug!(
+        remote = %client.transport(|socket| socket.connection().remote), reason = end.label(), lasted = ?opened.elapsed(),
+        "session ends"
+    );
+    let close_upstream = async {
+        if let Some(upstream) = upstream {
+            close::upstream(upstream.into_socket(), &end).await;
+        }
+    };
+    // Not after one another, nor the client's slot held for the upstream's sake: its socket goes as soon as it is done.
+    let close_client = close::client(client.into_socket(), &end, config.drain_timeout);
+    let (clean, ()) = tokio::join!(close_client, close_upstream);
+    shared.metrics.session_closed(end.label(), opened.elapsed());
+    clean
+}
+
+/// Sends each message back.
+async fn echo(client: &Peer<Socket>, mut inbound: Inbound<'_>, metrics: &Metrics) -> End {
+    loop {
+        let message = match inbound.next(client).await {
+            Ok(message) => message,
+            Err(end) => return end,
+        };
+        if let Err(end) = deliver(client, message, metrics).await {
+            return end;
+        }
+    }
+}
+
+/// Passes messages both ways, each in its own time: a client that does not read may still write, as without us.
+async fn relay(client: &Peer<Socket>, upstream: &Peer<TcpStream>, mut inbound: Inbound<'_>, metrics: &Metrics) -> End {
+    let up = async {
+        loop {
+            let message = match inbound.next(client).await {
+                Ok(message) => message,
+                Err(end) => return end,
+            };
+            match upstream.send(message).await {
+                Ok(()) => {}
+                Err(SendError::Slow) => return End::UpstreamGone,
+                // There may be messages and a Close frame to read before the end.
+                Err(SendError::Broken) => std::future::pending().await,
+            }
+        }
+    };
+    let down = async {
+        loop {
+            match upstream.receive().await {
+                Ok(Received::Message(message)) => {
+                    if let Err(end) = deliver(client, message, metrics).await {
+                        match end {
+                            End::Lost => std::future::pending().await,
+                            end => return end,
+                        }
+                    }
+                }
+                Ok(Received::Close(frame)) => return End::Upstream(frame),
+                Err(e) => return End::of_upstream(&e),
+            }
+        }
+    };
+    tokio::select! {
+        end = up => end,
+        end = down => end,
+    }
+}
+
+/// Sends the client a message.
+async fn deliver(client: &Peer<Socket>, message: Message, metrics: &Metrics) -> Result<(), End> {
+    let bytes = message.len();
+    match client.send(message).await {
+        Ok(()) => {
+            metrics.sent.count(bytes);
+            Ok(())
+        }
+        Err(SendError::Slow) => Err(End::SlowConsumer),
+        Err(SendError::Broken) => Err(End::Lost),
+    }
+}
+
+/// What comes from the client, within its limits.
+struct Inbound<'a> {
+    limiter: Option<WindowLimiter>,
+    on_violation: OnViolation,
+    metrics: &'a Metrics,
+}
+
+impl<'a> Inbound<'a> {
+    fn new(limits: Messages, metrics: &'a Metrics) -> Self {
+        let limiter = (limits.rate != 0).then(|| WindowLimiter::new(limits.rate, limits.window, Instant::now()));
+        Self { limiter, on_violation: limits.on_violation, metrics }
+    }
+
+    /// The next message that may pass, or why there is none.
+    async fn next(&mut self, client: &Peer<Socket>) -> Result<Message, End> {
+        loop {
+            match client.receive().await {
+                Ok(Received::Message(message)) => {
+                    if self.limiter.as_mut().is_none_or(|limiter| limiter.admit(Instant::now())) {
+                        self.metrics.received.count(message.len());
+                        return Ok(message);
+                    }
+                    self.metrics.over_rate.inc();
+                    match self.on_violation {
+                        OnViolation::Close => return Err(End::TooMany),
+                        OnViolation::Drop => {}
+                    }
+                }
+                Ok(Received::Close(frame)) => return Err(End::Client(frame)),
+                Err(e) => {
+                    let end = End::of_client(&e);
+                    match end {
+                        End::TooBig => self.metrics.too_big.inc(),
+                        End::Malformed(_) => self.metrics.malformed.inc(),
+                        _ => 0,
+                    };
+                    return Err(end);
+                }
+            }
+        }
+    }
+}

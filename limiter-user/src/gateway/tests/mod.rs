@@ -1,0 +1,4 @@
+//! The gateway with real sockets on loopback.
+
+mod sessions;
+mod support;

@@ -1,0 +1,205 @@
+//! A running gateway, and clients for it.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::{SinkExt, StreamExt};
+use prometheus_client::registry::Registry;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::oneshot,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{
+        Message,
+        protocol::{CloseFrame, frame::coding::CloseCode},
+    },
+};
+
+use crate::{
+    config,
+    gateway::{DrainReport, Gateway, Metrics},
+    policy::{Connection, Limits, Policy},
+};
+
+/// More than anything here takes; a test that waits this long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub type Client = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// A policy whose limits can be changed, and that keeps what it is told.
+#[derive(Default)]
+pub struct Recorder {
+    limits: Mutex<Limits>,
+    closed: Mutex<HashMap<Connection, u32>>,
+}
+
+impl Policy for Recorder {
+    fn limits(&self) -> Limits {
+        *self.limits.lock().unwrap()
+    }
+
+    fn closed(&self, connection: &Connection) {
+        *self.closed.lock().unwrap().entry(*connection).or_default() += 1;
+    }
+}
+
+impl Recorder {
+    pub fn set(&self, limits: Limits) {
+        *self.limits.lock().unwrap() = limits;
+    }
+
+    /// How often the end of the connection of this client was told.
+    pub fn closed(&self, client: SocketAddr) -> u32 {
+        self.closed.lock().unwrap().iter().filter(|(c, _)| c.remote == client).map(|(_, n)| n).sum()
+    }
+
+    /// Waits until `n` connections have ended, and checks that each was told once.
+    pub async fn wait_closed(&self, n: usize) {
+        eventually("every connection is over", || self.closed.lock().unwrap().len() >= n).await;
+        let closed = self.closed.lock().unwrap();
+        assert_eq!(closed.len(), n);
+        for (connection, times) in closed.iter() {
+            assert_eq!(*times, 1, "{connection:?}");
+            assert_ne!(connection.cookie, 0, "{connection:?}");
+        }
+    }
+}
+
+pub struct Running {
+    pub addr: SocketAddr,
+    pub policy: Arc<Recorder>,
+    metrics: Arc<Metrics>,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<DrainReport>,
+}
+
+/// Settings whose timeouts are beyond every test, on a free port of 127.0.0.1.
+pub fn quiet() -> config::Gateway {
+    config::Gateway {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        handshake_timeout: PATIENCE,
+        messages: config::Messages { rate: 0, ..config::Messages::default() },
+        ..config::Gateway::default()
+    }
+}
+
+pub fn unlimited() -> Limits {
+    Limits { connections_per_source: 0, connections_total: 0, ..Limits::default() }
+}
+
+pub fn start(config: &config::Gateway) -> Running {
+    start_with(config, unlimited())
+}
+
+pub fn start_with(config: &config::Gateway, limits: Limits) -> Running {
+    let policy = Arc::new(Recorder::default());
+    policy.set(limits);
+    let metrics = Arc::new(Metrics::default());
+    let gateway = Gateway::bind(config, Arc::clone(&policy) as Arc<dyn Policy>, Arc::clone(&metrics)).unwrap();
+    let addr = gateway.local_addrs()[0];
+    let (stop, stopped) = oneshot::channel();
+    let ended = tokio::spawn(gateway.run(async {
+        _ = stopped.await;
+    }));
+    Running { addr, policy, metrics, stop, ended }
+}
+
+impl Running {
+    pub fn url(&self) -> String {
+        format!("ws://{}/", self.addr)
+    }
+
+    pub async fn connect(&self) -> Client {
+        tokio_tungstenite::connect_async(self.url()).await.unwrap().0
+    }
+
+    /// The text of the metrics.
+    pub fn metrics(&self) -> String {
+        let mut registry = Registry::with_prefix("limiter");
+        self.metrics.register(&mut registry);
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        text
+    }
+
+    /// One sample of the metrics, by its name and labels.
+    pub fn metric(&self, sample: &str) -> f64 {
+        let text = self.metrics();
+        let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// Begins the drain; what `stopped` then waits for.
+    pub fn begin_stop(self) -> JoinHandle<DrainReport> {
+        self.stop.send(()).unwrap();
+        self.ended
+    }
+
+    pub async fn stop(self) -> DrainReport {
+        timeout(PATIENCE, self.begin_stop()).await.expect("the gateway ends").unwrap()
+    }
+
+    /// Sends raw bytes on a connection of their own and returns all that comes back until the end.
+    pub async fn raw(&self, request: &[u8]) -> String {
+        let mut stream = TcpStream::connect(self.addr).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer").unwrap();
+        String::from_utf8(answer).unwrap()
+    }
+}
+
+/// The address that a client's connection comes from.
+pub fn address(client: &Client) -> SocketAddr {
+    match client.get_ref() {
+        MaybeTlsStream::Plain(stream) => stream.local_addr().unwrap(),
+        _ => unreachable!("no test uses TLS"),
+    }
+}
+
+/// The next message that is not a control frame; a Close is one.
+pub async fn next(client: &mut Client) -> Message {
+    loop {
+        match timeout(PATIENCE, client.next()).await.expect("a message").expect("not the end").unwrap() {
+            Message::Ping(_) | Message::Pong(_) => {}
+            message => return message,
+        }
+    }
+}
+
+/// The code and reason of the Close that comes next.
+pub async fn next_close(client: &mut Client) -> (u16, String) {
+    match next(client).await {
+        Message::Close(Some(frame)) => (frame.code.into(), frame.reason.to_string()),
+        other => panic!("expected a Close frame, got {other:?}"),
+    }
+}
+
+pub async fn echoes(client: &mut Client, text: &str) {
+    client.send(Message::text(text)).await.unwrap();
+    assert_eq!(next(client).await, Message::text(text));
+}
+
+pub fn close(code: u16, reason: &str) -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::from(code), reason: reason.to_owned().into() }))
+}
+
+/// Waits for a condition.
+pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    timeout(PATIENCE, async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("waited in vain until {what}"));
+}
