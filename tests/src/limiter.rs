@@ -17,10 +17,11 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use crate::{
     bpf,
-    lab::Family,
+    lab::{Family, Lab, PORT},
     netns::Namespace,
     process::{Ended, Process},
     wait::{SOON, eventually, eventually_equal},
@@ -108,6 +109,15 @@ impl<'lab> Limiter<'lab> {
         Ok(())
     }
 
+    /// `limiter attach` to every interface of the lab's server, for its one service, with a limit per source.
+    pub fn protect(&self, lab: &Lab, connections_per_source: u32, more: &[&str]) -> Result<()> {
+        let mut arguments = lab.interface_flags();
+        arguments.extend(["--port".into(), PORT.to_string()]);
+        arguments.extend(["--connections-per-source".into(), connections_per_source.to_string()]);
+        arguments.extend(more.iter().map(|&argument| argument.to_owned()));
+        self.attach(arguments)
+    }
+
     /// Starts `limiter run`, and waits until it is ready.
     pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Daemon<'_>> {
         let mut daemon = Daemon { process: self.start(arguments)?, limiter: self };
@@ -121,6 +131,13 @@ impl<'lab> Limiter<'lab> {
     /// Starts `limiter run` and doesn't wait.
     pub fn start<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Process> {
         Process::start(&mut self.command(with_verb("run", arguments)))
+    }
+
+    /// A configuration file. It is removed when it is dropped.
+    pub fn config_file(text: &str) -> Result<NamedTempFile> {
+        let mut file = tempfile::Builder::new().prefix("limiter-test-").suffix(".toml").tempfile()?;
+        file.write_all(text.as_bytes())?;
+        Ok(file)
     }
 
     /// `limiter detach`.
@@ -216,6 +233,11 @@ impl Daemon<'_> {
     /// The process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Asks it to end, without waiting for that.

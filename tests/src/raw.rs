@@ -105,29 +105,41 @@ impl RawClient {
 
     /// Sends `count` SYNs and waits for a SYN-ACK to each. The server believes each to be half-open.
     pub fn half_open(&mut self, count: u16) -> Result<Vec<RawConnection>> {
+        let connections = self.half_open_within(count, SOON)?;
+        ensure!(connections.len() == usize::from(count), "{} of {count} SYNs were answered", connections.len());
+        Ok(connections)
+    }
+
+    /// Sends `count` SYNs, and returns the connections that were answered by a SYN-ACK before `patience` has passed.
+    pub fn half_open_within(&mut self, count: u16, patience: Duration) -> Result<Vec<RawConnection>> {
         let syns = self.send_syns(count)?;
         let mut answers = HashMap::new();
-        let deadline = Instant::now() + SOON;
+        let deadline = Instant::now() + patience;
         while answers.len() < syns.len() {
             let Some(segment) = self.receive(deadline)? else { break };
-            if segment.flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK {
-                answers.insert(segment.destination.port(), segment);
+            let syn = syns.iter().find(|syn| syn.source == segment.destination);
+            if let Some(syn) = syn
+                && segment.flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK
+                && segment.acknowledgement == syn.sequence.wrapping_add(1)
+            {
+                answers.insert(syn.source, segment);
             }
         }
-        let connections: Vec<_> = syns
-            .iter()
-            .filter_map(|syn| {
-                let answer = answers.get(&syn.source.port())?;
-                (answer.acknowledgement == syn.sequence.wrapping_add(1)).then(|| RawConnection {
-                    local: syn.source,
-                    server: self.server,
-                    next_sequence: answer.acknowledgement,
-                    expected: answer.sequence.wrapping_add(1),
-                })
+        Ok(answers
+            .into_values()
+            .map(|answer| RawConnection {
+                local: answer.destination,
+                server: answer.source,
+                next_sequence: answer.acknowledgement,
+                expected: answer.sequence.wrapping_add(1),
             })
-            .collect();
-        ensure!(connections.len() == syns.len(), "{} of {count} SYNs were answered", connections.len());
-        Ok(connections)
+            .collect())
+    }
+
+    /// Resets connections with the right sequence numbers.
+    pub fn reset(&self, connections: &[RawConnection]) -> Result<()> {
+        let resets: Vec<_> = connections.iter().map(|connection| connection.segment(flags::RST)).collect();
+        self.send(&resets)
     }
 
     /// Sends the ACKs that complete the handshakes, all in one batch.
