@@ -1,18 +1,23 @@
 //! `limiter run`: the gateway in front of the built-in echo application, with and without the kernel's part.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::{SocketAddr, TcpListener},
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use limiter_tests::{
     both_families,
     lab::{CLIENT_INTERFACE, Family, Lab, PORT},
     limiter::{Daemon, Limiter},
     monitor::{self, Monitor},
+    netns::Namespace,
     tcp::Crowd,
     wait::{SOON, eventually, eventually_equal},
     websocket::{self, Handshake},
 };
-use tungstenite::{Message, http::header::RETRY_AFTER};
+use tungstenite::{Message, http::header::RETRY_AFTER, protocol::CloseFrame};
 
 both_families!(
     a_crowd_gets_the_limit,
@@ -258,6 +263,70 @@ fn what_is_no_websocket_handshake_is_told_so() -> Result<()> {
         stream.read_to_string(&mut response).with_context(|| format!("after {request:?}: {response}"))?;
         assert_eq!(response.split(' ').nth(1), Some(status), "{request:?} got {response:?}");
     }
+    limiter.wait_empty()
+}
+
+#[test]
+fn it_works_on_loopback() -> Result<()> {
+    let host = Namespace::new()?;
+    let limiter = Limiter::new(&host)?;
+    let _daemon = limiter.run(["--interface", "lo", "--listen", "127.0.0.1:8080", "--connections-per-source", "5"])?;
+    assert_eq!(limiter.json("status")?["interfaces"][0]["mode"], "generic", "lo has no native XDP");
+    let service = SocketAddr::from(([127, 0, 0, 1], PORT));
+    let open = |source: [u8; 4]| match websocket::handshake(&host, Some(source.into()), service)? {
+        Handshake::Open(client) => Ok(client),
+        Handshake::Refused(response) => bail!("refused: {}", websocket::describe(&response)),
+    };
+    let mut websockets = (0..5).map(|_| open([127, 0, 0, 2])).collect::<Result<Vec<_>>>()?;
+    let past = Crowd::connect_from(&host, Some([127, 0, 0, 2].into()), service, 20, NO_ANSWER)?;
+    assert_eq!(past.unanswered.len(), 20, "past the limit");
+    websockets.push(open([127, 0, 0, 3])?);
+    for websocket in &mut websockets {
+        websocket::echo(websocket, "hello")?;
+    }
+    limiter.wait_held([127, 0, 0, 2].into(), 5)?;
+    drop((websockets, past));
+    limiter.wait_empty()
+}
+
+#[test]
+fn a_relayed_session_is_the_upstreams() -> Result<()> {
+    const BYE: u16 = 4001;
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let listener = lab.server.enter(|| TcpListener::bind("127.0.0.1:9000"))?;
+    let upstream = thread::spawn(move || -> Result<()> {
+        let (stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(SOON))?;
+        let mut websocket = tungstenite::accept(stream).map_err(|error| anyhow!("the gateway's handshake: {error}"))?;
+        loop {
+            match websocket.read()? {
+                Message::Text(text) if text.as_str() == "bye" => {
+                    websocket.close(Some(CloseFrame { code: BYE.into(), reason: "as you wish".into() }))?;
+                }
+                Message::Text(text) => websocket.send(Message::text(format!("upstream: {text}")))?,
+                Message::Binary(bytes) => websocket.send(Message::Binary(bytes))?,
+                Message::Close(_) => return Ok(()),
+                _ => {}
+            }
+        }
+    });
+    let limiter = Limiter::new(&lab.server)?;
+    let mut arguments = lab.interface_flags();
+    arguments.extend(["--listen", LISTEN, "--upstream", "ws://127.0.0.1:9000"].map(str::to_owned));
+    let _daemon = limiter.run(arguments)?;
+
+    let mut websocket = websocket::open(&client.namespace, client.service(Family::V4))?;
+    websocket.send(Message::text("hello"))?;
+    assert_eq!(websocket.read()?, Message::text("upstream: hello"));
+    let bytes = Message::binary((0..=u8::MAX).cycle().take(50_000).collect::<Vec<_>>());
+    websocket.send(bytes.clone())?;
+    assert_eq!(websocket.read()?, bytes);
+    websocket.send(Message::text("bye"))?;
+    assert_eq!(websocket::close_code(&mut websocket)?, BYE);
+    let _ = websocket.flush();
+    upstream.join().map_err(|_| anyhow!("the upstream panicked"))??;
+    drop(websocket);
     limiter.wait_empty()
 }
 
