@@ -112,7 +112,7 @@ fn a_pin_path_that_is_on_no_bpffs() -> Result<()> {
         let mut command = lab.server.command(limiter.binary());
         command.args([verb, "--interface", "client1", "--port", "8080", "--pin-path"]).arg(&pin_path);
         let outcome = Process::start(&mut command)?.wait(SOON)?;
-        assert_error(&outcome, FAILED, &[&pin_path.display().to_string(), "bpffs"]);
+        assert_error(&outcome, FAILED, &[&pin_path.display().to_string(), "BPF file system"]);
         assert!(!pin_path.exists(), "{verb} has made {}", pin_path.display());
         assert_untouched(&lab, &limiter)?;
     }
@@ -137,7 +137,7 @@ fn a_host_without_bpffs() -> Result<()> {
     let mut command = limiter.command(["attach", "--interface", "client1", "--port", "8080"]);
     hide_mounts(&mut command, "bpf")?;
     let outcome = Process::start(&mut command)?.wait(SOON)?;
-    assert_error(&outcome, FAILED, &["bpffs", "mount -t bpf"]);
+    assert_error(&outcome, FAILED, &["BPF file system", "mount -t bpf"]);
     assert_untouched(&lab, &limiter)
 }
 
@@ -252,7 +252,7 @@ fn bad_usage() -> Result<()> {
 /// What most systems call nobody and nogroup.
 const NOBODY: u32 = 65_534;
 
-/// An error is what is on stderr: something that says each of `said`, no panic, no page of it.
+/// One clear error: a message on stderr that says each of `said`, no panic, no page of it.
 fn assert_error(outcome: &Ended, status: i32, said: &[&str]) {
     let stderr = outcome.stderr.trim();
     assert_eq!(outcome.status.code(), Some(status), "exit status; it said: {stderr}");
@@ -261,7 +261,8 @@ fn assert_error(outcome: &Ended, status: i32, said: &[&str]) {
     }
     assert!(!stderr.contains("panicked") && !stderr.contains("RUST_BACKTRACE"), "{stderr}");
     assert!(stderr.lines().count() <= 12, "too long for one clear error: {stderr}");
-    assert_eq!(stderr.lines().filter(|line| line.contains("error:")).count(), 1, "one error: {stderr}");
+    assert_eq!(stderr.lines().filter(|line| line.starts_with("limiter: ")).count(), 1, "one error: {stderr}");
+    assert_eq!(outcome.stdout, "", "nothing that looks like an answer");
 }
 
 /// Nothing attached, nothing pinned.
