@@ -1,0 +1,190 @@
+//! A second look at the kernel's BPF objects, by bare system calls: what is pinned, whether an object still exists, and a
+//! program of somebody else on an interface.
+
+use std::{
+    ffi::CString,
+    fs, io, mem,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::netns::Namespace;
+
+/// Kinds of BPF objects that can be pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// A map.
+    Map,
+    /// A program.
+    Program,
+    /// A link between a program and what it is attached to.
+    Link,
+}
+
+/// A BPF object of the running kernel. Ids are not used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Object {
+    /// What it is.
+    pub kind: Kind,
+    /// The kernel's id of it.
+    pub id: u32,
+}
+
+impl Object {
+    /// Whether the kernel still has it.
+    pub fn exists(self) -> Result<bool> {
+        // BPF_{PROG,MAP,LINK}_GET_FD_BY_ID
+        let command = match self.kind {
+            Kind::Program => 13,
+            Kind::Map => 14,
+            Kind::Link => 30,
+        };
+        match descriptor(command, &mut [self.id, 0, 0]) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("cannot look for {self:?}")),
+        }
+    }
+}
+
+/// Every file below a folder of the bpffs.
+pub fn pins_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut pins = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            pins.extend(pins_below(&entry.path())?);
+        } else {
+            pins.push(entry.path());
+        }
+    }
+    Ok(pins)
+}
+
+/// Every object that is pinned below a folder of the bpffs, and the programs of the links among them.
+pub fn objects_below(folder: &Path) -> Result<Vec<Object>> {
+    let mut objects = Vec::new();
+    for pin in pins_below(folder)? {
+        let file = open_pin(&pin).with_context(|| format!("cannot open the pin {}", pin.display()))?;
+        let number = file.as_raw_fd();
+        let target = fs::read_link(format!("/proc/self/fd/{number}"))?;
+        let target = target.to_string_lossy();
+        let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{number}"))?;
+        let id =
+            |name: &str| -> Option<u32> { info.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()) };
+        let kind = match &*target {
+            _ if target.contains("bpf-map") => Kind::Map,
+            _ if target.contains("bpf-prog") => Kind::Program,
+            _ if target.contains("link") => Kind::Link,
+            _ => anyhow::bail!("{} is pinned, and is none of map, program and link: {target}", pin.display()),
+        };
+        let field = match kind {
+            Kind::Map => "map_id:",
+            Kind::Program => "prog_id:",
+            Kind::Link => "link_id:",
+        };
+        objects.push(Object { kind, id: id(field).with_context(|| format!("no {field} in {info}"))? });
+        if kind == Kind::Link {
+            objects.push(Object { kind: Kind::Program, id: id("prog_id:").context("a link has a program")? });
+        }
+    }
+    objects.sort();
+    objects.dedup();
+    Ok(objects)
+}
+
+/// An XDP program that is not limiter's and passes everything, attached to an interface by a link that lives as long as
+/// this does.
+#[derive(Debug)]
+pub struct ForeignXdp {
+    _link: OwnedFd,
+}
+
+impl ForeignXdp {
+    /// Loads and attaches it.
+    pub fn attach(namespace: &Namespace, interface: &str) -> Result<Self> {
+        #[repr(C)]
+        struct ProgLoad {
+            prog_type: u32,
+            insn_cnt: u32,
+            insns: u64,
+            license: u64,
+            rest: [u64; 16],
+        }
+        // r0 = XDP_PASS; exit
+        let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 2, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+        let license = c"GPL";
+        let program = descriptor(
+            // BPF_PROG_LOAD of a BPF_PROG_TYPE_XDP
+            5,
+            &mut ProgLoad {
+                prog_type: 6,
+                insn_cnt: 2,
+                insns: instructions.as_ptr() as u64,
+                license: license.as_ptr() as u64,
+                rest: [0; 16],
+            },
+        )
+        .context("cannot load an XDP program: the end to end tests need root (CAP_BPF)")?;
+        let index = namespace.interface_index(interface)?;
+        // BPF_LINK_CREATE to BPF_XDP
+        let link = namespace
+            .enter(|| descriptor(28, &mut [program.as_raw_fd().cast_unsigned(), index, 37, 0]))
+            .with_context(|| format!("cannot attach an XDP program to {interface}"))?;
+        Ok(Self { _link: link })
+    }
+}
+
+/// Puts an array map with one element of `value_size` bytes in place of whatever is pinned at `path`.
+pub fn replace_pin(path: &Path, value_size: u32) -> Result<()> {
+    // BPF_MAP_CREATE of a BPF_MAP_TYPE_ARRAY: type, key size, value size, entries, flags
+    let map = descriptor(0, &mut [2_u32, 4, value_size, 1, 0])?;
+    fs::remove_file(path).with_context(|| format!("cannot unpin {}", path.display()))?;
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // BPF_OBJ_PIN
+    call(6, &mut [name.as_ptr() as u64, u64::from(map.as_raw_fd().cast_unsigned())])
+        .with_context(|| format!("cannot pin at {}", path.display()))?;
+    Ok(())
+}
+
+/// An error that names the precondition unless /sys/fs/bpf is a bpffs.
+pub fn require_bpffs() -> Result<()> {
+    // SAFETY: statfs fills the struct, whose all-zero state is valid, and reads a C string.
+    let (outcome, stat) = unsafe {
+        let mut stat: libc::statfs = mem::zeroed();
+        (libc::statfs(c"/sys/fs/bpf".as_ptr(), &raw mut stat), stat)
+    };
+    ensure!(
+        outcome == 0 && stat.f_type == libc::BPF_FS_MAGIC,
+        "no bpffs at /sys/fs/bpf, where the end to end tests pin: mount -t bpf bpf /sys/fs/bpf"
+    );
+    Ok(())
+}
+
+fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // BPF_OBJ_GET
+    descriptor(7, &mut [name.as_ptr() as u64, 0])
+}
+
+/// bpf(2) for a command that gives a descriptor.
+fn descriptor<T>(command: i32, attributes: &mut T) -> io::Result<OwnedFd> {
+    let number = call(command, attributes)?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+fn call<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes; every pointer in the attributes is to something that lives in the
+    // caller until the call has returned.
+    let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, mem::size_of::<T>()) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(outcome).map_err(io::Error::other)
+}

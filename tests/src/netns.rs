@@ -1,0 +1,154 @@
+//! Network namespaces.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::process::CommandExt,
+    },
+    path::PathBuf,
+    process::{Command, Stdio},
+    thread,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A network namespace of this process. It has no name, and goes with its last descriptor, process and socket.
+#[derive(Debug)]
+pub struct Namespace {
+    file: File,
+}
+
+impl Namespace {
+    /// A new namespace with its loopback interface up.
+    pub fn new() -> Result<Self> {
+        let file = thread::scope(|scope| {
+            scope
+                .spawn(|| -> io::Result<File> {
+                    // SAFETY: changes only the calling thread, which ends here.
+                    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                    File::open("/proc/thread-self/ns/net")
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+        .context("cannot make a network namespace: the end to end tests need root (CAP_SYS_ADMIN)")?;
+        let namespace = Self { file };
+        // A new namespace may inherit these from the host's.
+        for (name, value) in [
+            ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "0"),
+            ("net/ipv4/ip_forward", "0"),
+            ("net/ipv6/conf/all/forwarding", "0"),
+            ("net/ipv6/conf/all/keep_addr_on_down", "1"),
+            ("net/ipv6/conf/default/keep_addr_on_down", "1"),
+            ("net/ipv6/conf/default/accept_ra", "0"),
+            ("net/ipv4/tcp_max_syn_backlog", "4096"),
+            ("net/core/somaxconn", "4096"),
+        ] {
+            namespace.set_sysctl(name, value)?;
+        }
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace. Sockets that it opens stay there.
+    ///
+    /// # Panics
+    /// If `work` does, or if the process has lost its privilege since it made the namespace.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    set_namespace(self.file.as_raw_fd()).expect("a namespace that this process made can be entered");
+                    work()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Starts a thread inside the namespace that may outlive the caller.
+    ///
+    /// # Panics
+    /// The thread does if the process has lost its privilege since it made the namespace.
+    pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<thread::JoinHandle<T>> {
+        let file = self.file.try_clone()?;
+        Ok(thread::spawn(move || {
+            set_namespace(file.as_raw_fd()).expect("a namespace that this process made can be entered");
+            work()
+        }))
+    }
+
+    /// A command that runs inside the namespace (mounts stay the host's, unlike with `ip netns exec`), and that is killed
+    /// when the thread that started it ends.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let namespace = self.file.as_raw_fd();
+        let mut command = Command::new(program);
+        // SAFETY: between fork and exec only system calls are made, and the descriptor is open as long as `self`, which
+        // a caller that spawns the command still holds.
+        unsafe {
+            command.pre_exec(move || {
+                set_namespace(namespace)?;
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        command
+    }
+
+    /// Runs lines of `ip` (iproute2) commands inside the namespace.
+    pub fn ip(&self, lines: &str) -> Result<()> {
+        let mut child = self
+            .command("ip")
+            .args(["-batch", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot run `ip`: the end to end tests need iproute2")?;
+        child.stdin.take().context("stdin is piped")?.write_all(lines.as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "ip failed: {}\nin:\n{lines}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(())
+    }
+
+    /// Sets a sysctl of the namespace, named by its path below /proc/sys.
+    pub fn set_sysctl(&self, name: &str, value: &str) -> Result<()> {
+        self.enter(|| fs::write(PathBuf::from("/proc/sys").join(name), value))
+            .with_context(|| format!("cannot set {name} to {value}"))
+    }
+
+    /// What `ip -json -details link show dev NAME` says.
+    pub fn link(&self, interface: &str) -> Result<serde_json::Value> {
+        let output = self.command("ip").args(["-json", "-details", "link", "show", "dev", interface]).output()?;
+        ensure!(output.status.success(), "ip: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let links: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        match links.get(0) {
+            Some(link) => Ok(link.clone()),
+            None => bail!("ip knows no link {interface}"),
+        }
+    }
+
+    /// Index of an interface.
+    pub fn interface_index(&self, interface: &str) -> Result<u32> {
+        let index = self.link(interface)?.get("ifindex").and_then(serde_json::Value::as_u64);
+        u32::try_from(index.context("a link has an index")?).context("an index fits 32 bits")
+    }
+
+    /// A path that names the namespace as long as `self` lives; for `ip link … netns PATH`.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()))
+    }
+}
+
+/// Moves the calling thread.
+fn set_namespace(namespace: RawFd) -> io::Result<()> {
+    // SAFETY: setns takes a descriptor and a constant, and changes only the calling thread.
+    if unsafe { libc::setns(namespace, libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

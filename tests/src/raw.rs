@@ -1,0 +1,235 @@
+//! A client without a TCP stack: it sends exactly the segments it is told to, under any address.
+
+use std::{
+    collections::HashMap,
+    io,
+    mem::{self, MaybeUninit},
+    net::{IpAddr, SocketAddr},
+    os::fd::AsRawFd,
+    ptr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+use crate::{
+    lab::{CLIENT_INTERFACE, Client, Family, PORT},
+    segment::{Segment, flags},
+    wait::SOON,
+};
+
+/// Sends and receives on a client's link, as an address that the client's kernel does not have: so it doesn't answer the
+/// server's segments by RST.
+#[derive(Debug)]
+pub struct RawClient {
+    socket: Socket,
+    address: IpAddr,
+    server: SocketAddr,
+    mac: [u8; 6],
+    server_mac: [u8; 6],
+    next_port: u16,
+}
+
+/// A connection of a [`RawClient`], as far as it has come.
+#[derive(Clone, Copy, Debug)]
+pub struct RawConnection {
+    /// The client's end.
+    pub local: SocketAddr,
+    /// The service.
+    pub server: SocketAddr,
+    /// The next sequence number that the client sends.
+    pub next_sequence: u32,
+    /// The next sequence number that the client expects, which is the server's first plus one.
+    pub expected: u32,
+}
+
+impl RawConnection {
+    /// A segment without data of this connection.
+    pub fn segment(&self, flags: u8) -> Segment {
+        Segment {
+            source: self.local,
+            destination: self.server,
+            sequence: self.next_sequence,
+            acknowledgement: if flags & flags::ACK == 0 { 0 } else { self.expected },
+            flags,
+            payload: Vec::new(),
+        }
+    }
+}
+
+impl RawClient {
+    /// With the client's [silent address](Client::silent_address).
+    pub fn new(client: &Client, family: Family) -> Result<Self> {
+        Self::with_address(client, client.silent_address(family), family)
+    }
+
+    /// On the client's link, with an address that may be somebody else's; answers then go there.
+    pub fn with_address(client: &Client, address: IpAddr, family: Family) -> Result<Self> {
+        let index = client.namespace.interface_index(CLIENT_INTERFACE)?;
+        let socket = client.namespace.enter(|| packet_socket(index)).context("cannot open a packet socket")?;
+        Ok(Self {
+            socket,
+            address,
+            server: SocketAddr::new(client.server_address(family), PORT),
+            mac: client.mac(),
+            server_mac: client.server_mac(),
+            next_port: 20_000,
+        })
+    }
+
+    /// The client's address.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// Sends `count` SYNs from as many ports, none of them used before by this client, and returns without waiting for
+    /// answers.
+    pub fn send_syns(&mut self, count: u16) -> Result<Vec<Segment>> {
+        let syns: Vec<_> = (0..count)
+            .map(|_| {
+                self.next_port += 1;
+                Segment {
+                    source: SocketAddr::new(self.address, self.next_port),
+                    destination: self.server,
+                    sequence: u32::from(self.next_port) << 12,
+                    acknowledgement: 0,
+                    flags: flags::SYN,
+                    payload: Vec::new(),
+                }
+            })
+            .collect();
+        self.send(&syns)?;
+        Ok(syns)
+    }
+
+    /// Sends `count` SYNs and waits for a SYN-ACK to each. The server believes each to be half-open.
+    pub fn half_open(&mut self, count: u16) -> Result<Vec<RawConnection>> {
+        let connections = self.half_open_within(count, SOON)?;
+        ensure!(connections.len() == usize::from(count), "{} of {count} SYNs were answered", connections.len());
+        Ok(connections)
+    }
+
+    /// Sends `count` SYNs, and returns the connections that were answered by a SYN-ACK before `patience` has passed.
+    pub fn half_open_within(&mut self, count: u16, patience: Duration) -> Result<Vec<RawConnection>> {
+        let syns = self.send_syns(count)?;
+        let mut answers = HashMap::new();
+        let deadline = Instant::now() + patience;
+        while answers.len() < syns.len() {
+            let Some(segment) = self.receive(deadline)? else { break };
+            let syn = syns.iter().find(|syn| syn.source == segment.destination);
+            if let Some(syn) = syn
+                && segment.flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK
+                && segment.acknowledgement == syn.sequence.wrapping_add(1)
+            {
+                answers.insert(syn.source, segment);
+            }
+        }
+        Ok(answers
+            .into_values()
+            .map(|answer| RawConnection {
+                local: answer.destination,
+                server: answer.source,
+                next_sequence: answer.acknowledgement,
+                expected: answer.sequence.wrapping_add(1),
+            })
+            .collect())
+    }
+
+    /// Resets connections with the right sequence numbers.
+    pub fn reset(&self, connections: &[RawConnection]) -> Result<()> {
+        let resets: Vec<_> = connections.iter().map(|connection| connection.segment(flags::RST)).collect();
+        self.send(&resets)
+    }
+
+    /// Sends the ACKs that complete the handshakes, all in one batch.
+    pub fn complete(&self, connections: &[RawConnection]) -> Result<()> {
+        let acks: Vec<_> = connections.iter().map(|connection| connection.segment(flags::ACK)).collect();
+        self.send(&acks)
+    }
+
+    /// Sends segments in one system call.
+    pub fn send(&self, segments: &[Segment]) -> Result<()> {
+        let mut frames: Vec<_> = segments.iter().map(|segment| segment.to_frame(self.mac, self.server_mac)).collect();
+        let mut parts: Vec<_> = frames
+            .iter_mut()
+            .map(|frame| libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() })
+            .collect();
+        let mut messages: Vec<_> = parts
+            .iter_mut()
+            .map(|part| {
+                // SAFETY: all zero is a valid mmsghdr: no address, no control data.
+                let mut message: libc::mmsghdr = unsafe { mem::zeroed() };
+                message.msg_hdr.msg_iov = part;
+                message.msg_hdr.msg_iovlen = 1;
+                message
+            })
+            .collect();
+        let count = u32::try_from(messages.len())?;
+        // SAFETY: `messages` points into `parts`, and that into `frames`; all live until the call has returned.
+        let sent = unsafe { libc::sendmmsg(self.socket.as_raw_fd(), messages.as_mut_ptr(), count, 0) };
+        ensure!(sent >= 0, "sendmmsg: {}", io::Error::last_os_error());
+        ensure!(sent.cast_unsigned() == count, "sendmmsg took {sent} of {count} segments");
+        Ok(())
+    }
+
+    /// The next segment from the service to this client's address; `None` at the deadline.
+    pub fn receive(&self, deadline: Instant) -> Result<Option<Segment>> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            let mut buffer = [MaybeUninit::<u8>::uninit(); 2048];
+            let length = match self.socket.recv(&mut buffer) {
+                Ok(length) => length,
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                    continue;
+                }
+                Err(error) => return Err(error).context("cannot receive on the packet socket"),
+            };
+            let frame: Vec<u8> = buffer[..length]
+                .iter()
+                // SAFETY: recv has filled the first `length` bytes.
+                .map(|byte| unsafe { byte.assume_init() })
+                .collect();
+            // Our own segments, which the socket sees as well, go the other way.
+            if let Some(segment) = Segment::parse(&frame)
+                && segment.source == self.server
+                && segment.destination.ip() == self.address
+            {
+                return Ok(Some(segment));
+            }
+        }
+    }
+}
+
+/// `libc::ETH_P_ALL` and `libc::AF_PACKET` in the width that `sockaddr_ll` has them in.
+const ETH_P_ALL: u16 = 3;
+const AF_PACKET: u16 = 17;
+
+fn packet_socket(interface_index: u32) -> io::Result<Socket> {
+    #[expect(clippy::cast_possible_truncation, reason = "it is 20")]
+    const LENGTH: libc::socklen_t = mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    let every_protocol = ETH_P_ALL.to_be();
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(every_protocol))))?;
+    socket.set_recv_buffer_size(8 << 20)?;
+    let mut storage = SockAddrStorage::zeroed();
+    let address = libc::sockaddr_ll {
+        sll_family: AF_PACKET,
+        sll_protocol: every_protocol,
+        sll_ifindex: interface_index.cast_signed(),
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: SockAddrStorage is large and aligned enough for every kind of address, and the length is this one's.
+    let address = unsafe {
+        ptr::write((&raw mut storage).cast(), address);
+        SockAddr::new(storage, LENGTH)
+    };
+    socket.bind(&address)?;
+    Ok(socket)
+}
