@@ -50,6 +50,15 @@ pub fn output_of(command: &mut Command) -> Result<String> {
 /// # Errors
 /// When this is not root and there is no sudo.
 pub fn as_root(program: impl AsRef<OsStr>, why: &str) -> Result<Command> {
+    as_root_keeping(program, why, [])
+}
+
+/// [`as_root`], with variables of the environment that are to get past sudo.
+pub fn as_root_keeping(
+    program: impl AsRef<OsStr>,
+    why: &str,
+    variables: impl IntoIterator<Item = String>,
+) -> Result<Command> {
     let program = program.as_ref();
     if is_root() {
         return Ok(Command::new(program));
@@ -59,7 +68,7 @@ pub fn as_root(program: impl AsRef<OsStr>, why: &str) -> Result<Command> {
     }
     say(format_args!("root is needed {why}: through sudo"));
     let mut command = Command::new("sudo");
-    command.arg("--").arg(program);
+    command.args(variables.into_iter().map(|name| format!("--preserve-env={name}"))).arg("--").arg(program);
     Ok(command)
 }
 
@@ -75,7 +84,7 @@ pub fn find_on_path(program: &str) -> Option<PathBuf> {
 }
 
 /// The command as one would type it: variables that were set for it, program, arguments.
-fn command_line(command: &Command) -> String {
+pub fn command_line(command: &Command) -> String {
     let mut line = String::new();
     for (name, value) in command.get_envs() {
         if let Some(value) = value {
@@ -97,7 +106,7 @@ fn quoted(word: &OsStr) -> String {
     if !word.is_empty() && word.chars().all(plain) {
         return word.into_owned();
     }
-    if word.chars().any(|c| c.is_control()) {
+    if word.chars().any(char::is_control) {
         return format!("$'{}'", word.escape_default());
     }
     format!("'{}'", word.replace('\'', r"'\''"))

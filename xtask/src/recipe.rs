@@ -147,8 +147,16 @@ pub const fn bpf_target() -> &'static str {
 
 /// Whether a variable belongs to the build that this program runs in, and not to the user's settings.
 fn is_of_outer_build(name: &OsString) -> bool {
-    const USER: [&str; 7] =
-        ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_TERM_", "CARGO_MAKEFLAGS", "RUSTUP_HOME"];
+    const USER: [&str; 8] = [
+        "CARGO_HOME",
+        "CARGO_HTTP_",
+        "CARGO_NET_",
+        "CARGO_REGISTRY_",
+        "CARGO_REGISTRIES_",
+        "CARGO_TERM_",
+        "CARGO_MAKEFLAGS",
+        "RUSTUP_HOME",
+    ];
     const OUTER: [&str; 5] = ["CARGO", "RUST", "CLIPPY_", "DEP_", "LD_LIBRARY_PATH"];
     let Some(name) = name.to_str() else { return false };
     OUTER.iter().any(|prefix| name.starts_with(prefix)) && !USER.iter().any(|prefix| name.starts_with(prefix))

@@ -6,6 +6,10 @@ use std::{
     process::Command,
 };
 
+use anyhow::{Context as _, Result};
+
+use crate::process::output_of;
+
 /// The top of the repository.
 pub fn root() -> &'static Path {
     // This crate lies one folder below the top.
@@ -27,4 +31,23 @@ pub fn cargo() -> Command {
 /// See [`cargo`].
 pub fn cargo_path() -> PathBuf {
     env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
+}
+
+/// Where cargo leaves what it builds: beside this program, which it has built too (in the dev profile).
+///
+/// # Errors
+/// When this program's own path can't be found out.
+pub fn artifacts(release: bool) -> Result<PathBuf> {
+    let own = env::current_exe().context("can't find this program's own path")?;
+    let dev = own.parent().context("this program lies nowhere")?;
+    Ok(if release { dev.with_file_name("release") } else { dev.to_owned() })
+}
+
+/// The host's target triple as cargo writes it in the names of variables.
+///
+/// # Errors
+/// When rustc can't be asked.
+pub fn host_triple() -> Result<String> {
+    let triple = output_of(Command::new("rustc").args(["--print", "host-tuple"]))?;
+    Ok(triple.to_uppercase().replace('-', "_"))
 }
