@@ -28,16 +28,8 @@ pub const MAP_EVENTS: &str = "EVENTS";
 pub const MAP_RESERVATIONS: &str = "RESERVATIONS";
 
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 8] = [
-    MAP_LEDGER,
-    MAP_SOURCES,
-    MAP_PORTS,
-    MAP_SERVICES,
-    MAP_SERVICE_STATE,
-    MAP_COUNTERS,
-    MAP_EVENTS,
-    MAP_RESERVATIONS,
-];
+pub const PINNED_MAPS: [&str; 8] =
+    [MAP_LEDGER, MAP_SOURCES, MAP_PORTS, MAP_SERVICES, MAP_SERVICE_STATE, MAP_COUNTERS, MAP_EVENTS, MAP_RESERVATIONS];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.
 pub const GLOBAL_SNT_ISN_OFFSET: &str = "SNT_ISN_OFFSET";

@@ -65,7 +65,13 @@ fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
 
 /// Somebody asks for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against anyone.
 #[inline(always)]
-fn syn(ctx: &XdpContext, key: &ConnectionKey, service: u16, policy: &ServicePolicy, state: *mut ServiceState) -> Verdict {
+fn syn(
+    ctx: &XdpContext,
+    key: &ConnectionKey,
+    service: u16,
+    policy: &ServicePolicy,
+    state: *mut ServiceState,
+) -> Verdict {
     let Some((reason, sampler)) = refusal(key, service, policy, state) else {
         count(service, Counter::SynAdmitted);
         return Verdict::Pass;

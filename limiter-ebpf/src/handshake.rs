@@ -102,9 +102,8 @@ fn has_cookie(listener: *mut bpf_sock, segment: &Segment) -> bool {
         Network::V6(ip) => (ip.cast_mut().cast(), 40),
     };
     // SAFETY: we hold a reference to the listener; both headers lie in the packet, with these lengths.
-    let answer = unsafe {
-        bpf_tcp_check_syncookie(listener.cast(), ip, ip_length, segment.tcp_header().cast::<tcphdr>(), 20)
-    };
+    let answer =
+        unsafe { bpf_tcp_check_syncookie(listener.cast(), ip, ip_length, segment.tcp_header().cast::<tcphdr>(), 20) };
     answer == 0
 }
 

@@ -42,29 +42,24 @@ pub fn reserve(
     observe: bool,
     now_ns: u64,
 ) -> Reserved {
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
     let mut reason = None;
-    if at_limit(held_by_service, policy.connections_total) {
-        if !observe {
-            release_service(state);
-            return Reserved::Refused(DenyReason::ServiceLimit);
-        }
-        reason = Some(DenyReason::ServiceLimit);
-    }
-
     let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     let Ok(held_by_source) = sources::add(&source, state) else {
-        release_service(state);
         return full(service, policy);
     };
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
     if at_limit(held_by_source, policy.connections_per_source) {
-        if !observe {
-            sources::subtract(&source, state);
-            release_service(state);
-            return Reserved::Refused(DenyReason::SourceLimit);
-        }
         reason = Some(DenyReason::SourceLimit);
+    } else if at_limit(held_by_service, policy.connections_total) {
+        reason = Some(DenyReason::ServiceLimit);
+    }
+    if let Some(reason) = reason
+        && !observe
+    {
+        release_service(state);
+        sources::subtract(&source, state);
+        return Reserved::Refused(reason);
     }
 
     let owner = reservation_owner(now_ns);
@@ -72,8 +67,8 @@ pub fn reserve(
     match insert(key, &entry) {
         Ok(()) => {}
         Err(error) => {
-            sources::subtract(&source, state);
             release_service(state);
+            sources::subtract(&source, state);
             // Another CPU has just made the same entry.
             return if error == -EEXIST { Reserved::Yes } else { full(service, policy) };
         }

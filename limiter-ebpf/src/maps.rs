@@ -25,8 +25,7 @@ pub static SERVICES: Array<ServicePolicy> = Array::with_max_entries(abi::MAX_SER
 pub static SERVICE_STATE: Array<ServiceState> = Array::with_max_entries(abi::MAX_SERVICES, 0);
 
 #[map]
-pub static COUNTERS: PerCpuArray<u64> =
-    PerCpuArray::with_max_entries(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE, 0);
+pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE, 0);
 
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);

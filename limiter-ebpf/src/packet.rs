@@ -165,7 +165,8 @@ fn ipv4(cursor: &mut Cursor) -> Option<Network> {
     let length = usize::from(ip.version_and_length & 0x0f) * 4;
     // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
     let first = u16::from_be_bytes(ip.flags_and_fragment) & 0x1fff == 0;
-    if ip.version_and_length >> 4 != 4 || length < mem::size_of::<Ipv4Header>() || ip.protocol != PROTOCOL_TCP || !first {
+    if ip.version_and_length >> 4 != 4 || length < mem::size_of::<Ipv4Header>() || ip.protocol != PROTOCOL_TCP || !first
+    {
         return None;
     }
     cursor.skip(length - mem::size_of::<Ipv4Header>());

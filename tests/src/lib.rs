@@ -6,11 +6,13 @@
 //! the bpffs carries the process id, so that the next run removes what a killed one left.
 
 pub mod bpf;
+pub mod frame;
 pub mod lab;
 pub mod limiter;
 pub mod monitor;
 pub mod netns;
 pub mod process;
+pub mod program;
 pub mod raw;
 pub mod segment;
 pub mod tcp;

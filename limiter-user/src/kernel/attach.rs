@@ -139,12 +139,7 @@ struct Attach<'a> {
 type Parts = (Vec<(u32, Service)>, Control, Events, AttachReport);
 
 impl Attach<'_> {
-    fn run(
-        &self,
-        cgroup: &fs::File,
-        interfaces: &[(String, u32)],
-        services: &[Service],
-    ) -> Result<Parts, KernelError> {
+    fn run(&self, cgroup: &fs::File, interfaces: &[(String, u32)], services: &[Service]) -> Result<Parts, KernelError> {
         let mut warnings = Vec::new();
         if self.taken_over {
             let size = layout::check(self.pins)?;

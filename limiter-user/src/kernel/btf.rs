@@ -86,14 +86,8 @@ mod tests {
     /// An integer, then `struct point { int x; int y; }`.
     fn sample() -> Vec<u8> {
         let strings = b"\0int\0point\0x\0y\0";
-        let types: Vec<u32> = [
-            [1, 1 << 24, 4].as_slice(),
-            &[32],
-            &[5, KIND_STRUCT << 24 | 2, 8],
-            &[11, 1, 0],
-            &[13, 1, 32],
-        ]
-        .concat();
+        let types: Vec<u32> =
+            [[1, 1 << 24, 4].as_slice(), &[32], &[5, KIND_STRUCT << 24 | 2, 8], &[11, 1, 0], &[13, 1, 32]].concat();
         let mut data = Vec::new();
         data.extend(MAGIC.to_ne_bytes());
         data.extend([1, 0]);

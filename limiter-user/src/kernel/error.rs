@@ -8,7 +8,9 @@ use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError};
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The process lacks the capabilities.
-    #[error("no privilege to {action}: run as root (sudo), or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN")]
+    #[error(
+        "no privilege to {action}: run as root (sudo), or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN"
+    )]
     NoPrivilege {
         /// What was tried.
         action: &'static str,
@@ -28,13 +30,17 @@ pub enum KernelError {
         present: String,
     },
     /// Another program holds the interface's XDP hook.
-    #[error("the XDP hook of {interface} is taken by another program: `ip -details link show {interface}` names it; detach it, or leave {interface} out")]
+    #[error(
+        "the XDP hook of {interface} is taken by another program: `ip -details link show {interface}` names it; detach it, or leave {interface} out"
+    )]
     InterfaceTaken {
         /// The interface.
         interface: String,
     },
     /// The driver has no XDP, and nothing else was allowed.
-    #[error("{interface} can't be attached in native mode: allow the slower generic mode with --attach-mode auto or generic")]
+    #[error(
+        "{interface} can't be attached in native mode: allow the slower generic mode with --attach-mode auto or generic"
+    )]
     NoNativeXdp {
         /// The interface.
         interface: String,
@@ -49,7 +55,9 @@ pub enum KernelError {
         pin_path: PathBuf,
     },
     /// No cgroup v2 hierarchy is mounted.
-    #[error("no cgroup v2 hierarchy is mounted, and without one the kernel can't tell of connections that open and close: `mount -t cgroup2 none /sys/fs/cgroup/unified`")]
+    #[error(
+        "no cgroup v2 hierarchy is mounted, and without one the kernel can't tell of connections that open and close: `mount -t cgroup2 none /sys/fs/cgroup/unified`"
+    )]
     NoCgroup,
     /// Another daemon works on the same pin path.
     #[error("another limiter{} works on {}: stop it first, or choose another place with --pin-path", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default(), pin_path.display())]

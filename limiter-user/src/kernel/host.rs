@@ -146,8 +146,9 @@ pub fn netns_cookie() -> Result<u64, KernelError> {
     let socket = UdpSocket::bind("127.0.0.1:0")
         .or_else(|_| UdpSocket::bind("[::]:0"))
         .map_err(KernelError::failed("can't open a socket to ask for the network namespace"))?;
-    socket_option_u64(&socket, SO_NETNS_COOKIE)
-        .map_err(KernelError::failed("the kernel does not tell its network namespace's cookie (it must be 5.14 or later)"))
+    socket_option_u64(&socket, SO_NETNS_COOKIE).map_err(KernelError::failed(
+        "the kernel does not tell its network namespace's cookie (it must be 5.14 or later)",
+    ))
 }
 
 /// A socket option of `SOL_SOCKET` that is a 64-bit number.
@@ -156,13 +157,7 @@ pub(crate) fn socket_option_u64(socket: &impl AsFd, option: libc::c_int) -> io::
     let mut length = mem::size_of::<u64>() as libc::socklen_t;
     // SAFETY: the descriptor is open; value and length are valid for the call, and the length is that of the value.
     let answer = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
+        libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length)
     };
     if answer == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }

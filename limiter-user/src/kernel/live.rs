@@ -18,12 +18,7 @@ pub struct LivePolicy {
 
 impl LivePolicy {
     /// The policy of the service of that index, which has these limits now.
-    pub(super) fn new(
-        pins: &Pins,
-        index: u32,
-        limits: Limits,
-        control: Arc<Control>,
-    ) -> Result<Self, KernelError> {
+    pub(super) fn new(pins: &Pins, index: u32, limits: Limits, control: Arc<Control>) -> Result<Self, KernelError> {
         Ok(Self { services: Services::open(pins)?, index, control, last: Mutex::new(limits) })
     }
 }

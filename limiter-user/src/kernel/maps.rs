@@ -126,9 +126,7 @@ impl Services {
 
     /// Takes a service away.
     pub fn clear(&mut self, index: u32) -> Result<(), KernelError> {
-        self.policies
-            .set(index, ServicePolicy::default(), 0)
-            .map_err(KernelError::failed("can't take a service away"))
+        self.policies.set(index, ServicePolicy::default(), 0).map_err(KernelError::failed("can't take a service away"))
     }
 
     /// What a service holds.

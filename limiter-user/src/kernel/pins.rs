@@ -164,12 +164,7 @@ impl Pins {
     pub fn lock_holder(&self) -> Option<u32> {
         let folder = fs::metadata(&self.root).ok()?;
         let locks = fs::read_to_string("/proc/locks").ok()?;
-        let place = format!(
-            "{:02x}:{:02x}:{}",
-            libc::major(folder.dev()),
-            libc::minor(folder.dev()),
-            folder.ino()
-        );
+        let place = format!("{:02x}:{:02x}:{}", libc::major(folder.dev()), libc::minor(folder.dev()), folder.ino());
         lock_holder(&locks, &place)
     }
 

@@ -1,0 +1,152 @@
+//! The model of admission: what the XDP program decides, in plain Rust over plain data.
+//!
+//! It is written for the reader, not for the verifier, and shares no code with the program but the keys of the maps. The
+//! tests feed both the same packets and compare each verdict and each counter.
+
+mod packet;
+
+pub use packet::Segment;
+
+use std::collections::{HashMap, HashSet};
+
+use crate::{
+    ConnectionKey, Counter, DenyReason, ServicePolicy, SourceKey,
+    policy::{OnDeny, OnFull, at_limit},
+};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It passes as it is.
+    Pass,
+    /// It is dropped.
+    Drop,
+    /// It passes as a RST.
+    Reset,
+}
+
+/// What the TCP stack knows of the connection that a segment belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handshake {
+    /// Nothing, or it is open already.
+    None,
+    /// It is half open, and the segment acknowledges nothing that was sent.
+    Unproven,
+    /// It is half open, and the segment completes it.
+    Completed,
+}
+
+/// Services, and who holds which connections.
+#[derive(Clone, Debug, Default)]
+pub struct Admission {
+    /// The service on each port.
+    pub ports: HashMap<u16, u16>,
+    /// The limits of each service.
+    pub policies: HashMap<u16, ServicePolicy>,
+    /// Every connection that is counted, with the source that it counts against.
+    pub ledger: HashMap<ConnectionKey, SourceKey>,
+    /// How many entries the ledger has room for.
+    pub ledger_size: usize,
+    /// What was counted.
+    pub counters: HashMap<(u16, Counter), u64>,
+}
+
+impl Admission {
+    /// Decides on a frame. `stack` tells what the TCP stack knows of a segment, and is asked only if that matters.
+    pub fn admit(&mut self, frame: &[u8], stack: impl FnOnce(&Segment) -> Handshake) -> Verdict {
+        let Some(segment) = Segment::parse(frame) else { return Verdict::Pass };
+        let Some(&service) = self.ports.get(&segment.local.port()) else { return Verdict::Pass };
+        let Some(&policy) = self.policies.get(&service) else { return Verdict::Pass };
+        let key = ConnectionKey::new(segment.remote, segment.local);
+        if segment.asks() {
+            self.syn(service, &policy, &key)
+        } else if segment.continues() && !self.ledger.contains_key(&key) {
+            match stack(&segment) {
+                Handshake::None => Verdict::Pass,
+                Handshake::Unproven => {
+                    self.count(service, Counter::HandshakeUnproven);
+                    Verdict::Pass
+                }
+                Handshake::Completed => self.handshake(service, &policy, &key),
+            }
+        } else {
+            Verdict::Pass
+        }
+    }
+
+    fn syn(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
+        let observe = policy.on_deny == OnDeny::Observe as u8;
+        let counter = match (self.reason(service, policy, key), observe) {
+            (None, _) => Counter::SynAdmitted,
+            (Some(DenyReason::ServiceLimit), false) => Counter::SynServiceLimit,
+            (Some(DenyReason::ServiceLimit), true) => Counter::SynObservedServiceLimit,
+            (Some(_), false) => Counter::SynSourceLimit,
+            (Some(_), true) => Counter::SynObservedSourceLimit,
+        };
+        self.count(service, counter);
+        match counter {
+            Counter::SynServiceLimit | Counter::SynSourceLimit => Verdict::Drop,
+            _ => Verdict::Pass,
+        }
+    }
+
+    fn handshake(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
+        let observe = policy.on_deny == OnDeny::Observe as u8;
+        let reason = self.reason(service, policy, key);
+        let refused = match (reason, observe) {
+            (None, _) => None,
+            (Some(DenyReason::ServiceLimit), false) => Some(Counter::HandshakeServiceLimit),
+            (Some(_), false) => Some(Counter::HandshakeSourceLimit),
+            (Some(DenyReason::ServiceLimit), true) => {
+                self.count(service, Counter::HandshakeObservedServiceLimit);
+                None
+            }
+            (Some(_), true) => {
+                self.count(service, Counter::HandshakeObservedSourceLimit);
+                None
+            }
+        };
+        if let Some(counter) = refused {
+            self.count(service, counter);
+            return Verdict::Reset;
+        }
+        if self.ledger.len() >= self.ledger_size {
+            if policy.on_full == OnFull::Closed as u8 {
+                self.count(service, Counter::HandshakeLedgerFull);
+                return Verdict::Reset;
+            }
+            self.count(service, Counter::LedgerFull);
+            return Verdict::Pass;
+        }
+        self.ledger.insert(*key, source(service, policy, key));
+        self.count(service, Counter::OpenedReserved);
+        Verdict::Pass
+    }
+
+    /// Why one more connection would be one too many, if it would.
+    fn reason(&self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Option<DenyReason> {
+        let source = source(service, policy, key);
+        let held_by_source = self.ledger.values().filter(|other| **other == source).count();
+        let held_by_service = self.ledger.values().filter(|other| other.service == service).count();
+        if at_limit(held_by_source as u64, policy.connections_per_source) {
+            Some(DenyReason::SourceLimit)
+        } else if at_limit(held_by_service as u64, policy.connections_total) {
+            Some(DenyReason::ServiceLimit)
+        } else {
+            None
+        }
+    }
+
+    /// The sources that hold a connection.
+    pub fn sources(&self) -> HashSet<SourceKey> {
+        self.ledger.values().copied().collect()
+    }
+
+    fn count(&mut self, service: u16, counter: Counter) {
+        *self.counters.entry((service, counter)).or_default() += 1;
+    }
+}
+
+fn source(service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> SourceKey {
+    SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix)
+}

@@ -1,0 +1,136 @@
+//! The XDP program by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
+
+use std::collections::HashMap;
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Pod, TestRun as _,
+    maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf},
+    programs::{TestRunOptions, Xdp},
+};
+use limiter::{config::Kernel, kernel::Loaded};
+use limiter_common::{
+    ConnectionKey, Counter, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, event::Refusal,
+    policy::ServiceState,
+};
+
+/// What the program made of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// `XDP_DROP`
+    Drop,
+    /// `XDP_PASS`
+    Pass,
+}
+
+/// The XDP program with its maps.
+#[derive(Debug)]
+pub struct Program {
+    loaded: Loaded,
+    out: Vec<u8>,
+}
+
+impl Program {
+    /// Loads it anew.
+    pub fn load() -> Result<Self> {
+        let config = Kernel { max_connections: 1024, ..Kernel::default() };
+        let loaded =
+            limiter::kernel::load_unpinned(&config, 0).context("can't load the programs; this test needs root")?;
+        Ok(Self { loaded, out: vec![0; 4096] })
+    }
+
+    /// Runs it once and returns what it decided and the frame that it left.
+    pub fn run(&mut self, frame: &[u8]) -> Result<(Action, &[u8])> {
+        let program: &Xdp = self.loaded.programs.program(abi::PROGRAM_XDP).context("no XDP program")?.try_into()?;
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut self.out),
+            repeat: 1,
+            ..TestRunOptions::default()
+        })?;
+        let action = match result.return_value {
+            1 => Action::Drop,
+            2 => Action::Pass,
+            other => bail!("the program answered {other}"),
+        };
+        Ok((action, &self.out[..frame.len()]))
+    }
+
+    /// Runs it so many times on one frame and returns the nanoseconds that one run takes, as the kernel measures it.
+    pub fn time(&self, frame: &[u8], repeat: u32) -> Result<u128> {
+        let program: &Xdp = self.loaded.programs.program(abi::PROGRAM_XDP).context("no XDP program")?.try_into()?;
+        let result = program.test_run(TestRunOptions { data_in: Some(frame), repeat, ..TestRunOptions::default() })?;
+        Ok(result.duration.as_nanos())
+    }
+
+    /// Puts a service on a port.
+    pub fn set_service(&mut self, index: u16, port: u16, policy: &ServicePolicy) -> Result<()> {
+        self.array::<ServicePolicy>(abi::MAP_SERVICES)?.set(u32::from(index), policy, 0)?;
+        self.array::<u32>(abi::MAP_PORTS)?.set(u32::from(port), u32::from(index) + 1, 0)?;
+        Ok(())
+    }
+
+    /// Puts a connection into the ledger, with everything that counts it.
+    pub fn add_connection(&mut self, key: &ConnectionKey, source: &SourceKey) -> Result<()> {
+        let entry = LedgerEntry { owner: 1, opened_ns: 1, source: *source, reserved: 0 };
+        self.hash::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER)?.insert(key, entry, 0)?;
+        let mut sources = self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?;
+        let known = sources.get(source, 0).unwrap_or(SourceEntry { key: *source, ..SourceEntry::default() });
+        let first = known.connections == 0;
+        sources.insert(source, SourceEntry { connections: known.connections + 1, ..known }, 0)?;
+        let mut states = self.array::<ServiceState>(abi::MAP_SERVICE_STATE)?;
+        let mut state = states.get(&u32::from(source.service), 0)?;
+        state.connections += 1;
+        state.sources += u64::from(first);
+        states.set(u32::from(source.service), state, 0)?;
+        Ok(())
+    }
+
+    /// Every counter that is not zero.
+    pub fn counters(&mut self) -> Result<HashMap<(u16, Counter), u64>> {
+        let map: PerCpuArray<&mut MapData, u64> =
+            self.loaded.programs.map_mut(abi::MAP_COUNTERS).context("no counters")?.try_into()?;
+        let mut counters = HashMap::new();
+        for service in 0..8 {
+            for counter in Counter::ALL {
+                let index = u32::from(service) * abi::COUNTERS_PER_SERVICE + counter as u32;
+                let count: u64 = map.get(&index, 0)?.iter().sum();
+                if count != 0 {
+                    counters.insert((service, counter), count);
+                }
+            }
+        }
+        Ok(counters)
+    }
+
+    /// What a service holds.
+    pub fn state(&mut self, service: u16) -> Result<ServiceState> {
+        Ok(self.array::<ServiceState>(abi::MAP_SERVICE_STATE)?.get(&u32::from(service), 0)?)
+    }
+
+    /// What a source holds, if it is there.
+    pub fn source(&mut self, key: &SourceKey) -> Result<Option<SourceEntry>> {
+        Ok(self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?.get(key, 0).ok())
+    }
+
+    /// Takes the reported refusals.
+    pub fn refusals(&mut self) -> Result<Vec<Refusal>> {
+        let mut buffer: RingBuf<&mut MapData> =
+            self.loaded.programs.map_mut(abi::MAP_EVENTS).context("no events")?.try_into()?;
+        let mut refusals = Vec::new();
+        while let Some(record) = buffer.next() {
+            anyhow::ensure!(record.len() == size_of::<Refusal>(), "a record of {} bytes", record.len());
+            // SAFETY: the length was checked, and every bit pattern is a record.
+            refusals.push(unsafe { record.as_ptr().cast::<Refusal>().read_unaligned() });
+        }
+        Ok(refusals)
+    }
+
+    fn array<V: Pod>(&mut self, name: &'static str) -> Result<Array<&mut MapData, V>> {
+        Ok(self.loaded.programs.map_mut(name).with_context(|| format!("no map {name}"))?.try_into()?)
+    }
+
+    fn hash<K: Pod, V: Pod>(&mut self, name: &'static str) -> Result<BpfHashMap<&mut MapData, K, V>> {
+        Ok(self.loaded.programs.map_mut(name).with_context(|| format!("no map {name}"))?.try_into()?)
+    }
+}
