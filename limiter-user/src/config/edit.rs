@@ -86,10 +86,14 @@ impl PreparedFile {
     /// Puts the new text in the place of the old, at once.
     pub fn commit(self) -> Result<(), ConfigError> {
         let Self { target, new } = self;
-        let unwritable = |source| ConfigError::Unwritable { path: target.clone(), source };
-        new.persist(&target).map_err(|error| unwritable(error.error))?;
-        // The rename is on disk only when its directory is.
-        fs::File::open(directory(&target)).and_then(|directory| directory.sync_all()).map_err(unwritable)
+        if let Err(error) = new.persist(&target) {
+            return Err(ConfigError::Unwritable { path: target, source: error.error });
+        }
+        // The rename outlives a power cut only when its directory is on disk. The new text is in force either way.
+        if let Err(error) = fs::File::open(directory(&target)).and_then(|directory| directory.sync_all()) {
+            tracing::warn!(file = %target.display(), %error, "the saved configuration may not outlive a power cut");
+        }
+        Ok(())
     }
 }
 

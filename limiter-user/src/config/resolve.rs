@@ -75,6 +75,14 @@ impl Config {
         let file = file.map_or_else(|| Ok(File::default()), read_file)?;
         merge(file, overrides, purpose)
     }
+
+    /// Where the state is pinned: `given` (by flag or environment), else what the file says, else the default.
+    pub fn pin_path(file: Option<&Path>, given: Option<&Path>) -> Result<PathBuf, ConfigError> {
+        let config = file.map_or_else(|| Ok(Self::default()), Self::from_file)?;
+        let pin_path = given.map_or(config.kernel.pin_path, Path::to_owned);
+        check_pin_path(&pin_path)?;
+        Ok(pin_path)
+    }
 }
 
 fn read_file(path: &Path) -> Result<File, ConfigError> {
@@ -177,10 +185,7 @@ fn check(config: &Config, purpose: Purpose) -> Result<(), ConfigError> {
             return Err(ConfigError::invalid("port 0 can't be protected: name the port that the server listens on"));
         }
     }
-    if !config.kernel.pin_path.is_absolute() {
-        let path = config.kernel.pin_path.display();
-        return Err(ConfigError::invalid(format!("the pin path {path} is not an absolute path")));
-    }
+    check_pin_path(&config.kernel.pin_path)?;
     if purpose == Purpose::Attach {
         if config.kernel.interfaces.is_empty() {
             return Err(ConfigError::invalid(
@@ -202,6 +207,13 @@ fn check(config: &Config, purpose: Purpose) -> Result<(), ConfigError> {
         }
         _ => Ok(()),
     }
+}
+
+fn check_pin_path(path: &Path) -> Result<(), ConfigError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(ConfigError::invalid(format!("the pin path {} is not an absolute path", path.display())))
 }
 
 fn refuse_twice<T: Ord + ToString>(values: &[T], what: &str) -> Result<(), ConfigError> {

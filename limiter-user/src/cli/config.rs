@@ -1,0 +1,27 @@
+//! `limiter config`.
+
+use std::path::PathBuf;
+
+use super::output::print;
+use crate::config::{Config, EXAMPLE};
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Check a file; everything that is wrong with it is told
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+    /// Print a commented example of every key with its default
+    Example,
+}
+
+pub(super) fn run(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Check { file } => {
+            Config::from_file(file)?;
+            print(&format!("{}: ok\n", file.display()))
+        }
+        Command::Example => print(EXAMPLE),
+    }
+}

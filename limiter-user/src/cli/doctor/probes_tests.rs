@@ -1,0 +1,194 @@
+use std::{collections::BTreeMap, fs, io, path::PathBuf};
+
+use tempfile::TempDir;
+
+use super::{super::link::Link, *};
+
+/// A host whose `/proc` and `/sys` lie in a folder.
+struct Fake {
+    root: TempDir,
+    filesystem: i64,
+    links: BTreeMap<&'static str, Link>,
+}
+
+impl Fake {
+    /// A host where all is well.
+    fn fit() -> Self {
+        let host = Self { root: tempfile::tempdir().unwrap(), filesystem: BPF_FS, links: BTreeMap::new() };
+        host.write("/proc/sys/kernel/osrelease", "6.1.0-31-amd64\n");
+        host.write("/proc/self/status", "Name:\tlimiter\nCapEff:\t000001ffffffffff\n");
+        host.write(
+            "/proc/self/mountinfo",
+            "30 1 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n\
+             31 1 0:27 / /sys/fs/bpf rw - bpf bpf rw\n",
+        );
+        host.write("/sys/kernel/btf/vmlinux", "");
+        host.write("/proc/sys/net/ipv4/tcp_syncookies", "1\n");
+        host.write(
+            "/proc/self/limits",
+            "Limit                     Soft Limit           Hard Limit           Units     \n\
+             Max locked memory         8388608              8388608              bytes     \n\
+             Max open files            1048576              unlimited            files     \n",
+        );
+        host.write("/proc/sys/net/core/somaxconn", "4096\n");
+        host
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.path().join(path.trim_start_matches('/'))
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
+        fs::write(self.path(path), text).unwrap();
+    }
+
+    fn remove(&self, path: &str) {
+        fs::remove_file(self.path(path)).unwrap();
+    }
+}
+
+impl Host for Fake {
+    fn read(&self, path: &str) -> io::Result<String> {
+        fs::read_to_string(self.path(path)).map(|text| text.trim_end().to_owned())
+    }
+
+    fn readable(&self, path: &str) -> io::Result<()> {
+        fs::File::open(self.path(path)).map(drop)
+    }
+
+    fn filesystem(&self, _: &Path) -> io::Result<i64> {
+        Ok(self.filesystem)
+    }
+
+    fn link(&self, name: &str) -> io::Result<Option<Link>> {
+        Ok(self.links.get(name).cloned())
+    }
+}
+
+fn looked_at(host: &Fake, interfaces: &[&str]) -> Vec<Row> {
+    let interfaces: Vec<String> = interfaces.iter().map(ToString::to_string).collect();
+    all(host, Path::new("/sys/fs/bpf/limiter"), &interfaces)
+}
+
+/// The row of that name, which must be the only one that is not well.
+fn only_fault(host: &Fake, check: &str) -> Row {
+    let mut rows: Vec<Row> = looked_at(host, &[]).into_iter().filter(|row| row.state != State::Ok).collect();
+    assert_eq!(rows.len(), 1, "{rows:#?}");
+    assert_eq!(rows[0].check, check);
+    assert!(!rows[0].advice.is_empty());
+    rows.remove(0)
+}
+
+#[test]
+fn on_a_fit_host_all_is_well() {
+    let rows = looked_at(&Fake::fit(), &[]);
+    let checks: Vec<&str> = rows.iter().map(|row| row.check.as_str()).collect();
+    assert_eq!(
+        checks,
+        ["kernel", "privilege", "bpffs", "cgroup2", "btf", "syncookies", "open_files", "memlock", "somaxconn"]
+    );
+    assert!(rows.iter().all(|row| row.state == State::Ok && row.advice.is_empty()), "{rows:#?}");
+}
+
+#[test]
+fn an_old_kernel_fails_and_an_odd_one_warns() {
+    let host = Fake::fit();
+    for (release, state) in [
+        ("5.14.0-70.el9", Some(State::Fail)),
+        ("4.19.0", Some(State::Fail)),
+        ("5.15.0", None),
+        ("10.0.1", None),
+        ("linux", Some(State::Warn)),
+        ("", Some(State::Warn)),
+    ] {
+        host.write("/proc/sys/kernel/osrelease", release);
+        match state {
+            Some(state) => assert_eq!(only_fault(&host, "kernel").state, state, "{release}"),
+            None => assert_eq!(kernel(&host).state, State::Ok, "{release}"),
+        }
+    }
+}
+
+#[test]
+fn missing_capabilities_are_named() {
+    let host = Fake::fit();
+    host.write("/proc/self/status", "CapEff:\t0000000000000000\n");
+    let row = only_fault(&host, "privilege");
+    assert_eq!((row.state, row.found.as_str()), (State::Fail, "no CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON"));
+
+    // CAP_SYS_ADMIN stands for the other two; CAP_BPF and CAP_PERFMON do as well.
+    for bits in [1_u64 << 12 | 1 << 21, 1 << 12 | 1 << 38 | 1 << 39] {
+        host.write("/proc/self/status", &format!("CapEff:\t{bits:016x}\n"));
+        assert_eq!(privilege(&host).state, State::Ok);
+    }
+}
+
+#[test]
+fn a_pin_path_off_the_bpffs_fails_and_names_one_that_is_on_it() {
+    let mut host = Fake::fit();
+    host.filesystem = 0x6265_6572;
+    assert!(only_fault(&host, "bpffs").advice.contains("--pin-path /sys/fs/bpf/limiter"));
+    host.write("/proc/self/mountinfo", "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+    let row = only_fault(&host, "bpffs");
+    assert_eq!(row.state, State::Fail);
+    assert!(row.advice.contains("mount -t bpf"), "{row:?}");
+}
+
+#[test]
+fn cgroup2_is_found_wherever_it_is_mounted() {
+    let host = Fake::fit();
+    host.write("/proc/self/mountinfo", "30 1 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n");
+    assert_eq!(cgroup(&host).found, "/sys/fs/cgroup/unified");
+    host.write("/proc/self/mountinfo", "30 1 0:26 / /sys/fs/cgroup rw - cgroup cgroup rw\n");
+    assert_eq!(only_fault(&host, "cgroup2").state, State::Fail);
+}
+
+#[test]
+fn a_kernel_without_btf_fails() {
+    let host = Fake::fit();
+    host.remove("/sys/kernel/btf/vmlinux");
+    assert_eq!(only_fault(&host, "btf").state, State::Fail);
+}
+
+#[test]
+fn settings_that_weaken_the_host_are_warned_of() {
+    let host = Fake::fit();
+    host.write("/proc/sys/net/ipv4/tcp_syncookies", "0\n");
+    assert_eq!(only_fault(&host, "syncookies").state, State::Warn);
+
+    let host = Fake::fit();
+    host.write("/proc/sys/net/core/somaxconn", "128\n");
+    assert_eq!(only_fault(&host, "somaxconn").state, State::Warn);
+
+    let host = Fake::fit();
+    host.write("/proc/self/limits", "Max locked memory unlimited unlimited bytes\nMax open files 1024 1048576 files\n");
+    assert_eq!(only_fault(&host, "open_files").found, "1024 (hard limit 1048576)");
+}
+
+#[test]
+fn without_proc_nothing_panics_and_everything_is_said() {
+    let host = Fake { root: tempfile::tempdir().unwrap(), filesystem: 0, links: BTreeMap::new() };
+    let rows = looked_at(&host, &["eth0"]);
+    assert!(rows.iter().all(|row| row.state != State::Ok && !row.advice.is_empty()), "{rows:#?}");
+}
+
+#[test]
+fn interfaces_are_named_with_driver_and_mode() {
+    let mut host = Fake::fit();
+    let link = Link { index: 2, up: true, loopback: false, driver: Some("virtio_net".into()) };
+    host.links.insert("eth0", link.clone());
+    host.links.insert("eth1", Link { up: false, driver: Some("e1000e".into()), ..link.clone() });
+    host.links.insert("lo", Link { index: 1, loopback: true, driver: None, ..link });
+    let rows = looked_at(&host, &["eth0", "eth1", "lo", "eth9"]);
+    let found: Vec<_> = rows[9..].iter().map(|row| (row.state, row.found.as_str())).collect();
+    assert_eq!(
+        found,
+        [
+            (State::Ok, "index 2, driver virtio_net, native XDP"),
+            (State::Warn, "index 2, driver e1000e, generic XDP only (slower), down"),
+            (State::Ok, "index 1, loopback, generic XDP only (slower)"),
+            (State::Fail, "there is none of that name"),
+        ]
+    );
+}

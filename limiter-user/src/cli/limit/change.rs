@@ -1,0 +1,248 @@
+//! Which limits become what, and how to go back.
+
+use std::{collections::BTreeSet, fmt};
+
+use serde::Serialize;
+
+use super::super::Usage;
+use crate::{
+    config::LimitKey,
+    kernel::{KernelError, Pinned, ServiceRow},
+    policy::Limits,
+};
+
+/// `KEY=VALUE`.
+pub(super) fn parse_assignment(text: &str) -> Result<(LimitKey, u32), String> {
+    let names = || LimitKey::ALL.map(LimitKey::name).join(", ");
+    let (name, value) = text.split_once('=').ok_or("expected KEY=VALUE, such as connections_per_source=20")?;
+    let key = LimitKey::ALL
+        .into_iter()
+        .find(|key| key.name() == name)
+        .ok_or_else(|| format!("there is no limit {name:?}; there are {}", names()))?;
+    let (least, greatest) = key.range();
+    value
+        .parse()
+        .ok()
+        .filter(|value| (least..=greatest).contains(value))
+        .map(|value| (key, value))
+        .ok_or_else(|| format!("{name}: found {value:?}, expected a whole number from {least} to {greatest}"))
+}
+
+/// The same, if no key is there twice.
+pub(super) fn once_each(values: &[(LimitKey, u32)]) -> Result<Vec<(LimitKey, u32)>, Usage> {
+    let mut seen = BTreeSet::new();
+    match values.iter().find(|(key, _)| !seen.insert(*key)) {
+        Some((key, _)) => Err(Usage(format!("{} is given twice", key.name()))),
+        None => Ok(values.to_vec()),
+    }
+}
+
+/// Where limits are in force.
+pub(super) trait Store {
+    /// Puts limits in force for the service of that index.
+    fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError>;
+}
+
+impl Store for Pinned {
+    fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
+        Self::set_limits(self, service, limits)
+    }
+}
+
+/// The services that change, with the limits before and after.
+#[derive(Debug)]
+pub(super) struct Plan(Vec<Step>);
+
+#[derive(Debug)]
+struct Step {
+    index: u32,
+    service: String,
+    old: Limits,
+    new: Limits,
+}
+
+impl Plan {
+    /// `service`: the name of the one that changes, or else all.
+    pub(super) fn new(
+        services: &[ServiceRow],
+        service: Option<&str>,
+        values: &[(LimitKey, u32)],
+    ) -> Result<Self, Usage> {
+        let steps: Vec<Step> = services
+            .iter()
+            .filter(|row| service.is_none_or(|name| row.name == name))
+            .map(|row| {
+                let mut new = row.limits;
+                for &(key, value) in values {
+                    // `parse_assignment` lets no other value through.
+                    key.set(&mut new, value).ok_or_else(|| Usage(format!("{}={value} is out of range", key.name())))?;
+                }
+                Ok(Step { index: row.index, service: row.name.clone(), old: row.limits, new })
+            })
+            .collect::<Result<_, Usage>>()?;
+        if steps.is_empty() {
+            let names: Vec<_> = services.iter().map(|row| row.name.as_str()).collect();
+            let service = service.unwrap_or_default();
+            return Err(Usage(format!("there is no service {service:?}; there are: {}", names.join(", "))));
+        }
+        Ok(Self(steps))
+    }
+
+    /// How many services change.
+    pub(super) fn services(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Puts the new limits in force for all services, or leaves the old ones.
+    pub(super) fn apply(&self, store: &impl Store) -> anyhow::Result<()> {
+        for (done, step) in self.0.iter().enumerate() {
+            if let Err(error) = store.set_limits(step.index, &step.new) {
+                return Err(undo(&self.0[..done], store, error.into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the old limits in force again, because of `error`, which it gives back.
+    pub(super) fn undo(&self, store: &impl Store, error: anyhow::Error) -> anyhow::Error {
+        undo(&self.0, store, error)
+    }
+
+    /// What changes, key by key.
+    pub(super) fn changes(&self, values: &[(LimitKey, u32)]) -> Vec<Change> {
+        let of_step = |step: &Step| {
+            let (service, old, new) = (step.service.clone(), step.old, step.new);
+            values
+                .iter()
+                .map(move |&(key, _)| Change {
+                    service: service.clone(),
+                    key: key.name(),
+                    old: key.get(&old),
+                    new: key.get(&new),
+                })
+                .collect::<Vec<_>>()
+        };
+        self.0.iter().flat_map(of_step).collect()
+    }
+}
+
+fn undo(steps: &[Step], store: &impl Store, error: anyhow::Error) -> anyhow::Error {
+    let failed: Vec<_> = steps
+        .iter()
+        .filter(|step| store.set_limits(step.index, &step.old).is_err())
+        .map(|step| step.service.as_str())
+        .collect();
+    if failed.is_empty() {
+        error.context("nothing was changed")
+    } else {
+        error.context(format!("the new limits are in force for {} and couldn't be taken back", failed.join(", ")))
+    }
+}
+
+/// One limit of one service, before and after.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Change {
+    service: String,
+    key: &'static str,
+    old: u32,
+    new: u32,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} {} → {}", self.service, self.key, self.old, self.new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, io};
+
+    use super::*;
+    use crate::kernel::Counters;
+
+    const FIVE: &[(LimitKey, u32)] = &[(LimitKey::ConnectionsPerSource, 5)];
+
+    fn service(index: u32, name: &str) -> ServiceRow {
+        ServiceRow {
+            index,
+            name: name.into(),
+            ports: vec![8080],
+            on_deny: "drop",
+            limits: Limits::default(),
+            connections: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Keeps what was set; the service of the index `broken` can't be.
+    #[derive(Default)]
+    struct Fake {
+        set: RefCell<Vec<(u32, u32)>>,
+        broken: Option<u32>,
+    }
+
+    impl Store for Fake {
+        fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
+            if self.broken == Some(service) {
+                return Err(KernelError::Failed { what: "can't write".into(), source: io::ErrorKind::Other.into() });
+            }
+            self.set.borrow_mut().push((service, limits.connections_per_source));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn assignments_are_checked() {
+        assert_eq!(parse_assignment("connections_per_source=0"), Ok((LimitKey::ConnectionsPerSource, 0)));
+        assert_eq!(parse_assignment("ipv6_prefix=48"), Ok((LimitKey::Ipv6Prefix, 48)));
+        for (text, complaint) in [
+            ("connections_per_source", "expected KEY=VALUE"),
+            ("burst=1", "there is no limit \"burst\"; there are connections_per_source, connections_total"),
+            ("connections_total=-1", "found \"-1\", expected a whole number from 0 to 4294967295"),
+            ("connections_total=", "found \"\""),
+            ("ipv4_prefix=0", "from 1 to 32"),
+            ("ipv4_prefix=33", "from 1 to 32"),
+            ("ipv6_prefix=129", "from 1 to 128"),
+            ("ipv6_prefix=64=64", "found \"64=64\""),
+        ] {
+            let error = parse_assignment(text).unwrap_err();
+            assert!(error.contains(complaint), "{text}: {error}");
+        }
+        assert!(once_each(&[FIVE[0], FIVE[0]]).is_err());
+    }
+
+    #[test]
+    fn all_services_change_or_the_named_one() {
+        let services = [service(0, "a"), service(1, "b")];
+        let store = Fake::default();
+        Plan::new(&services, Some("b"), FIVE).unwrap().apply(&store).unwrap();
+        assert_eq!(store.set.take(), [(1, 5)]);
+
+        let plan = Plan::new(&services, None, FIVE).unwrap();
+        plan.apply(&store).unwrap();
+        assert_eq!(store.set.take(), [(0, 5), (1, 5)]);
+        let lines: Vec<_> = plan.changes(FIVE).iter().map(ToString::to_string).collect();
+        assert_eq!(lines, ["a: connections_per_source 20 → 5", "b: connections_per_source 20 → 5"]);
+
+        let error = Plan::new(&services, Some("c"), FIVE).unwrap_err().to_string();
+        assert_eq!(error, "there is no service \"c\"; there are: a, b");
+    }
+
+    #[test]
+    fn a_failure_on_the_way_takes_back_what_was_done() {
+        let services = [service(0, "a"), service(1, "b")];
+        let store = Fake { broken: Some(1), ..Fake::default() };
+        let error = Plan::new(&services, None, FIVE).unwrap().apply(&store).unwrap_err();
+        assert!(format!("{error:#}").starts_with("nothing was changed: can't write"), "{error:#}");
+        assert_eq!(store.set.take(), [(0, 5), (0, 20)]);
+    }
+
+    #[test]
+    fn what_cannot_be_taken_back_is_said() {
+        let plan = Plan::new(&[service(0, "a")], None, FIVE).unwrap();
+        let store = Fake { broken: Some(0), ..Fake::default() };
+        let error = plan.undo(&store, anyhow::anyhow!("disk full"));
+        assert_eq!(format!("{error:#}"), "the new limits are in force for a and couldn't be taken back: disk full");
+    }
+}

@@ -1,0 +1,127 @@
+//! `limiter limit`.
+
+mod change;
+
+use serde::Serialize;
+
+use super::{
+    Global, Usage, exit,
+    output::{Format, limit, ports, table},
+};
+use crate::{
+    config::{LimitKey, prepare_limits},
+    kernel::{Pinned, ServiceRow},
+    policy::Limits,
+};
+use change::Change;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Show the limits in force
+    Show {
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Change limits at once; connections that are open stay open
+    Set(SetArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SetArgs {
+    // As `help`, not as a comment: the names are to be read in a terminal.
+    #[arg(
+        required = true,
+        value_name = "KEY=VALUE",
+        help = "What to change: connections_per_source, connections_total (0: any number), ipv4_prefix, ipv6_prefix",
+        value_parser = change::parse_assignment
+    )]
+    values: Vec<(LimitKey, u32)>,
+    /// Only for this service; without, for all
+    #[arg(long, value_name = "NAME")]
+    service: Option<String>,
+    /// Write it into the configuration file too (--config), comments kept
+    #[arg(long)]
+    save: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
+pub(super) fn run(global: &Global, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Show { format } => {
+            let services = Pinned::open(&global.pin_path()?)?.services()?;
+            show(format, &services)
+        }
+        Command::Set(args) => set(global, &args),
+    }
+}
+
+#[derive(Serialize)]
+struct ShowDocument<'s> {
+    limits: Vec<ShowRow<'s>>,
+}
+
+#[derive(Serialize)]
+struct ShowRow<'s> {
+    service: &'s str,
+    ports: &'s [u16],
+    #[serde(flatten)]
+    limits: Limits,
+    on_deny: &'s str,
+}
+
+fn show(format: Format, services: &[ServiceRow]) -> anyhow::Result<()> {
+    let limits = services
+        .iter()
+        .map(|row| ShowRow { service: &row.name, ports: &row.ports, limits: row.limits, on_deny: row.on_deny })
+        .collect();
+    format.print(&ShowDocument { limits }, || {
+        let rows = services.iter().map(|row| {
+            [
+                row.name.clone(),
+                ports(&row.ports),
+                limit(row.limits.connections_per_source),
+                limit(row.limits.connections_total),
+                format!("/{}", row.limits.ipv4_prefix),
+                format!("/{}", row.limits.ipv6_prefix),
+                row.on_deny.to_owned(),
+            ]
+        });
+        let header = ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "IPV4 PREFIX", "IPV6 PREFIX", "ON DENY"];
+        table(header, &[2, 3, 4, 5], rows)
+    })
+}
+
+#[derive(Serialize)]
+struct SetDocument {
+    changes: Vec<Change>,
+    saved: bool,
+}
+
+/// All or nothing: everything that can be refused is refused before anything is touched, and what has been done is undone
+/// if a later step fails.
+fn set(global: &Global, args: &SetArgs) -> anyhow::Result<()> {
+    let values = change::once_each(&args.values)?;
+    let file = match (args.save, global.config()) {
+        (true, Some(path)) => Some(path),
+        (true, None) => return Err(Usage("--save needs --config: the file to write into".into()).into()),
+        (false, _) => None,
+    };
+    let pinned = Pinned::open(&global.pin_path()?)?;
+    let plan = change::Plan::new(&pinned.services()?, args.service.as_deref(), &values)?;
+    let file = file.map(|path| prepare_limits(path, args.service.as_deref(), &values)).transpose()?;
+    plan.apply(&pinned)?;
+    let saved = file.is_some();
+    if let Some(Err(error)) = file.map(crate::config::PreparedFile::commit) {
+        return Err(plan.undo(&pinned, error.into()));
+    }
+
+    if args.service.is_none() && plan.services() > 1 {
+        exit::complain(&format!("no --service was named: this holds for all {} services", plan.services()));
+    }
+    let document = SetDocument { changes: plan.changes(&values), saved };
+    args.format.print(&document, || {
+        let lines: Vec<_> = document.changes.iter().map(ToString::to_string).collect();
+        lines.join("\n") + "\n"
+    })
+}

@@ -1,0 +1,141 @@
+//! `limiter status`.
+
+use std::fmt::Write as _;
+
+use limiter_common::Counter;
+
+use super::{
+    Global,
+    output::{Format, limit, ports, table},
+};
+use crate::kernel::{AttachedInterface, Pinned, ServiceRow, Status};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    format: Format,
+}
+
+pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
+    let status = Pinned::open(&global.pin_path()?)?.status()?;
+    args.format.print(&status, || text(&status))
+}
+
+fn text(status: &Status) -> String {
+    let daemon = status.daemon.map_or_else(|| "none; the limits stay in force".to_owned(), |pid| format!("pid {pid}"));
+    let mut text = format!(
+        "Pinned at   {} (layout {})\nDaemon      {daemon}\nAccounting  {}\nLedger      {} of {} connections, {} sources\n\n",
+        status.pin_path, status.abi, status.accounting, status.ledger_entries, status.ledger_size, status.sources,
+    );
+    let interfaces = status.interfaces.iter().map(interface);
+    text += &table(["INTERFACE", "INDEX", "MODE"], &[1], interfaces);
+    text.push('\n');
+    let header = ["SERVICE", "PORTS", "ON DENY", "CONNECTIONS", "TOTAL LIMIT", "PER SOURCE", "SOURCE IS"];
+    text += &table(header, &[3, 4, 5], status.services.iter().map(service));
+
+    let counted: Vec<[String; 3]> = status.services.iter().flat_map(counters).collect();
+    if !counted.is_empty() {
+        text.push('\n');
+        text += &table(["SERVICE", "COUNTER", "VALUE"], &[2], counted);
+    }
+    let uncounted: u64 = status.services.iter().map(|service| service.counters.get(Counter::LedgerFull)).sum();
+    if uncounted > 0 {
+        // A String takes whatever is written to it.
+        let _ = writeln!(
+            text,
+            "\nThe ledger was full: {uncounted} connections passed uncounted. Raise kernel.max_connections and attach anew."
+        );
+    }
+    text
+}
+
+fn interface(interface: &AttachedInterface) -> [String; 3] {
+    let name = interface.name.clone().unwrap_or_else(|| "(gone, or in another namespace)".to_owned());
+    [name, interface.index.to_string(), interface.mode.to_owned()]
+}
+
+fn service(service: &ServiceRow) -> [String; 7] {
+    let limits = &service.limits;
+    [
+        service.name.clone(),
+        ports(&service.ports),
+        service.on_deny.to_owned(),
+        service.connections.to_string(),
+        limit(limits.connections_total),
+        limit(limits.connections_per_source),
+        format!("/{} and /{}", limits.ipv4_prefix, limits.ipv6_prefix),
+    ]
+}
+
+/// What has been counted at all, in the order of the counters.
+fn counters(service: &ServiceRow) -> impl Iterator<Item = [String; 3]> + '_ {
+    Counter::ALL.into_iter().filter_map(|counter| {
+        let value = service.counters.get(counter);
+        (value > 0).then(|| [service.name.clone(), counter.name().to_owned(), value.to_string()])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{kernel::Counters, policy::Limits};
+
+    fn status() -> Status {
+        Status {
+            pin_path: "/sys/fs/bpf/limiter".into(),
+            abi: 1,
+            daemon: None,
+            accounting: "socket",
+            interfaces: vec![
+                AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native" },
+                AttachedInterface { name: None, index: 77, mode: "generic" },
+            ],
+            services: vec![ServiceRow {
+                index: 0,
+                name: "chat".into(),
+                ports: vec![8080, 8443],
+                on_deny: "drop",
+                limits: Limits { connections_total: 0, ..Limits::default() },
+                connections: 3,
+                counters: Counters(BTreeMap::from([("syn_admitted", 5), ("syn_source_limit", 0), ("ledger_full", 2)])),
+            }],
+            ledger_entries: 3,
+            ledger_size: 1000,
+            sources: 1,
+        }
+    }
+
+    #[test]
+    fn the_text_says_what_is_in_force() {
+        let expected = "\
+Pinned at   /sys/fs/bpf/limiter (layout 1)
+Daemon      none; the limits stay in force
+Accounting  socket
+Ledger      3 of 1000 connections, 1 sources
+
+INTERFACE                        INDEX  MODE
+eth0                                 2  native
+(gone, or in another namespace)     77  generic
+
+SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  SOURCE IS
+chat     8080,8443  drop               3    unlimited          20  /32 and /64
+
+SERVICE  COUNTER       VALUE
+chat     syn_admitted      5
+chat     ledger_full       2
+
+The ledger was full: 2 connections passed uncounted. Raise kernel.max_connections and attach anew.
+";
+        assert_eq!(text(&status()), expected);
+    }
+
+    #[test]
+    fn the_document_has_the_keys_of_the_configuration() {
+        let document = serde_json::to_value(status()).unwrap();
+        assert_eq!(document["services"][0]["connections_per_source"], 20);
+        assert_eq!(document["services"][0]["counters"]["syn_admitted"], 5);
+        assert_eq!(document["interfaces"][1]["name"], serde_json::Value::Null);
+    }
+}
