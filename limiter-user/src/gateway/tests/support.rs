@@ -144,6 +144,11 @@ impl Running {
         self.ended
     }
 
+    /// Drops the running gateway as it is.
+    pub fn begin_abort(self) {
+        self.ended.abort();
+    }
+
     pub async fn stop(self) -> DrainReport {
         timeout(PATIENCE, self.begin_stop()).await.expect("the gateway ends").unwrap()
     }
@@ -202,4 +207,36 @@ pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
     })
     .await
     .unwrap_or_else(|_| panic!("waited in vain until {what}"));
+}
+
+/// A handshake that is accepted (its key is that of RFC 6455).
+pub fn good_request(path: &str) -> String {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: \
+         13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+}
+
+/// Reads an HTTP head, and not a byte more.
+pub async fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(timeout(PATIENCE, stream.read_u8()).await.expect("a byte").unwrap());
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// A connection after its handshake, to write frames by hand.
+pub async fn shaken(gateway: &Running) -> TcpStream {
+    let mut stream = TcpStream::connect(gateway.addr).await.unwrap();
+    stream.write_all(good_request("/").as_bytes()).await.unwrap();
+    assert!(read_head(&mut stream).await.starts_with("HTTP/1.1 101 "));
+    stream
+}
+
+/// A client's frame with a mask of zeros; `first` is FIN, RSV and opcode. Payloads up to 125 bytes.
+pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(payload.len()).unwrap();
+    assert!(length <= 125);
+    [&[first, 0x80 | length, 0, 0, 0, 0], payload].concat()
 }
