@@ -1,5 +1,7 @@
 //! The gateway when the process has no file descriptor left. A process of its own, because the limit holds for all of it.
 
+#![expect(clippy::unwrap_used, reason = "all of it is a test, its helpers too")]
+
 use std::{
     fs::File,
     io::{Read, Write},

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -20,7 +21,6 @@ async fn sessions_get_1001_and_are_waited_for() {
     for client in [&mut first, &mut second] {
         assert_eq!(next_close(client).await, (1001, "server is shutting down".to_owned()));
         // The next read writes the answer, and finds the end.
-        use futures_util::StreamExt;
         assert!(timeout(PATIENCE, client.next()).await.unwrap().is_none());
     }
     let report = timeout(PATIENCE, ended).await.unwrap().unwrap();

@@ -67,7 +67,7 @@ async fn a_plain_request_gets_426_and_is_closed() {
         assert!(head.contains("\r\nsec-websocket-version: 13"), "{head}");
     }
     gateway.policy.wait_closed(2).await;
-    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"not_websocket\"}"), 2.0);
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"not_websocket\"}"), 2);
 }
 
 #[tokio::test]
@@ -93,7 +93,7 @@ async fn bad_handshakes_get_their_status_and_a_body() {
         assert!(*status != 426 || head.contains("\r\nsec-websocket-version: 13"), "{head}");
     }
     gateway.policy.wait_closed(cases.len()).await;
-    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"accepted\"}"), 0.0);
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"accepted\"}"), 0);
 }
 
 #[tokio::test]
@@ -112,7 +112,7 @@ async fn what_is_no_http_gets_a_4xx_too() {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
     }
     gateway.policy.wait_closed(cases.len()).await;
-    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"malformed\"}"), 4.0);
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"malformed\"}"), 4);
 }
 
 #[tokio::test]
@@ -123,7 +123,7 @@ async fn half_a_request_gets_408_at_the_deadline() {
     assert!(began.elapsed() >= Duration::from_millis(100), "{:?}", began.elapsed());
     problem(&gateway.raw(b"").await, 408);
     gateway.policy.wait_closed(2).await;
-    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"timeout\"}"), 2.0);
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"timeout\"}"), 2);
 }
 
 #[tokio::test]

@@ -131,11 +131,11 @@ impl Running {
         text
     }
 
-    /// One sample of the metrics, by its name and labels.
-    pub fn metric(&self, sample: &str) -> f64 {
+    /// One sample of the metrics, by its name and labels; 0 if it isn't there.
+    pub fn metric(&self, sample: &str) -> u64 {
         let text = self.metrics();
         let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-        line.map_or(0.0, |value| value.parse().unwrap())
+        line.map_or(0, |value| value.parse().unwrap())
     }
 
     /// Begins the drain; what `stopped` then waits for.
@@ -181,10 +181,14 @@ pub async fn next(client: &mut Client) -> Message {
     }
 }
 
-/// The code and reason of the Close that comes next.
+/// The code and reason of the Close that comes next, which is answered.
 pub async fn next_close(client: &mut Client) -> (u16, String) {
     match next(client).await {
-        Message::Close(Some(frame)) => (frame.code.into(), frame.reason.to_string()),
+        Message::Close(Some(frame)) => {
+            // The library has the answer ready; where the gateway is gone already, nobody waits for it.
+            _ = client.flush().await;
+            (frame.code.into(), frame.reason.to_string())
+        }
         other => panic!("expected a Close frame, got {other:?}"),
     }
 }
