@@ -16,7 +16,7 @@ use tokio_tungstenite::{
     },
 };
 
-use super::socket::Socket;
+use super::{peer::ReceiveError, socket::Socket};
 
 /// How long the Close frame may take to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -55,7 +55,11 @@ pub(super) enum End {
 
 impl End {
     /// What an error while reading from the client means.
-    pub(super) fn of_client(error: &Error) -> Self {
+    pub(super) fn of_client(error: &ReceiveError) -> Self {
+        let error = match error {
+            ReceiveError::Slow => return Self::SlowConsumer,
+            ReceiveError::Broken(error) => error,
+        };
         match error {
             Error::Capacity(_) => Self::TooBig,
             Error::Utf8(_) => Self::Malformed(CloseCode::Invalid),
@@ -66,7 +70,11 @@ impl End {
     }
 
     /// What an error while reading from the upstream means.
-    pub(super) fn of_upstream(error: &Error) -> Self {
+    pub(super) fn of_upstream(error: &ReceiveError) -> Self {
+        let error = match error {
+            ReceiveError::Slow => return Self::UpstreamGone,
+            ReceiveError::Broken(error) => error,
+        };
         match error {
             Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Self::UpstreamGone,
             Error::Capacity(_) | Error::Utf8(_) | Error::Protocol(_) => Self::UpstreamMalformed,
@@ -123,10 +131,10 @@ impl End {
     }
 }
 
-/// Closes the client's side. In a drain it may take `drain_timeout` to close too. Says whether it took part.
+/// Closes the client's side. In a drain it may take `drain_timeout` to close too. Says whether it did, or was cut off.
 pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain_timeout: Duration) -> bool {
     match end {
-        End::Lost => false,
+        End::Lost => true,
         // The answer to the client's Close is in the buffer already. Nothing more can come from it, so closing after
         // the flush is no RST.
         End::Client(_) => {
@@ -180,11 +188,12 @@ async fn send_close<S: AsyncRead + AsyncWrite + Unpin>(
     matches!(timeout(FLUSH_TIMEOUT, socket.send(Message::Close(frame))).await, Ok(Ok(())))
 }
 
-/// Waits for the Close frame that answers ours; what was on its way before is dropped. False: the connection broke.
+/// Waits for the Close frame that answers ours, or the end of the connection; what was on its way before is dropped.
+/// False: the connection broke.
 async fn answer<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut WebSocketStream<S>) -> bool {
     while let Some(received) = socket.next().await {
         match received {
-            Ok(Message::Close(_)) => return true,
+            Ok(Message::Close(_)) | Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)) => return true,
             Ok(_) => {}
             Err(_) => return false,
         }

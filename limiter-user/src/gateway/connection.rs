@@ -23,7 +23,6 @@ use super::{
     admission::{Full as NoRoom, Permit},
     answer::{Refusal, switching_protocols},
     application::Opened,
-    drain::Outcome,
     handshake, messages,
     relay::Client,
     session,
@@ -47,17 +46,13 @@ struct Accepted {
 }
 
 /// Serves a connection until it is closed.
-pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) -> Outcome {
+pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
     let started = Instant::now();
     let handshake = Box::pin(shake_hands(socket, &shared, started));
-    let Some((socket, Accepted { permit, application })) = handshake.await else {
-        return Outcome::NoSession;
-    };
-    shared.metrics.session_opened(started.elapsed());
-    let clean = session::run(socket, application, &shared).await;
-    // The socket is closed by now, so that whoever gets the slot doesn't find it still taken in the kernel.
-    drop(permit);
-    Outcome::Session { clean }
+    if let Some((socket, Accepted { permit, application })) = handshake.await {
+        shared.metrics.session_opened(started.elapsed());
+        session::run(socket, application, permit, &shared).await;
+    }
 }
 
 /// Reads the request and answers it. `None`: refused, or the client left; the connection is closed.

@@ -17,7 +17,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Shared, connection, drain::Outcome, socket::Socket};
+use super::{Shared, connection, socket::Socket};
 
 /// Connections that completed their handshake and wait for the accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -126,7 +126,7 @@ pub(super) async fn serve(
     mut listeners: Listeners,
     shared: &Arc<Shared>,
     shutdown: impl Future<Output = ()>,
-) -> JoinSet<Outcome> {
+) -> JoinSet<()> {
     let mut connections = JoinSet::new();
     let mut shutdown = pin!(shutdown);
     loop {
@@ -160,7 +160,7 @@ pub(super) async fn serve(
 }
 
 /// A connection's own task must not be able to end the others.
-pub(super) fn report_panic(ended: &Result<Outcome, JoinError>) {
+pub(super) fn report_panic(ended: &Result<(), JoinError>) {
     if let Err(e) = ended
         && e.is_panic()
     {

@@ -31,7 +31,11 @@ pub(super) async fn watch(client: &Peer<Socket>, config: &config::Gateway) -> En
         }
         let next = match pinged {
             Some(at) if now >= at + config.pong_timeout => return End::NoPong,
-            Some(at) => Some(at + config.pong_timeout),
+            // Whether the answer has come is also looked at when the next ping would be due.
+            Some(at) => [after(at, config.ping_interval).filter(|due| *due > now), Some(at + config.pong_timeout)]
+                .into_iter()
+                .flatten()
+                .min(),
             None => match after(heard, config.ping_interval) {
                 Some(due) if now >= due => {
                     match client.send(Message::Ping(Bytes::new())).await {

@@ -40,6 +40,14 @@ pub(super) enum Received {
     Close(Option<CloseFrame>),
 }
 
+/// Why nothing more is received.
+pub(super) enum ReceiveError {
+    /// The peer sends pings and does not take the pongs.
+    Slow,
+    /// The connection ended, or what it carries is no WebSocket.
+    Broken(Error),
+}
+
 /// Why a peer can't be sent to.
 pub(super) enum SendError {
     /// It does not take what it is sent.
@@ -56,7 +64,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Peer<S> {
 
     /// The next message, or the peer's Close. Pings are answered on the way, and no faster than the peer takes the answers:
     /// one that pings without reading would else fill our memory with pongs.
-    pub(super) async fn receive(&self) -> Result<Received, Error> {
+    pub(super) async fn receive(&self) -> Result<Received, ReceiveError> {
         loop {
             match poll_fn(|cx| self.lock().socket.poll_next_unpin(cx)).await {
                 Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
@@ -65,12 +73,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Peer<S> {
                 }
                 Some(Ok(Message::Close(frame))) => return Ok(Received::Close(frame)),
                 Some(Ok(Message::Ping(_))) => {
-                    // A failure is found by the next read, with its cause.
-                    _ = timeout(self.send_timeout, self.flush()).await;
+                    // Any other failure is found by the next read, with its cause.
+                    if timeout(self.send_timeout, self.flush()).await.is_err() {
+                        return Err(ReceiveError::Slow);
+                    }
                 }
                 Some(Ok(Message::Pong(_) | Message::Frame(_))) => {}
-                Some(Err(e)) => return Err(e),
-                None => return Err(Error::ConnectionClosed),
+                Some(Err(e)) => return Err(ReceiveError::Broken(e)),
+                None => return Err(ReceiveError::Broken(Error::ConnectionClosed)),
             }
         }
     }

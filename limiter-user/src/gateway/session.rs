@@ -7,6 +7,7 @@ use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 
 use super::{
     Shared,
+    admission::Permit,
     application::Opened,
     close::{self, End},
     liveness,
@@ -17,8 +18,8 @@ use super::{
 };
 use crate::config::{Messages, OnViolation};
 
-/// Serves `client` to the end of the session and closes both sides. Says whether the client took part in the close.
-pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, shared: &Arc<Shared>) -> bool {
+/// Serves `client` to the end of the session and closes both sides.
+pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, permit: Permit, shared: &Arc<Shared>) {
     let config = &shared.config;
     let opened = Instant::now();
     let client = Peer::new(client, config.pong_timeout);
@@ -50,11 +51,15 @@ pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, sh
             close::upstream(upstream.into_socket(), &end).await;
         }
     };
-    // Not after one another, nor the client's slot held for the upstream's sake: its socket goes as soon as it is done.
-    let close_client = close::client(client.into_socket(), &end, config.drain_timeout);
-    let (clean, ()) = tokio::join!(close_client, close_upstream);
-    shared.metrics.session_closed(end.label(), opened.elapsed());
-    clean
+    // At the same time, so that the client's slot isn't held for the upstream's sake.
+    let close_client = async {
+        let clean = close::client(client.into_socket(), &end, config.drain_timeout).await;
+        // The socket is closed by now: whoever gets the slot doesn't find it still taken in the kernel.
+        drop(permit);
+        shared.metrics.session_closed(end.label(), opened.elapsed());
+        shared.drain.session_ended(clean);
+    };
+    tokio::join!(close_client, close_upstream);
 }
 
 /// Sends each message back.

@@ -1,4 +1,10 @@
 //! The gateway with real sockets on loopback.
 
+mod admissions;
+mod drains;
+mod handshakes;
+mod liveness;
+mod malformed;
+mod relays;
 mod sessions;
 mod support;

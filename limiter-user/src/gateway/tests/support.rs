@@ -131,17 +131,22 @@ impl Running {
         text
     }
 
-    /// One sample of the metrics, by its name and labels.
-    pub fn metric(&self, sample: &str) -> f64 {
+    /// One sample of the metrics, by its name and labels; 0 if it isn't there.
+    pub fn metric(&self, sample: &str) -> u64 {
         let text = self.metrics();
         let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-        line.map_or(0.0, |value| value.parse().unwrap())
+        line.map_or(0, |value| value.parse().unwrap())
     }
 
     /// Begins the drain; what `stopped` then waits for.
     pub fn begin_stop(self) -> JoinHandle<DrainReport> {
         self.stop.send(()).unwrap();
         self.ended
+    }
+
+    /// Drops the running gateway as it is.
+    pub fn begin_abort(self) {
+        self.ended.abort();
     }
 
     pub async fn stop(self) -> DrainReport {
@@ -176,10 +181,14 @@ pub async fn next(client: &mut Client) -> Message {
     }
 }
 
-/// The code and reason of the Close that comes next.
+/// The code and reason of the Close that comes next, which is answered.
 pub async fn next_close(client: &mut Client) -> (u16, String) {
     match next(client).await {
-        Message::Close(Some(frame)) => (frame.code.into(), frame.reason.to_string()),
+        Message::Close(Some(frame)) => {
+            // The library has the answer ready; where the gateway is gone already, nobody waits for it.
+            _ = client.flush().await;
+            (frame.code.into(), frame.reason.to_string())
+        }
         other => panic!("expected a Close frame, got {other:?}"),
     }
 }
@@ -202,4 +211,36 @@ pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
     })
     .await
     .unwrap_or_else(|_| panic!("waited in vain until {what}"));
+}
+
+/// A handshake that is accepted (its key is that of RFC 6455).
+pub fn good_request(path: &str) -> String {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: \
+         13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+}
+
+/// Reads an HTTP head, and not a byte more.
+pub async fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(timeout(PATIENCE, stream.read_u8()).await.expect("a byte").unwrap());
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// A connection after its handshake, to write frames by hand.
+pub async fn shaken(gateway: &Running) -> TcpStream {
+    let mut stream = TcpStream::connect(gateway.addr).await.unwrap();
+    stream.write_all(good_request("/").as_bytes()).await.unwrap();
+    assert!(read_head(&mut stream).await.starts_with("HTTP/1.1 101 "));
+    stream
+}
+
+/// A client's frame with a mask of zeros; `first` is FIN, RSV and opcode. Payloads up to 125 bytes.
+pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(payload.len()).unwrap();
+    assert!(length <= 125);
+    [&[first, 0x80 | length, 0, 0, 0, 0], payload].concat()
 }
