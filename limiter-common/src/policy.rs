@@ -59,7 +59,7 @@ pub struct ServiceState {
     pub expired_ns: u64,
     /// When the last refusal because the service was full was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy).
     pub reported_ns: u64,
-    /// Such refusals since then that were not reported.
+    /// Such refusals since then that were not reported; a few may be missing where several CPUs refuse at once.
     pub unreported: u64,
 }
 

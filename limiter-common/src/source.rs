@@ -35,7 +35,7 @@ pub struct SourceEntry {
     pub connections: u64,
     /// When the last refusal of this source was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy); 0: never.
     pub reported_ns: u64,
-    /// Refusals since then that were not reported.
+    /// Refusals since then that were not reported; a few may be missing where several CPUs refuse at once.
     pub unreported: u64,
     /// The entry's own key. The kernel may reuse an element for another key at any time after it was removed: whoever
     /// has changed `connections` checks here that it was the right one.

@@ -1,6 +1,10 @@
 //! From a frame to a TCP segment: Ethernet, up to two VLAN tags, IPv4 with options or IPv6 with extension headers, TCP.
 //!
 //! A frame that is anything else is nobody's business here and passes: every function answers `None` for it.
+//!
+//! Headers are read as the kernel's own structures are, in words: the network header of a frame lies on a multiple of four
+//! as BPF sees it (the verifier counts `NET_IP_ALIGN` in), and where it does not in memory, the machine does not mind
+//! (`CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS`) or the kernel has moved it. Numbers wider than a byte are in network order.
 
 use core::mem;
 
@@ -34,37 +38,38 @@ pub const ACK: u8 = 0x10;
 struct EthernetHeader {
     destination: [u8; 6],
     source: [u8; 6],
-    ethertype: [u8; 2],
+    ethertype: u16,
 }
 
 #[repr(C)]
 struct VlanTag {
-    control: [u8; 2],
-    ethertype: [u8; 2],
+    control: u16,
+    ethertype: u16,
 }
 
 #[repr(C)]
 pub struct Ipv4Header {
     version_and_length: u8,
     service: u8,
-    total_length: [u8; 2],
-    identification: [u8; 2],
-    flags_and_fragment: [u8; 2],
+    total_length: u16,
+    identification: u16,
+    flags_and_fragment: u16,
     ttl: u8,
     protocol: u8,
-    checksum: [u8; 2],
-    source: [u8; 4],
-    destination: [u8; 4],
+    checksum: u16,
+    source: u32,
+    destination: u32,
 }
 
 #[repr(C)]
 pub struct Ipv6Header {
-    version_and_class: [u8; 4],
-    payload_length: [u8; 2],
+    version_and_class: u8,
+    class_and_flow: [u8; 3],
+    payload_length: u16,
     next_header: u8,
     hop_limit: u8,
-    source: [u8; 16],
-    destination: [u8; 16],
+    source: [u32; 4],
+    destination: [u32; 4],
 }
 
 #[repr(C)]
@@ -77,21 +82,21 @@ struct ExtensionHeader {
 struct FragmentHeader {
     next_header: u8,
     reserved: u8,
-    offset_and_flags: [u8; 2],
-    identification: [u8; 4],
+    offset_and_flags: u16,
+    identification: u32,
 }
 
 #[repr(C)]
 pub struct TcpHeader {
-    source_port: [u8; 2],
-    destination_port: [u8; 2],
-    sequence: [u8; 4],
-    acknowledgement: [u8; 4],
+    source_port: u16,
+    destination_port: u16,
+    sequence: u32,
+    acknowledgement: u32,
     data_offset: u8,
     flags: u8,
-    window: [u8; 2],
-    checksum: [u8; 2],
-    urgent: [u8; 2],
+    window: u16,
+    checksum: u16,
+    urgent: u16,
 }
 
 /// The network header of a segment, within the frame.
@@ -115,7 +120,7 @@ struct Cursor {
 }
 
 impl Cursor {
-    /// The next `T`, which must consist of bytes (alignment 1).
+    /// The next `T`.
     #[inline(always)]
     fn take<T>(&mut self) -> Option<*mut T> {
         let at = self.position;
@@ -138,14 +143,14 @@ pub fn segment(ctx: &XdpContext) -> Option<Segment> {
     let mut cursor = Cursor { position: ctx.data(), end: ctx.data_end() };
     let ethernet = cursor.take::<EthernetHeader>()?;
     // SAFETY: take checked it.
-    let mut ethertype = u16::from_be_bytes(unsafe { (*ethernet).ethertype });
+    let mut ethertype = u16::from_be(unsafe { (*ethernet).ethertype });
     for _ in 0..MAX_VLAN_TAGS {
         if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
             break;
         }
         let tag = cursor.take::<VlanTag>()?;
         // SAFETY: take checked it.
-        ethertype = u16::from_be_bytes(unsafe { (*tag).ethertype });
+        ethertype = u16::from_be(unsafe { (*tag).ethertype });
     }
     let network = match ethertype {
         ETHERTYPE_IPV4 => ipv4(&mut cursor)?,
@@ -164,7 +169,7 @@ fn ipv4(cursor: &mut Cursor) -> Option<Network> {
     let ip = unsafe { &*header };
     let length = usize::from(ip.version_and_length & 0x0f) * 4;
     // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
-    let first = u16::from_be_bytes(ip.flags_and_fragment) & 0x1fff == 0;
+    let first = u16::from_be(ip.flags_and_fragment) & 0x1fff == 0;
     if ip.version_and_length >> 4 != 4 || length < mem::size_of::<Ipv4Header>() || ip.protocol != PROTOCOL_TCP || !first
     {
         return None;
@@ -179,7 +184,7 @@ fn ipv6(cursor: &mut Cursor) -> Option<Network> {
     let header = cursor.take::<Ipv6Header>()?;
     // SAFETY: take checked it.
     let ip = unsafe { &*header };
-    if ip.version_and_class[0] >> 4 != 6 {
+    if ip.version_and_class >> 4 != 6 {
         return None;
     }
     let mut next = ip.next_header;
@@ -207,7 +212,7 @@ fn ipv6(cursor: &mut Cursor) -> Option<Network> {
                 let fragment = cursor.take::<FragmentHeader>()?;
                 // SAFETY: take checked it.
                 let fragment = unsafe { &*fragment };
-                if u16::from_be_bytes(fragment.offset_and_flags) & 0xfff8 != 0 {
+                if u16::from_be(fragment.offset_and_flags) & 0xfff8 != 0 {
                     return None;
                 }
                 next = fragment.next_header;
@@ -229,19 +234,19 @@ impl Segment {
     /// The client's port.
     #[inline(always)]
     pub fn remote_port(&self) -> u16 {
-        u16::from_be_bytes(self.tcp().source_port)
+        u16::from_be(self.tcp().source_port)
     }
 
     /// The port that the segment is for.
     #[inline(always)]
     pub fn local_port(&self) -> u16 {
-        u16::from_be_bytes(self.tcp().destination_port)
+        u16::from_be(self.tcp().destination_port)
     }
 
     /// The acknowledgement number.
     #[inline(always)]
     pub fn acknowledgement(&self) -> u32 {
-        u32::from_be_bytes(self.tcp().acknowledgement)
+        u32::from_be(self.tcp().acknowledgement)
     }
 
     /// The flags of the low byte: FIN to CWR.
@@ -261,8 +266,8 @@ impl Segment {
     pub fn remote(&self) -> Address {
         // SAFETY: the pointers were checked when the segment was made.
         match self.network {
-            Network::V4(ip) => Address::from_v4_word(u32::from_ne_bytes(unsafe { (*ip).source })),
-            Network::V6(ip) => v6_address(unsafe { &(*ip).source }),
+            Network::V4(ip) => Address::from_v4_word(unsafe { (*ip).source }),
+            Network::V6(ip) => Address::from_v6_words(unsafe { (*ip).source }),
         }
     }
 
@@ -271,8 +276,8 @@ impl Segment {
     pub fn local(&self) -> Address {
         // SAFETY: the pointers were checked when the segment was made.
         match self.network {
-            Network::V4(ip) => Address::from_v4_word(u32::from_ne_bytes(unsafe { (*ip).destination })),
-            Network::V6(ip) => v6_address(unsafe { &(*ip).destination }),
+            Network::V4(ip) => Address::from_v4_word(unsafe { (*ip).destination }),
+            Network::V6(ip) => Address::from_v6_words(unsafe { (*ip).destination }),
         }
     }
 
@@ -284,15 +289,9 @@ impl Segment {
         let before = u32::from(u16::from_be_bytes([tcp.data_offset, tcp.flags]));
         tcp.flags = RST;
         let after = u32::from(u16::from_be_bytes([tcp.data_offset, tcp.flags]));
-        let mut sum = u32::from(!u16::from_be_bytes(tcp.checksum)) + (before ^ 0xffff) + after;
+        let mut sum = u32::from(!u16::from_be(tcp.checksum)) + (before ^ 0xffff) + after;
         sum = (sum & 0xffff) + (sum >> 16);
         sum = (sum & 0xffff) + (sum >> 16);
-        tcp.checksum = (!(sum as u16)).to_be_bytes();
+        tcp.checksum = (!(sum as u16)).to_be();
     }
-}
-
-#[inline(always)]
-fn v6_address(octets: &[u8; 16]) -> Address {
-    let word = |at: usize| u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]]);
-    Address::from_v6_words([word(0), word(4), word(8), word(12)])
 }

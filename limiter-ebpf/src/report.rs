@@ -9,8 +9,8 @@ use limiter_common::{
 
 use crate::{atomic, counters::count, maps::EVENTS};
 
-/// Where it is noted when somebody's refusals were last reported. Several CPUs may race for a report, which costs a
-/// report too many.
+/// Where it is noted when somebody's refusals were last reported. Several CPUs may race here, which costs a report too
+/// many, or a few refusals in the count of those left out; atomics would cost every refusal of a flood.
 #[derive(Clone, Copy)]
 pub struct Sampler {
     pub reported_ns: *mut u64,
@@ -35,14 +35,14 @@ pub fn report(sampler: Sampler, refused: &Refused) {
     unsafe {
         let last_ns = atomic::load(sampler.reported_ns);
         if last_ns != 0 && now_ns.wrapping_sub(last_ns) < REPORT_INTERVAL_NS {
-            atomic::fetch_add(sampler.unreported, 1);
+            sampler.unreported.write_volatile(atomic::load(sampler.unreported).wrapping_add(1));
             return;
         }
         sampler.reported_ns.write_volatile(now_ns);
         let unreported = atomic::load(sampler.unreported);
-        atomic::fetch_add(sampler.unreported, unreported.wrapping_neg());
+        sampler.unreported.write_volatile(0);
         let Some(mut record) = EVENTS.reserve::<Refusal>(0) else {
-            atomic::fetch_add(sampler.unreported, unreported + 1);
+            sampler.unreported.write_volatile(unreported.wrapping_add(1));
             count(refused.service, Counter::EventsLost);
             return;
         };
