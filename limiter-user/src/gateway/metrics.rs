@@ -104,7 +104,7 @@ impl Metrics {
         );
         registry.register("sessions", "WebSocket sessions that are open in the gateway", self.sessions.clone());
         registry.register(
-            "connections_closed",
+            "sessions_closed",
             "WebSocket sessions that ended, by reason",
             self.connections_closed.clone(),
         );
