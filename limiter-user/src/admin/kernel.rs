@@ -162,7 +162,11 @@ impl Writer<'_> {
         for (labels, value) in samples {
             // A gauge is signed; no map has room for 2^63 entries.
             let value = i64::try_from(value).unwrap_or(i64::MAX);
-            metric.encode_family(&Labels(labels.as_ref()))?.encode_gauge(&value)?;
+            match labels.as_ref() {
+                // An empty family would be written as `{}`.
+                [] => metric.encode_gauge(&value)?,
+                labels => metric.encode_family(&Labels(labels))?.encode_gauge(&value)?,
+            }
         }
         Ok(())
     }

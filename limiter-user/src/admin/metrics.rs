@@ -38,7 +38,7 @@ impl Metrics {
         self.registry().register_collector(Box::new(KernelCollector::new(kernel)));
     }
 
-    /// All of them, in the OpenMetrics text format. Reads the kernel's maps, so it may take milliseconds.
+    /// All of them, in the `OpenMetrics` text format. Reads the kernel's maps, so it may take milliseconds.
     pub(super) fn encode(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         text::encode(&mut text, &self.registry)?;

@@ -1,6 +1,6 @@
 //! The admin address: metrics and health over HTTP, for Prometheus, load balancers and people with curl.
 //!
-//! - `/metrics`: what is counted, in the OpenMetrics text format.
+//! - `/metrics`: what is counted, in the `OpenMetrics` text format.
 //! - `/healthz`: 200 as long as the process answers.
 //! - `/readyz`: 200 while clients are served; 503 with the reason as JSON while it starts or drains.
 //!

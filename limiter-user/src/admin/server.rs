@@ -157,12 +157,11 @@ async fn metrics_text(Shared(context): Shared<Arc<Context>>) -> Response {
         let context = Arc::clone(&context);
         move || context.metrics.encode()
     });
-    match scrape.await {
-        Ok(Ok(text)) => ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response(),
-        Ok(Err(_)) | Err(_) => {
-            tracing::error!("the metrics could not be written");
-            StatusCode::INTERNAL_SERVER_ERROR.into_response()
-        }
+    if let Ok(Ok(text)) = scrape.await {
+        ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
+    } else {
+        tracing::error!("the metrics could not be written");
+        StatusCode::INTERNAL_SERVER_ERROR.into_response()
     }
 }
 
