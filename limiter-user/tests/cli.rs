@@ -78,7 +78,7 @@ fn bad_usage_exits_with_2_and_says_what_was_wrong() {
         (&["run", "--port", "65536"], "invalid value '65536'"),
         (&["run", "--on-deny", "dorp"], "a similar value exists: 'drop'"),
         (&["run", "--attach-mode", "tc"], "possible values: auto, native, generic"),
-        (&["run", "--connections-per-source", "-1"], "unexpected argument '-1'"),
+        (&["run", "--connections-per-source", "-1"], "invalid value '-1'"),
         (&["run", "--connections-per-source=-1"], "invalid value '-1'"),
         (&["run", "--listen", "8080"], "invalid value '8080' for '--listen <ADDRESS>'"),
         (&["run", "--upstream", "http://x"], "it does not begin with ws://"),

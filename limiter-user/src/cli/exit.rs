@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     fn failed() -> KernelError {
-        KernelError::Failed { what: "can't load".into(), source: io::Error::from(ErrorKind::BrokenPipe) }
+        KernelError::Failed { what: "can't load".into(), source: io::Error::from(ErrorKind::BrokenPipe).into() }
     }
 
     #[test]

@@ -22,10 +22,10 @@ pub(super) struct KernelSettings {
     )]
     ports: Option<Vec<u16>>,
     /// Connections that one source may hold; 0: any number [default: 20]
-    #[arg(long, value_name = "COUNT", env = "LIMITER_CONNECTIONS_PER_SOURCE")]
+    #[arg(long, value_name = "COUNT", env = "LIMITER_CONNECTIONS_PER_SOURCE", allow_negative_numbers = true)]
     connections_per_source: Option<u32>,
     /// Connections that a service may hold in all; 0: any number [default: 10000]
-    #[arg(long, value_name = "COUNT", env = "LIMITER_CONNECTIONS_TOTAL")]
+    #[arg(long, value_name = "COUNT", env = "LIMITER_CONNECTIONS_TOTAL", allow_negative_numbers = true)]
     connections_total: Option<u32>,
     /// What the SYN of a source at its limit gets [default: drop]
     #[arg(long, value_enum, value_name = "ACTION", env = "LIMITER_ON_DENY")]

@@ -19,7 +19,7 @@ pub struct Metrics {
     handshakes: Family<ResultLabel, Counter>,
     handshake_seconds: Histogram,
     sessions: Gauge,
-    connections_closed: Family<ReasonLabel, Counter>,
+    sessions_closed: Family<ReasonLabel, Counter>,
     connection_seconds: Histogram,
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
@@ -84,7 +84,7 @@ impl Default for Metrics {
             handshakes: Family::default(),
             handshake_seconds: Histogram::new(HANDSHAKE_SECONDS),
             sessions: Gauge::default(),
-            connections_closed: Family::default(),
+            sessions_closed: Family::default(),
             connection_seconds: Histogram::new(CONNECTION_SECONDS),
             accept_errors: Counter::default(),
             messages,
@@ -103,11 +103,7 @@ impl Metrics {
             self.handshake_seconds.clone(),
         );
         registry.register("sessions", "WebSocket sessions that are open in the gateway", self.sessions.clone());
-        registry.register(
-            "connections_closed",
-            "WebSocket sessions that ended, by reason",
-            self.connections_closed.clone(),
-        );
+        registry.register("sessions_closed", "WebSocket sessions that ended, by reason", self.sessions_closed.clone());
         registry.register("connection_seconds", "How long WebSocket sessions lasted", self.connection_seconds.clone());
         registry.register(
             "messages",
@@ -137,7 +133,7 @@ impl Metrics {
     /// A session ended, `lasted` after the handshake.
     pub(super) fn session_closed(&self, reason: &'static str, lasted: Duration) {
         self.sessions.dec();
-        self.connections_closed.get_or_create(&ReasonLabel { reason }).inc();
+        self.sessions_closed.get_or_create(&ReasonLabel { reason }).inc();
         self.connection_seconds.observe(lasted.as_secs_f64());
     }
 }

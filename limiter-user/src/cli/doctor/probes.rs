@@ -115,17 +115,13 @@ fn privilege(host: &impl Host) -> Row {
     let Some(effective) = effective else {
         return row("privilege", State::Warn, format!("{PATH} has no CapEff"), "run as root");
     };
-    let has = |bit: u32| effective >> bit & 1 == 1;
-    let missing: Vec<&str> = [
-        ("CAP_NET_ADMIN", has(NET_ADMIN)),
-        ("CAP_BPF", has(BPF) || has(SYS_ADMIN)),
-        ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)),
-    ]
-    .into_iter()
-    .filter_map(|(name, there)| (!there).then_some(name))
-    .collect();
+    let missing: Vec<&str> =
+        [("CAP_NET_ADMIN", NET_ADMIN), ("CAP_SYS_ADMIN", SYS_ADMIN), ("CAP_PERFMON", PERFMON), ("CAP_BPF", BPF)]
+            .into_iter()
+            .filter_map(|(name, bit)| (effective >> bit & 1 == 0).then_some(name))
+            .collect();
     if missing.is_empty() {
-        row("privilege", State::Ok, "CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON", "")
+        row("privilege", State::Ok, "CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF", "")
     } else {
         let found = format!("no {}", missing.join(", "));
         row("privilege", State::Fail, found, "run as root (sudo), or give the process these capabilities")

@@ -185,7 +185,7 @@ mod tests {
     impl Store for Fake {
         fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
             if self.broken == Some(service) {
-                return Err(KernelError::Failed { what: "can't write".into(), source: io::ErrorKind::Other.into() });
+                return Err(KernelError::Failed { what: "can't write".into(), source: io::Error::other("no").into() });
             }
             self.set.borrow_mut().push((service, limits.connections_per_source));
             Ok(())

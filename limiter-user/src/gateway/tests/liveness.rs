@@ -33,7 +33,7 @@ async fn a_client_that_does_not_answer_is_given_up() {
     let mut stream = shaken(&gateway).await;
     let remote = stream.local_addr().unwrap();
     eventually("it is given up", || gateway.policy.closed(remote) == 1).await;
-    eventually("it is counted", || gateway.metric("limiter_connections_closed_total{reason=\"no_pong\"}") == 1).await;
+    eventually("it is counted", || gateway.metric("limiter_sessions_closed_total{reason=\"no_pong\"}") == 1).await;
 
     let mut received = Vec::new();
     timeout(PATIENCE, stream.read_to_end(&mut received)).await.unwrap().unwrap();
@@ -54,7 +54,7 @@ async fn a_client_that_does_not_read_is_given_up_and_its_memory_with_it() {
         // Neither a full buffer nor the end of the connection is of interest here.
         _ = timeout(Duration::from_millis(10), stream.write_all(&message)).await;
     }
-    let slow = "limiter_connections_closed_total{reason=\"slow_consumer\"}";
+    let slow = "limiter_sessions_closed_total{reason=\"slow_consumer\"}";
     eventually("it is counted", || gateway.metric(slow) == 1).await;
 }
 
@@ -70,7 +70,7 @@ async fn a_client_that_pings_without_reading_is_not_buffered_for() {
         assert!(written < 64 << 20, "the gateway reads on without bound");
     }
     gateway.policy.wait_closed(1).await;
-    assert_eq!(gateway.metric("limiter_connections_closed_total{reason=\"slow_consumer\"}"), 1);
+    assert_eq!(gateway.metric("limiter_sessions_closed_total{reason=\"slow_consumer\"}"), 1);
 }
 
 #[tokio::test]

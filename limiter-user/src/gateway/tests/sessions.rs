@@ -28,7 +28,7 @@ async fn messages_come_back_in_order_and_the_close_with_its_code() {
     assert_eq!(next_close(&mut client).await, (4000, "bye".to_owned()));
     gateway.policy.wait_closed(1).await;
     assert_eq!(gateway.policy.closed(address(&client)), 1);
-    eventually("it is counted", || gateway.metric("limiter_connections_closed_total{reason=\"client\"}") == 1).await;
+    eventually("it is counted", || gateway.metric("limiter_sessions_closed_total{reason=\"client\"}") == 1).await;
     assert_eq!(gateway.metric("limiter_connection_seconds_count"), 1);
 }
 

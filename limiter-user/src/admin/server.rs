@@ -1,0 +1,184 @@
+//! The HTTP server of the admin address.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::State as Shared,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use serde_json::json;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+};
+
+use super::{Metrics, Readiness, State};
+
+/// Connections that are served at the same time; more wait in the backlog.
+const MOST_CONNECTIONS: usize = 64;
+
+/// How long a request's head may take, and so how long a connection may be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a shutdown waits for answers on their way.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long to wait after an accept that failed, which is for lack of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Why the admin server can't start.
+#[derive(Debug, thiserror::Error)]
+#[error("can't listen on {address} for metrics and health: {source}; {}", advice(source, *address))]
+pub struct BindError {
+    address: SocketAddr,
+    source: io::Error,
+}
+
+fn advice(error: &io::Error, address: SocketAddr) -> String {
+    let port = address.port();
+    match error.kind() {
+        io::ErrorKind::AddrInUse => format!(
+            "`ss -ltnp 'sport = :{port}'` shows who holds the port: stop it, or give another address with --admin (\"\" for none)"
+        ),
+        io::ErrorKind::AddrNotAvailable => {
+            "no interface has this address (`ip address` lists those there are)".to_owned()
+        }
+        io::ErrorKind::PermissionDenied => format!("port {port} takes root; ports from 1024 on don't"),
+        _ => "give another address with --admin (\"\" for none)".to_owned(),
+    }
+}
+
+/// The admin server, bound; [`run`](Self::run) sets it going.
+#[derive(Debug)]
+pub struct Admin {
+    listener: TcpListener,
+    address: SocketAddr,
+    router: Router,
+}
+
+/// What a handler needs.
+#[derive(Debug)]
+struct Context {
+    metrics: Metrics,
+    readiness: Readiness,
+    /// One scrape at a time: each reads the kernel's maps.
+    scrape: Semaphore,
+}
+
+impl Admin {
+    /// Binds `address`.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError`] says why the address can't be had, and what to do.
+    pub async fn bind(address: SocketAddr, metrics: Metrics, readiness: Readiness) -> Result<Self, BindError> {
+        let bind_error = |source| BindError { address, source };
+        let listener = TcpListener::bind(address).await.map_err(bind_error)?;
+        let address = listener.local_addr().map_err(bind_error)?;
+        let context = Context { metrics, readiness, scrape: Semaphore::new(1) };
+        let router = Router::new()
+            .route("/metrics", get(metrics_text))
+            .route("/healthz", get(healthz))
+            .route("/readyz", get(readyz))
+            .with_state(Arc::new(context));
+        Ok(Self { listener, address, router })
+    }
+
+    /// The address that it listens on.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown` completes, and then until the answers on their way are written, but not for long.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) {
+        let Self { listener, router, .. } = self;
+        let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        let graceful = GracefulShutdown::new();
+        let mut connections = JoinSet::new();
+        let mut shutdown = std::pin::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                (stream, permit) = accept(&listener, &room) => {
+                    let connection = http1::Builder::new()
+                        .timer(TokioTimer::new())
+                        .header_read_timeout(HEAD_TIMEOUT)
+                        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+                    let connection = graceful.watch(connection);
+                    connections.spawn(async move {
+                        // A client that hangs up or sends nonsense is its own affair.
+                        let _ = connection.await;
+                        drop(permit);
+                    });
+                }
+                Some(_) = connections.join_next() => {}
+            }
+        }
+        drop(listener);
+        // What is not done by then is cut off with the tasks.
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, graceful.shutdown()).await;
+    }
+}
+
+/// The next connection, once there is room for it.
+async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+    loop {
+        let Ok(permit) = Arc::clone(room).acquire_owned().await else {
+            // It fails only if somebody closes the semaphore, and nobody does.
+            std::future::pending::<()>().await;
+            continue;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, permit),
+            Err(error) => {
+                tracing::warn!(%error, "can't accept a connection for metrics and health");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn metrics_text(Shared(context): Shared<Arc<Context>>) -> Response {
+    // It fails only if somebody closes the semaphore, and nobody does.
+    let _turn = context.scrape.acquire().await;
+    let scrape = tokio::task::spawn_blocking({
+        let context = Arc::clone(&context);
+        move || context.metrics.encode()
+    });
+    if let Ok(Ok(text)) = scrape.await {
+        ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
+    } else {
+        tracing::error!("the metrics could not be written");
+        StatusCode::INTERNAL_SERVER_ERROR.into_response()
+    }
+}
+
+async fn healthz() -> Json<serde_json::Value> {
+    Json(json!({ "alive": true }))
+}
+
+async fn readyz(Shared(context): Shared<Arc<Context>>) -> (StatusCode, Json<serde_json::Value>) {
+    let state = context.readiness.get();
+    let reason = match state {
+        State::Ready => return (StatusCode::OK, Json(json!({ "ready": true, "state": state }))),
+        State::Starting => "it is starting: not listening yet, or the kernel's part is not attached yet",
+        State::Draining => "it is shutting down, and waits for its clients to close",
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "state": state, "reason": reason })))
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -1,0 +1,105 @@
+//! The life of the daemon, from ready to drained.
+
+use std::collections::HashMap;
+
+use sd_notify::NotifyState;
+use tokio::{sync::watch, task::JoinSet};
+
+use super::{
+    refusals,
+    signals::{Signal, Signals},
+};
+use crate::{
+    admin::{Admin, Readiness, State},
+    gateway::Gateway,
+    kernel::Events,
+};
+
+/// Everything bound, and ready to be set going.
+pub(super) struct Daemon {
+    pub(super) gateways: Vec<Gateway>,
+    pub(super) admin: Option<Admin>,
+    pub(super) readiness: Readiness,
+    pub(super) refusals: Option<Refusals>,
+}
+
+/// Where refusals are read from, and the names of the services by their index.
+pub(super) struct Refusals {
+    pub(super) events: Events,
+    pub(super) services: HashMap<u32, String>,
+}
+
+impl Daemon {
+    /// Serves until a signal says to end; then waits for the clients, or for a second signal.
+    pub(super) async fn run(self, mut signals: Signals) -> anyhow::Result<()> {
+        let Self { gateways, admin, readiness, refusals } = self;
+        let drain = watch::Sender::new(false);
+        let end = watch::Sender::new(false);
+        let mut serving = JoinSet::new();
+        for gateway in gateways {
+            serving.spawn(gateway.run(set(drain.subscribe())));
+        }
+        let mut helpers = JoinSet::new();
+        if let Some(admin) = admin {
+            tracing::info!(address = %admin.local_addr(), "metrics and health are at this address");
+            helpers.spawn(admin.run(set(end.subscribe())));
+        }
+        // Dropped at the end: it has nothing to finish.
+        let mut readers = JoinSet::new();
+        if let Some(Refusals { events, services }) = refusals {
+            readers.spawn(refusals::log_all(events, services));
+        }
+
+        readiness.set(State::Ready);
+        notify(NotifyState::Ready);
+        let crashed = loop {
+            tokio::select! {
+                signal = signals.next() => match signal {
+                    Signal::End => break None,
+                    Signal::Reload => tracing::warn!(
+                        "the file is not read again: change limits with `limiter limit set`, or restart for the rest"
+                    ),
+                },
+                Some(ended) = serving.join_next() => break Some(ended),
+            }
+        };
+
+        readiness.set(State::Draining);
+        notify(NotifyState::Stopping);
+        drain.send_replace(true);
+        tokio::select! {
+            () = join_all(&mut serving) => {}
+            () = signals.end() => {
+                tracing::warn!("a second signal: not waiting for the clients any longer");
+                serving.shutdown().await;
+            }
+        }
+        end.send_replace(true);
+        join_all(&mut helpers).await;
+        match crashed {
+            // A gateway ends by itself only when something in it is broken.
+            Some(ended) => Err(anyhow::anyhow!("a gateway ended by itself: {ended:?}")),
+            None => Ok(()),
+        }
+    }
+}
+
+async fn join_all<T: 'static>(tasks: &mut JoinSet<T>) {
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a task ended badly");
+        }
+    }
+}
+
+/// Completes when the value is set, or when there is nobody left who could set it.
+async fn set(mut value: watch::Receiver<bool>) {
+    let _ = value.wait_for(|set| *set).await;
+}
+
+/// Tells systemd, if it is there.
+fn notify(state: NotifyState) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "can't tell systemd");
+    }
+}

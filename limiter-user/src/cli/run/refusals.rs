@@ -1,0 +1,78 @@
+//! Refusals in the log. The kernel reports one per source and second; of very many sources, only some are logged.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use crate::kernel::{Event, Events};
+
+/// Most lines per [`WINDOW`].
+const MOST_LINES: u32 = 20;
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// Logs refusals as long as they can be read. `services`: names by index.
+pub(super) async fn log_all(events: Events, services: HashMap<u32, String>) {
+    let mut budget = Budget::default();
+    let error = events
+        .read(|event| {
+            if let Some(left_out) = budget.take(Instant::now()) {
+                let name = services.get(&event.service).map_or("?", String::as_str);
+                log(&event, name, left_out);
+            }
+        })
+        .await;
+    tracing::error!(%error, "can't read refusals any longer: they are counted, but not logged");
+}
+
+fn log(event: &Event, service: &str, left_out: u64) {
+    tracing::info!(
+        service,
+        reason = event.reason.name(),
+        stage = event.stage,
+        remote = %event.remote,
+        local = %event.local,
+        unreported = event.unreported,
+        left_out,
+        "{}", if event.observed { "would refuse" } else { "refused" },
+    );
+}
+
+/// How many lines may still be written in this window.
+#[derive(Debug, Default)]
+struct Budget {
+    window_start: Option<Instant>,
+    written: u32,
+    left_out: u64,
+}
+
+impl Budget {
+    /// Whether a line may be written at that time; if so, how many were left out since the last one.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        if self.window_start.is_none_or(|start| now.duration_since(start) >= WINDOW) {
+            self.window_start = Some(now);
+            self.written = 0;
+        }
+        if self.written == MOST_LINES {
+            self.left_out += 1;
+            return None;
+        }
+        self.written += 1;
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_very_many_some_are_written_and_the_rest_is_counted() {
+        let mut budget = Budget::default();
+        let start = Instant::now();
+        let written = (0..100).filter(|_| budget.take(start).is_some()).count();
+        assert_eq!(written, MOST_LINES as usize);
+        assert_eq!(budget.take(start + WINDOW), Some(80));
+        assert_eq!(budget.take(start + WINDOW), Some(0));
+    }
+}
