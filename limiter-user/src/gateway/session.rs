@@ -22,6 +22,7 @@ use crate::config::{Messages, OnViolation};
 pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, permit: Permit, shared: &Arc<Shared>) {
     let config = &shared.config;
     let opened = Instant::now();
+    let mut witness = shared.drain.session();
     let client = Peer::new(client, config.pong_timeout);
     let inbound = Inbound::new(config.messages, &shared.metrics);
     let upstream = match application {
@@ -42,6 +43,12 @@ pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, pe
         end = served => end,
     };
 
+    if end.is_abuse()
+        && let Some(left_out) = shared.log.admit(end.label())
+    {
+        let remote = client.transport(|socket| socket.connection().remote);
+        tracing::info!(%remote, reason = end.label(), left_out, "session closed for what its client does");
+    }
     tracing::debug!(
         remote = %client.transport(|socket| socket.connection().remote), reason = end.label(), lasted = ?opened.elapsed(),
         "session ends"
@@ -53,11 +60,13 @@ pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, pe
     };
     // At the same time, so that the client's slot isn't held for the upstream's sake.
     let close_client = async {
-        let clean = close::client(client.into_socket(), &end, config.drain_timeout).await;
+        if close::client(client.into_socket(), &end, config.drain_timeout).await {
+            witness.closed();
+        }
+        drop(witness);
+        shared.metrics.session_closed(end.label(), opened.elapsed());
         // The socket is closed by now: whoever gets the slot doesn't find it still taken in the kernel.
         drop(permit);
-        shared.metrics.session_closed(end.label(), opened.elapsed());
-        shared.drain.session_ended(clean);
     };
     tokio::join!(close_client, close_upstream);
 }
