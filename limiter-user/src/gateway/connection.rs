@@ -53,8 +53,8 @@ pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
     let started = Instant::now();
     let handshake = Box::pin(shake_hands(socket, &shared, started));
     if let Some((socket, Accepted { permit, application })) = handshake.await {
-        shared.metrics.session_opened(started.elapsed());
-        session::run(socket, application, permit, &shared).await;
+        let open = shared.metrics.session_opened(started.elapsed());
+        session::run(socket, application, permit, open, &shared).await;
     }
 }
 

@@ -124,20 +124,21 @@ impl Running {
         tokio_tungstenite::connect_async(self.url()).await.unwrap().0
     }
 
-    /// The text of the metrics.
-    pub fn metrics(&self) -> String {
-        let mut registry = Registry::with_prefix("limiter");
-        self.metrics.register(&mut registry);
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
-        text
-    }
-
     /// One sample of the metrics, by its name and labels; 0 if it isn't there.
     pub fn metric(&self, sample: &str) -> u64 {
-        let text = self.metrics();
-        let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-        line.map_or(0, |value| value.parse().unwrap())
+        self.sampler()(sample)
+    }
+
+    /// `metric`, for when the gateway is gone.
+    pub fn sampler(&self) -> impl Fn(&str) -> u64 + use<> {
+        let mut registry = Registry::with_prefix("limiter");
+        self.metrics.register(&mut registry);
+        move |sample| {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+            let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+            line.map_or(0, |value| value.parse().unwrap())
+        }
     }
 
     /// Waits until no slot is taken.
