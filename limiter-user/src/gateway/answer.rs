@@ -25,6 +25,8 @@ pub(super) enum Refusal {
     Version,
     /// A handshake that breaks RFC 6455; with what is wrong.
     Bad(&'static str),
+    /// No HTTP/1 at all. The HTTP library has its own answers for most of it.
+    Malformed,
     /// Not complete before `handshake_timeout`.
     Timeout,
     /// The source holds this many connections and may hold no more.
@@ -33,8 +35,8 @@ pub(super) enum Refusal {
     ServiceFull,
     /// The gateway is being shut down.
     Draining,
-    /// Nothing answers at the upstream's address, or not in WebSocket.
-    UpstreamUnreachable,
+    /// Nothing answers at the upstream's address, or not in WebSocket; with the cause, for the log.
+    UpstreamUnreachable(String),
     /// The upstream takes too long to answer.
     UpstreamTimeout,
     /// The upstream does not want this client; with its status and the headers that go with it.
@@ -56,11 +58,12 @@ impl Refusal {
             Self::NotWebSocket => "not_websocket",
             Self::Version => "version",
             Self::Bad(_) => "bad_request",
+            Self::Malformed => "malformed",
             Self::Timeout => "timeout",
             Self::SourceFull(_) => "source_full",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
-            Self::UpstreamUnreachable => "upstream_unreachable",
+            Self::UpstreamUnreachable(_) => "upstream_unreachable",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamRefused(..) => "upstream_refused",
         }
@@ -69,7 +72,7 @@ impl Refusal {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
-            Self::Bad(_) => StatusCode::BAD_REQUEST,
+            Self::Bad(_) | Self::Malformed => StatusCode::BAD_REQUEST,
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
@@ -80,7 +83,19 @@ impl Refusal {
             {
                 *status
             }
-            Self::UpstreamUnreachable | Self::UpstreamRefused(..) => StatusCode::BAD_GATEWAY,
+            Self::UpstreamUnreachable(_) | Self::UpstreamRefused(..) => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    /// What somebody has to mend, because it is no fault of the client.
+    pub(super) fn fault(&self) -> Option<String> {
+        match self {
+            Self::UpstreamUnreachable(cause) => Some(cause.clone()),
+            Self::UpstreamTimeout => Some("the upstream did not answer in time".into()),
+            Self::UpstreamRefused(status, _) if status.is_server_error() => {
+                Some(format!("the upstream answers {status}"))
+            }
+            _ => None,
         }
     }
 
@@ -89,13 +104,14 @@ impl Refusal {
             Self::NotWebSocket => "this server speaks WebSocket only".into(),
             Self::Version => "this server speaks version 13 of the WebSocket protocol".into(),
             Self::Bad(what) => (*what).into(),
+            Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
             }
             Self::ServiceFull => "the service has no room for another connection at the moment".into(),
             Self::Draining => "the server is shutting down".into(),
-            Self::UpstreamUnreachable => "the application behind this server cannot be reached".into(),
+            Self::UpstreamUnreachable(_) => "the application behind this server cannot be reached".into(),
             Self::UpstreamTimeout => "the application behind this server did not answer in time".into(),
             Self::UpstreamRefused(..) => "the application refused the connection".into(),
         }

@@ -100,6 +100,11 @@ impl End {
         }
     }
 
+    /// Whether the client broke a limit or the protocol.
+    pub(super) fn is_abuse(&self) -> bool {
+        matches!(self, Self::Malformed(_) | Self::TooBig | Self::TooMany | Self::SlowConsumer)
+    }
+
     /// The Close frame for the client.
     fn for_client(&self) -> Option<CloseFrame> {
         let (code, reason) = match self {

@@ -33,6 +33,9 @@ use super::{
 const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
+/// How a client begins that takes us for an HTTP/2 server.
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0";
+
 /// How long a client that was refused may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -50,8 +53,8 @@ pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
     let started = Instant::now();
     let handshake = Box::pin(shake_hands(socket, &shared, started));
     if let Some((socket, Accepted { permit, application })) = handshake.await {
-        shared.metrics.session_opened(started.elapsed());
-        session::run(socket, application, permit, &shared).await;
+        let open = shared.metrics.session_opened(started.elapsed());
+        session::run(socket, application, permit, open, &shared).await;
     }
 }
 
@@ -89,13 +92,17 @@ async fn shake_hands(
         (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
         // The HTTP side has answered what it could not parse, if there was anything.
         (Ok(Err(e)), _) if e.is_parse() => {
-            refused(shared, client, "malformed");
+            refused(shared, client, &Refusal::Malformed);
+            // All but this, which it takes for the wrong kind of connection.
+            if parts.read_buf.starts_with(HTTP2_PREFACE) {
+                _ = timeout(LINGER, socket.write_all(&Refusal::Malformed.raw())).await;
+            }
             socket.linger(LINGER).await;
         }
         // Before it had an answer, or before it had read it; nothing to log, for that is what port checks do.
         (Ok(_), _) | (Err(_), Answered::Refused | Answered::Accepted(_)) => shared.metrics.handshake("left"),
         (Err(refusal), Answered::Nothing) => {
-            refused(shared, client, refusal.label());
+            refused(shared, client, &refusal);
             if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
                 socket.linger(LINGER).await;
             }
@@ -141,7 +148,7 @@ fn answer(
         let (response, outcome) = match decide(request, client, deadline, &shared).await {
             Ok((response, accepted)) => (response, Answered::Accepted(Box::new(accepted))),
             Err(refusal) => {
-                refused(&shared, client, refusal.label());
+                refused(&shared, client, &refusal);
                 (refusal.response(), Answered::Refused)
             }
         };
@@ -176,9 +183,13 @@ async fn decide(
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.
-fn refused(shared: &Shared, client: IpAddr, reason: &'static str) {
+fn refused(shared: &Shared, client: IpAddr, refusal: &Refusal) {
+    let reason = refusal.label();
     shared.metrics.handshake(reason);
-    if let Some(left_out) = shared.refusals.admit(reason) {
-        tracing::info!(%client, reason, left_out, "handshake refused");
+    if let Some(left_out) = shared.log.admit(reason) {
+        match refusal.fault() {
+            None => tracing::info!(%client, reason, left_out, "handshake refused"),
+            Some(fault) => tracing::warn!(%client, reason, fault, left_out, "handshake failed"),
+        }
     }
 }

@@ -44,18 +44,36 @@ impl Drain {
         self.begun.send_replace(true);
     }
 
-    /// A session is over: its client closed too, or was cut off.
-    pub(super) fn session_ended(&self, clean: bool) {
-        if self.begun() {
-            let counter = if clean { &self.closed } else { &self.cut };
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
+    /// Watches over one session, which counts if it ends in the drain: as cut, unless it is said to be closed before.
+    pub(super) fn session(&self) -> Witness<'_> {
+        Witness { drain: self, counter: &self.cut }
     }
 
     /// Completes when the drain begins.
     pub(super) async fn wait(&self) {
         // The sender is this very object, so it outlives the call and the wait can't fail.
         _ = self.begun.subscribe().wait_for(|begun| *begun).await;
+    }
+}
+
+/// Counts a session when it is dropped, which is what happens to those that are cut.
+pub(super) struct Witness<'a> {
+    drain: &'a Drain,
+    counter: &'a AtomicUsize,
+}
+
+impl Witness<'_> {
+    /// The client closed too.
+    pub(super) fn closed(&mut self) {
+        self.counter = &self.drain.closed;
+    }
+}
+
+impl Drop for Witness<'_> {
+    fn drop(&mut self) {
+        if self.drain.begun() {
+            self.counter.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -70,15 +88,12 @@ pub(super) async fn finish(connections: &mut JoinSet<()>, shared: &Arc<Shared>) 
             report_panic(&ended);
         }
     };
-    let in_time = timeout(shared.config.drain_timeout, all).await.is_ok();
-    // A session holds its permit until its client's socket is closed.
-    let left = shared.admission.total() as usize;
-    if !in_time {
+    if timeout(shared.config.drain_timeout, all).await.is_err() {
         connections.shutdown().await;
     }
     let report = DrainReport {
         closed: shared.drain.closed.load(Ordering::Relaxed),
-        cut: shared.drain.cut.load(Ordering::Relaxed) + left,
+        cut: shared.drain.cut.load(Ordering::Relaxed),
         took: started.elapsed(),
     };
     tracing::info!(closed = report.closed, cut = report.cut, took = ?report.took, "drained");

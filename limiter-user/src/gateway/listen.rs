@@ -143,7 +143,7 @@ pub(super) async fn serve(
                 Err(e) if is_about_one_connection(&e) => {}
                 Err(e) => {
                     shared.metrics.accept_errors.inc();
-                    if let Some(left_out) = shared.refusals.admit("accept") {
+                    if let Some(left_out) = shared.log.admit("accept") {
                         tracing::warn!(
                             error = %e, left_out,
                             "cannot accept; clients wait in the backlog (out of descriptors: raise LimitNOFILE)"

@@ -7,6 +7,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
+use tokio::time::Instant;
 
 /// From a millisecond to the usual deadline.
 const HANDSHAKE_SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
@@ -123,17 +124,37 @@ impl Metrics {
         self.handshakes.get_or_create(&ResultLabel { result }).inc();
     }
 
-    /// A handshake succeeded, `took` after the accept.
-    pub(super) fn session_opened(&self, took: Duration) {
+    /// A handshake succeeded, `took` after the accept. The session lasts until what is returned is dropped.
+    pub(super) fn session_opened(&self, took: Duration) -> OpenSession<'_> {
         self.handshake("accepted");
         self.handshake_seconds.observe(took.as_secs_f64());
         self.sessions.inc();
+        OpenSession { metrics: self, opened: Instant::now(), reason: "cut" }
+    }
+}
+
+/// A session that is counted as open.
+pub(super) struct OpenSession<'a> {
+    metrics: &'a Metrics,
+    opened: Instant,
+    /// Why it ends: "cut", unless told otherwise.
+    reason: &'static str,
+}
+
+impl OpenSession<'_> {
+    pub(super) fn ends(&mut self, reason: &'static str) {
+        self.reason = reason;
     }
 
-    /// A session ended, `lasted` after the handshake.
-    pub(super) fn session_closed(&self, reason: &'static str, lasted: Duration) {
-        self.sessions.dec();
-        self.sessions_closed.get_or_create(&ReasonLabel { reason }).inc();
-        self.connection_seconds.observe(lasted.as_secs_f64());
+    pub(super) fn lasted(&self) -> Duration {
+        self.opened.elapsed()
+    }
+}
+
+impl Drop for OpenSession<'_> {
+    fn drop(&mut self) {
+        self.metrics.sessions.dec();
+        self.metrics.sessions_closed.get_or_create(&ReasonLabel { reason: self.reason }).inc();
+        self.metrics.connection_seconds.observe(self.lasted().as_secs_f64());
     }
 }

@@ -1,8 +1,8 @@
 //! The WebSocket server in front of the application.
 //!
-//! The way of a connection through it: [`listen`] accepts the socket, [`connection`] reads the HTTP head, [`handshake`]
-//! says whether it asks for a WebSocket, [`admission`] whether there is room, [`application`] opens what stands behind,
-//! and [`session`] sees to the messages until the close. Whatever happens on that way, dropping the [`socket`] tells
+//! The way of a connection through it: `listen` accepts the socket, `connection` reads the HTTP head, `handshake`
+//! says whether it asks for a WebSocket, `admission` whether there is room, `application` opens what stands behind,
+//! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
 mod admission;
@@ -51,7 +51,7 @@ struct Shared {
     metrics: Arc<Metrics>,
     admission: Arc<Admission>,
     application: Application,
-    refusals: Sampler,
+    log: Sampler,
     drain: Drain,
 }
 
@@ -73,7 +73,7 @@ impl Gateway {
             metrics,
             admission: Arc::default(),
             application,
-            refusals: Sampler::default(),
+            log: Sampler::default(),
             drain: Drain::default(),
         };
         Ok(Self { listeners, shared: Arc::new(shared) })

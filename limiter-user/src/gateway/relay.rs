@@ -111,8 +111,7 @@ impl Relay {
     ) -> Result<(WebSocketStream<TcpStream>, Option<HeaderValue>), Refusal> {
         let connecting = async {
             let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(|error| {
-                tracing::debug!(%error, host = self.host, port = self.port, "cannot connect to the upstream");
-                Refusal::UpstreamUnreachable
+                Refusal::UpstreamUnreachable(format!("cannot connect to {}:{}: {error}", self.host, self.port))
             })?;
             // Neither is worth a session.
             _ = stream.set_nodelay(true);
@@ -131,19 +130,17 @@ impl Relay {
         config: WebSocketConfig,
     ) -> Result<(WebSocketStream<TcpStream>, Option<HeaderValue>), Refusal> {
         let key = generate_key();
-        let request = self.request(head, handshake, client, &key).ok_or(Refusal::UpstreamUnreachable)?;
-        let exchanged = exchange(stream, request).await.map_err(|error| {
-            tracing::debug!(%error, "the upstream broke off the handshake");
-            Refusal::UpstreamUnreachable
-        })?;
+        let request =
+            self.request(head, handshake, client, &key).ok_or(Refusal::Bad("a header cannot be passed on"))?;
+        let exchanged = exchange(stream, request)
+            .await
+            .map_err(|error| Refusal::UpstreamUnreachable(format!("the upstream's answer: {error}")))?;
         let (response, stream, read) = match exchanged {
             Exchanged::Upgraded { response, stream, read } => (response, stream, read),
             Exchanged::Refused { status, headers } => return Err(Refusal::UpstreamRefused(status, headers)),
         };
-        let protocol = chosen_protocol(&response, handshake, &key).map_err(|problem| {
-            tracing::warn!(problem, "the upstream's answer to the handshake is wrong");
-            Refusal::UpstreamUnreachable
-        })?;
+        let protocol = chosen_protocol(&response, handshake, &key)
+            .map_err(|problem| Refusal::UpstreamUnreachable(format!("the upstream's answer: {problem}")))?;
         let socket = WebSocketStream::from_partially_read(stream, read.to_vec(), Role::Client, Some(config)).await;
         Ok((socket, protocol))
     }

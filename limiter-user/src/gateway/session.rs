@@ -1,6 +1,6 @@
 //! A WebSocket session: messages one way and the other, until something ends it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{net::TcpStream, time::Instant};
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
@@ -12,16 +12,22 @@ use super::{
     close::{self, End},
     liveness,
     messages::WindowLimiter,
-    metrics::Metrics,
+    metrics::{Metrics, OpenSession},
     peer::{Peer, Received, SendError},
     socket::Socket,
 };
 use crate::config::{Messages, OnViolation};
 
 /// Serves `client` to the end of the session and closes both sides.
-pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, permit: Permit, shared: &Arc<Shared>) {
+pub(super) async fn run(
+    client: WebSocketStream<Socket>,
+    application: Opened,
+    permit: Permit,
+    mut open: OpenSession<'_>,
+    shared: &Arc<Shared>,
+) {
     let config = &shared.config;
-    let opened = Instant::now();
+    let mut witness = shared.drain.session();
     let client = Peer::new(client, config.pong_timeout);
     let inbound = Inbound::new(config.messages, &shared.metrics);
     let upstream = match application {
@@ -41,25 +47,34 @@ pub(super) async fn run(client: WebSocketStream<Socket>, application: Opened, pe
         end = liveness::watch(&client, config) => end,
         end = served => end,
     };
+    open.ends(end.label());
+    log(&end, &client, open.lasted(), shared);
 
-    tracing::debug!(
-        remote = %client.transport(|socket| socket.connection().remote), reason = end.label(), lasted = ?opened.elapsed(),
-        "session ends"
-    );
     let close_upstream = async {
         if let Some(upstream) = upstream {
             close::upstream(upstream.into_socket(), &end).await;
         }
     };
-    // At the same time, so that the client's slot isn't held for the upstream's sake.
     let close_client = async {
-        let clean = close::client(client.into_socket(), &end, config.drain_timeout).await;
+        if close::client(client.into_socket(), &end, config.drain_timeout).await {
+            witness.closed();
+        }
         // The socket is closed by now: whoever gets the slot doesn't find it still taken in the kernel.
-        drop(permit);
-        shared.metrics.session_closed(end.label(), opened.elapsed());
-        shared.drain.session_ended(clean);
+        drop((witness, open, permit));
     };
+    // At the same time, so that the client's slot isn't held for the upstream's sake.
     tokio::join!(close_client, close_upstream);
+}
+
+fn log(end: &End, client: &Peer<Socket>, lasted: Duration, shared: &Shared) {
+    let reason = end.label();
+    let remote = client.transport(|socket| socket.connection().remote);
+    tracing::debug!(%remote, reason, ?lasted, "session ends");
+    if end.is_abuse()
+        && let Some(left_out) = shared.log.admit(reason)
+    {
+        tracing::info!(%remote, reason, left_out, "session closed for what its client does");
+    }
 }
 
 /// Sends each message back.

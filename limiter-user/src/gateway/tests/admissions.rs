@@ -99,7 +99,7 @@ async fn every_way_out_gives_the_slot_back() {
         }
         ended += 1;
         gateway.policy.wait_closed(ended).await;
-        eventually("the permit is back", || gateway.metric("limiter_sessions") == 0).await;
+        gateway.wait_released().await;
     }
 }
 

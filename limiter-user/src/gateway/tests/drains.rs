@@ -33,12 +33,14 @@ async fn sessions_get_1001_and_are_waited_for() {
 async fn who_does_not_close_is_cut_at_the_timeout() {
     let gateway = start(&config::Gateway { drain_timeout: Duration::from_millis(100), ..quiet() });
     let silent = shaken(&gateway).await;
-    let policy = std::sync::Arc::clone(&gateway.policy);
+    let (policy, metrics) = (std::sync::Arc::clone(&gateway.policy), gateway.sampler());
     let report = gateway.stop().await;
     assert_eq!((report.closed, report.cut), (0, 1));
     assert!(report.took >= Duration::from_millis(100), "{:?}", report.took);
     policy.wait_closed(1).await;
     assert_eq!(policy.closed(silent.local_addr().unwrap()), 1);
+    assert_eq!(metrics("limiter_connections_closed_total{reason=\"draining\"}"), 1);
+    assert_eq!(metrics("limiter_sessions"), 0);
 }
 
 #[tokio::test]

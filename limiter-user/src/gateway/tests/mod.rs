@@ -7,4 +7,5 @@ mod liveness;
 mod malformed;
 mod relays;
 mod sessions;
+mod storm;
 mod support;

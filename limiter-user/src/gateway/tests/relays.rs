@@ -140,13 +140,13 @@ async fn the_clients_close_reaches_the_upstream_after_its_messages() {
 
 #[tokio::test]
 async fn the_upstreams_close_reaches_the_client_after_its_messages() {
+    let (told, heard) = oneshot::channel();
     let (gateway, _) = relay_to("", |mut server| async move {
         for n in 0..20 {
             server.send(Message::text(format!("{n}"))).await.unwrap();
         }
         server.send(close(4001, "log in again")).await.unwrap();
-        // To the end, so that the Close is answered.
-        while let Some(Ok(_)) = server.next().await {}
+        told.send(server.next().await.unwrap().unwrap()).unwrap();
     })
     .await;
     let mut client = gateway.connect().await;
@@ -154,6 +154,7 @@ async fn the_upstreams_close_reaches_the_client_after_its_messages() {
         assert_eq!(next(&mut client).await, Message::text(format!("{n}")));
     }
     assert_eq!(next_close(&mut client).await, (4001, "log in again".to_owned()));
+    assert_eq!(timeout(PATIENCE, heard).await.unwrap().unwrap(), close(4001, "log in again"), "the answer");
     assert!(timeout(PATIENCE, client.next()).await.unwrap().is_none());
     gateway.policy.wait_closed(1).await;
 }

@@ -26,7 +26,7 @@ use tokio_tungstenite::{
 
 use crate::{
     config,
-    gateway::{DrainReport, Gateway, Metrics},
+    gateway::{DrainReport, Gateway, Metrics, admission::Admission},
     policy::{Connection, Limits, Policy},
 };
 
@@ -78,6 +78,7 @@ pub struct Running {
     pub addr: SocketAddr,
     pub policy: Arc<Recorder>,
     metrics: Arc<Metrics>,
+    admission: Arc<Admission>,
     stop: oneshot::Sender<()>,
     ended: JoinHandle<DrainReport>,
 }
@@ -106,11 +107,12 @@ pub fn start_with(config: &config::Gateway, limits: Limits) -> Running {
     let metrics = Arc::new(Metrics::default());
     let gateway = Gateway::bind(config, Arc::clone(&policy) as Arc<dyn Policy>, Arc::clone(&metrics)).unwrap();
     let addr = gateway.local_addrs()[0];
+    let admission = Arc::clone(&gateway.shared.admission);
     let (stop, stopped) = oneshot::channel();
     let ended = tokio::spawn(gateway.run(async {
         _ = stopped.await;
     }));
-    Running { addr, policy, metrics, stop, ended }
+    Running { addr, policy, metrics, admission, stop, ended }
 }
 
 impl Running {
@@ -122,20 +124,26 @@ impl Running {
         tokio_tungstenite::connect_async(self.url()).await.unwrap().0
     }
 
-    /// The text of the metrics.
-    pub fn metrics(&self) -> String {
-        let mut registry = Registry::with_prefix("limiter");
-        self.metrics.register(&mut registry);
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
-        text
-    }
-
     /// One sample of the metrics, by its name and labels; 0 if it isn't there.
     pub fn metric(&self, sample: &str) -> u64 {
-        let text = self.metrics();
-        let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-        line.map_or(0, |value| value.parse().unwrap())
+        self.sampler()(sample)
+    }
+
+    /// `metric`, for when the gateway is gone.
+    pub fn sampler(&self) -> impl Fn(&str) -> u64 + use<> {
+        let mut registry = Registry::with_prefix("limiter");
+        self.metrics.register(&mut registry);
+        move |sample| {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+            let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+            line.map_or(0, |value| value.parse().unwrap())
+        }
+    }
+
+    /// Waits until no slot is taken.
+    pub async fn wait_released(&self) {
+        eventually("every slot is free", || self.admission.total() == 0).await;
     }
 
     /// Begins the drain; what `stopped` then waits for.

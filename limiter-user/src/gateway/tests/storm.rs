@@ -1,0 +1,75 @@
+//! Many clients at once that come and go in every way.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt, future::join_all};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio_tungstenite::{MaybeTlsStream, tungstenite::Message};
+
+use super::support::*;
+use crate::{config, policy::Limits};
+
+const LIVES: usize = 400;
+const LIMIT: u32 = 20;
+
+/// One client, from connect to end.
+async fn live(url: String, addr: std::net::SocketAddr, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    tokio::time::sleep(Duration::from_micros(random.u64(0..200_000))).await;
+    if random.u8(..) < 64 {
+        // Never gets to be a session.
+        let mut stream = TcpStream::connect(addr).await.unwrap();
+        let request = good_request("/");
+        let sent = &request.as_bytes()[..random.usize(0..request.len())];
+        _ = stream.write_all(sent).await;
+        return;
+    }
+    let Ok((mut client, _)) = tokio_tungstenite::connect_async(url).await else { return };
+    for _ in 0..random.u8(0..4) {
+        if client.send(Message::text("hello")).await.is_err() {
+            return;
+        }
+    }
+    let MaybeTlsStream::Plain(stream) = client.get_mut() else { unreachable!("no test uses TLS") };
+    match random.u8(0..6) {
+        0 => drop(client),
+        1 => socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO)).unwrap(),
+        2 => _ = client.close(None).await,
+        3 => _ = stream.write_all(&frame(0x83, b"malformed")).await,
+        4 => _ = stream.write_all(&frame(0x81, b"half a frame")[..9]).await,
+        // Gone silent, until the gateway gives it up.
+        _ => tokio::time::sleep(Duration::from_millis(random.u64(0..400))).await,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_is_given_back_once_whatever_the_clients_do() {
+    for seed in [1, 2] {
+        let config = config::Gateway {
+            ping_interval: Duration::from_millis(50),
+            pong_timeout: Duration::from_millis(50),
+            handshake_timeout: Duration::from_secs(5),
+            ..quiet()
+        };
+        let gateway = start_with(&config, Limits { connections_per_source: LIMIT, ..unlimited() });
+        let lives = (0..LIVES as u64).map(|n| tokio::spawn(live(gateway.url(), gateway.addr, seed << 32 | n)));
+        let mut lives = std::pin::pin!(join_all(lives));
+        let ended = loop {
+            match timeout(Duration::from_millis(1), &mut lives).await {
+                Ok(ended) => break ended,
+                Err(_) => assert!(gateway.metric("limiter_sessions") <= u64::from(LIMIT)),
+            }
+        };
+        for life in ended {
+            life.unwrap();
+        }
+        gateway.policy.wait_closed(LIVES).await;
+        gateway.wait_released().await;
+        assert_eq!(gateway.metric("limiter_sessions"), 0);
+
+        // Every slot is there again.
+        let full = join_all((0..LIMIT).map(|_| gateway.connect())).await;
+        tokio_tungstenite::connect_async(gateway.url()).await.expect_err("no slot too many");
+        drop(full);
+    }
+}
