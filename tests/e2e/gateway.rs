@@ -98,6 +98,8 @@ fn a_client_that_vanishes_gives_its_slot_back(family: Family) -> Result<()> {
     assert!(limiter.counter("closed_gateway")? >= 5, "by the gateway's word, not by the sockets' end");
 
     client.namespace.ip(&format!("link set {CLIENT_INTERFACE} up"))?;
+    client.namespace.wait_link_up(CLIENT_INTERFACE)?;
+    lab.server.wait_link_up(&client.server_interface())?;
     let again = (0..5)
         .map(|_| websocket::open(&client.namespace, client.service(family)))
         .collect::<Result<Vec<_>>>()
