@@ -173,7 +173,7 @@ fn a_user_without_privilege() -> Result<()> {
     fs::copy(limiter.binary(), &binary)?;
     let as_nobody = |arguments: &[&str]| -> Result<Ended> {
         let mut command = limiter.command_of(&binary, arguments);
-        command.current_dir("/").uid(NOBODY).gid(NOBODY);
+        drop_privilege(command.current_dir("/"));
         Process::start(&mut command)?.wait(SOON)
     };
     for verb in ["attach", "run"] {
@@ -277,6 +277,19 @@ fn assert_untouched(lab: &Lab, limiter: &Limiter<'_>) -> Result<()> {
 
 fn assert_nothing_pinned(limiter: &Limiter<'_>) {
     assert!(!limiter.pin_path().exists(), "{} was left behind", limiter.pin_path().display());
+}
+
+/// Has the command run as [`NOBODY`], once it is in its namespace.
+fn drop_privilege(command: &mut Command) {
+    // SAFETY: between fork and exec only system calls are made.
+    unsafe {
+        command.pre_exec(|| {
+            if libc::setgroups(0, std::ptr::null()) != 0 || libc::setgid(NOBODY) != 0 || libc::setuid(NOBODY) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
 }
 
 /// Has the command see no mount of a kind, while the host keeps it.

@@ -33,7 +33,7 @@ const PAST_RETRIES: Duration = Duration::from_millis(2500);
 const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// Both families on one port.
-const LISTEN: &str = "[::]:8080";
+const LISTEN: &str = "0.0.0.0:8080,[::]:8080";
 
 fn a_crowd_gets_the_limit(family: Family) -> Result<()> {
     let lab = Lab::new(2)?;
@@ -98,6 +98,8 @@ fn a_client_that_vanishes_gives_its_slot_back(family: Family) -> Result<()> {
     assert!(limiter.counter("closed_gateway")? >= 5, "by the gateway's word, not by the sockets' end");
 
     client.namespace.ip(&format!("link set {CLIENT_INTERFACE} up"))?;
+    client.namespace.wait_link_up(CLIENT_INTERFACE)?;
+    lab.server.wait_link_up(&client.server_interface())?;
     let again = (0..5)
         .map(|_| websocket::open(&client.namespace, client.service(family)))
         .collect::<Result<Vec<_>>>()
@@ -332,8 +334,8 @@ fn a_relayed_session_is_the_upstreams() -> Result<()> {
 
 /// `limiter run` on the lab's interfaces with a limit of 5, and more lines for `[gateway]`.
 fn run_with_kernel<'limiter>(lab: &Lab, limiter: &'limiter Limiter<'_>, gateway: &str) -> Result<Daemon<'limiter>> {
-    let config =
-        Limiter::config_file(&format!("[gateway]\nlisten = [\"{LISTEN}\"]\nupstream = \"echo\"\n{gateway}\n"))?;
+    let listen: Vec<_> = LISTEN.split(',').collect();
+    let config = Limiter::config_file(&format!("[gateway]\nlisten = {listen:?}\nupstream = \"echo\"\n{gateway}\n"))?;
     let mut arguments = lab.interface_flags();
     arguments.extend(["--config".into(), config.path().display().to_string()]);
     arguments.extend(["--connections-per-source".into(), "5".into()]);

@@ -36,11 +36,11 @@ fn a_crowd_is_served_whole(family: Family) -> Result<()> {
     eventually_equal(SOON, "all are in the kernel's list", &Some(200), || {
         Ok(monitor::established(&lab.server, PORT)?.get(&client.address(family)).copied())
     })?;
-    drop(crowd);
-    eventually(SOON, "all are closed", || Ok(server.seen(client.address(family)).open == 0))?;
     let peaks = monitor.finish()?;
     assert_eq!(peaks.of(client.address(family)), 200, "{} samples", peaks.samples);
     assert_eq!(peaks.of(lab.clients[0].address(family)), 0);
+    drop(crowd);
+    eventually(SOON, "all are closed", || Ok(server.seen(client.address(family)).open == 0))?;
     Ok(())
 }
 

@@ -261,9 +261,12 @@ fn an_ipv6_source_is_a_whole_64() -> Result<()> {
     client.namespace.ip("addr add 2001:db8:0:1:ffff::1/64 dev eth0 nodad")?;
 
     let second = "2001:db8:0:1:ffff::1".parse()?;
-    let crowd = Crowd::connect(&client.namespace, client.service(Family::V6), 3, SOON)?;
+    let connect = |from, count, patience| {
+        Crowd::connect_from(&client.namespace, Some(from), client.service(Family::V6), count, patience)
+    };
+    let crowd = connect(client.address(Family::V6), 3, SOON)?;
     assert_eq!(crowd.served.len(), 3);
-    let more = Crowd::connect_from(&client.namespace, Some(second), client.service(Family::V6), 10, PAST_RETRIES)?;
+    let more = connect(second, 10, PAST_RETRIES)?;
     assert_eq!(more.served.len(), 2, "what the other address has left");
     assert_eq!(server.seen(second).accepted, 2);
     limiter.wait_held(second, 5)

@@ -46,7 +46,11 @@ impl Lab {
     /// A server with that many clients, all up.
     pub fn new(clients: u8) -> Result<Self> {
         let server = Namespace::new()?;
-        let clients = (1..=clients).map(|number| Client::new(&server, number)).collect::<Result<_>>()?;
+        let clients: Vec<Client> = (1..=clients).map(|number| Client::new(&server, number)).collect::<Result<_>>()?;
+        for client in &clients {
+            server.wait_link_up(&client.server_interface())?;
+            client.namespace.wait_link_up(CLIENT_INTERFACE)?;
+        }
         Ok(Self { server, clients })
     }
 

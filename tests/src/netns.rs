@@ -14,6 +14,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::wait::{SOON, eventually};
+
 /// A network namespace of this process. It has no name, and goes with its last descriptor, process and socket.
 #[derive(Debug)]
 pub struct Namespace {
@@ -26,10 +28,13 @@ impl Namespace {
         let file = thread::scope(|scope| {
             scope
                 .spawn(|| -> io::Result<File> {
-                    // SAFETY: changes only the calling thread, which ends here.
-                    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
-                        return Err(io::Error::last_os_error());
+                    unshare_network()?;
+                    // Kernels before 6.1 don't have it: there the namespace shares the host's table.
+                    match fs::write("/proc/sys/net/ipv4/tcp_child_ehash_entries", TCP_TABLE_SIZE) {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                        _ => {}
                     }
+                    unshare_network()?;
                     File::open("/proc/thread-self/ns/net")
                 })
                 .join()
@@ -135,6 +140,15 @@ impl Namespace {
         }
     }
 
+    /// Waits until an interface that was set up carries packets: until then the kernel drops what is sent, and TCP tries
+    /// again a second later.
+    pub fn wait_link_up(&self, interface: &str) -> Result<()> {
+        eventually(SOON, &format!("{interface} is up"), || {
+            let link = self.link(interface)?;
+            Ok(link["operstate"] == "UP" && link["qdisc"] != "noop")
+        })
+    }
+
     /// Index of an interface.
     pub fn interface_index(&self, interface: &str) -> Result<u32> {
         let index = self.link(interface)?.get("ifindex").and_then(serde_json::Value::as_u64);
@@ -145,6 +159,16 @@ impl Namespace {
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()))
     }
+}
+
+/// Size of a namespace's own table of TCP sockets. Who lists the sockets of a namespace walks the whole table, and the
+/// host's has hundreds of thousands of slots. It is the namespace's parent that says how large it is to be.
+const TCP_TABLE_SIZE: &str = "1024";
+
+/// Moves the calling thread to a new namespace.
+fn unshare_network() -> io::Result<()> {
+    // SAFETY: unshare takes a constant, and changes only the calling thread.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Moves the calling thread.

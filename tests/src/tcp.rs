@@ -120,7 +120,6 @@ fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -
                     connections.push((stream, client));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => return Err(error),
             }
         }
