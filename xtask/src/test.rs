@@ -1,13 +1,13 @@
-//! `cargo xtask test`: the unit tests as the user, the end to end tests (tests/) as root.
+//! `cargo xtask test`: the unit tests as the user, the tests that load programs and make namespaces (tests/) as root.
 
 use std::{ffi::OsString, fs, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    build,
     process::{as_root, find_on_path, is_root, run, say},
-    workspace,
+    setup,
+    workspace::{self, HOST_PACKAGES},
 };
 
 const BPFFS: &str = "/sys/fs/bpf";
@@ -32,28 +32,34 @@ pub struct Args {
 
 impl Args {
     /// Builds the binary and runs the tests that were asked for.
+    ///
+    /// Both steps name the same packages: cargo chooses the features of dependencies by the packages that it is told, and
+    /// would compile many of them anew for others.
     pub fn run(&self) -> Result<()> {
-        let binary = build::limiter(false)?;
-        if !self.e2e {
-            say("unit tests");
-            run(workspace::cargo()
-                .args(["test", "--exclude", END_TO_END, "--exclude", "limiter-ebpf", "--workspace", "--"])
-                .args(&self.forwarded))?;
+        setup::ensure()?;
+        let mut cargo = workspace::cargo();
+        // A failed test must not hide those after it.
+        cargo.args(["test", "--no-fail-fast"]);
+        if self.e2e {
+            cargo.args(["--package", END_TO_END]);
+        } else {
+            cargo.args(HOST_PACKAGES);
         }
-        if !self.unit {
-            say("end to end tests: network namespaces, real sockets, the binary in the kernel");
+        if self.unit {
+            cargo.args(["--exclude", END_TO_END]);
+        } else {
+            say("building the binary and the tests");
+            run(workspace::cargo().arg("build").args(HOST_PACKAGES).arg("--all-targets"))?;
             mount_bpffs()?;
-            let mut cargo = workspace::cargo();
-            cargo.args(["test", "--package", END_TO_END, "--"]).args(&self.forwarded).env("LIMITER_BIN", binary);
-            as_root_runner(&mut cargo)?;
-            run(&mut cargo)?;
+            start_as_root(&mut cargo)?;
         }
-        Ok(())
+        say("running the tests");
+        run(cargo.arg("--").args(&self.forwarded))
     }
 }
 
-/// Makes cargo start what it has built as root; cargo itself stays the user's.
-fn as_root_runner(cargo: &mut Command) -> Result<()> {
+/// Makes cargo start the end to end tests as root; cargo itself stays the user's.
+fn start_as_root(cargo: &mut Command) -> Result<()> {
     if is_root() {
         return Ok(());
     }
@@ -61,7 +67,8 @@ fn as_root_runner(cargo: &mut Command) -> Result<()> {
         bail!("the end to end tests need root, this is not root, and there is no sudo (--unit runs the others)");
     }
     say("the end to end tests need root to make namespaces and load BPF programs: through sudo");
-    cargo.env(format!("CARGO_TARGET_{}_RUNNER", workspace::host_triple()?), "sudo --preserve-env --");
+    let runner = workspace::root().join("xtask/as-root");
+    cargo.env(format!("CARGO_TARGET_{}_RUNNER", workspace::host_triple()?), runner);
     Ok(())
 }
 

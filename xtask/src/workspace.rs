@@ -10,6 +10,9 @@ use anyhow::{Context as _, Result};
 
 use crate::process::output_of;
 
+/// Arguments of cargo that name the packages which are compiled for the host.
+pub const HOST_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "limiter-ebpf"];
+
 /// The top of the repository.
 pub fn root() -> &'static Path {
     // This crate lies one folder below the top.

@@ -11,11 +11,9 @@ use anyhow::{Result, bail};
 
 use crate::{
     process::{output_of, run, say},
-    setup, workspace,
+    setup,
+    workspace::{self, HOST_PACKAGES},
 };
-
-/// Packages that are compiled for the host.
-const HOST: [&str; 3] = ["--workspace", "--exclude", "limiter-ebpf"];
 
 #[derive(clap::Args)]
 pub struct Args {}
@@ -75,13 +73,18 @@ fn passed(result: Result<()>) -> Result<Outcome> {
 }
 
 fn clippy() -> Result<Outcome> {
-    passed(run(workspace::cargo().arg("clippy").args(HOST).args(["--all-targets", "--", "--deny", "warnings"])))
+    passed(run(workspace::cargo().arg("clippy").args(HOST_PACKAGES).args([
+        "--all-targets",
+        "--",
+        "--deny",
+        "warnings",
+    ])))
 }
 
 fn documentation() -> Result<Outcome> {
     passed(run(workspace::cargo()
         .arg("doc")
-        .args(HOST)
+        .args(HOST_PACKAGES)
         .args(["--no-deps", "--document-private-items"])
         .env("RUSTDOCFLAGS", "--deny warnings")))
 }
@@ -108,5 +111,9 @@ fn cargo_deny() -> Result<Command> {
 
 /// Only whether they parse: bash is all that is sure to be there.
 fn shell_scripts() -> Result<Outcome> {
-    passed(run(Command::new("bash").args(["-n", ".ci/run"]).current_dir(workspace::root())))
+    passed(
+        ["bash", "sh"].into_iter().zip([".ci/run", "xtask/as-root"]).try_for_each(|(shell, script)| {
+            run(Command::new(shell).args(["-n", script]).current_dir(workspace::root()))
+        }),
+    )
 }
