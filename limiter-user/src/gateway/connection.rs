@@ -99,8 +99,10 @@ async fn shake_hands(
             }
             socket.linger(LINGER).await;
         }
-        // Before it had an answer, or before it had read it; nothing to log, for that is what port checks do.
-        (Ok(_), _) | (Err(_), Answered::Refused | Answered::Accepted(_)) => shared.metrics.handshake("left"),
+        // It was counted, and does not take the answer.
+        (Err(_), Answered::Refused) => {}
+        // Before it had an answer, or without reading it; nothing to log, for that is what port checks do.
+        (Ok(_), _) | (Err(_), Answered::Accepted(_)) => shared.metrics.handshake("left"),
         (Err(refusal), Answered::Nothing) => {
             refused(shared, client, &refusal);
             if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
