@@ -114,30 +114,52 @@ pub struct Segment {
 }
 
 /// The TCP segment in a frame, if there is one and its header is in this frame.
+///
+/// The plain shapes, which are nearly all there are, are read here; what has VLAN tags or extension headers, by
+/// [`limiter_locate`].
 #[inline(always)]
 pub fn segment(ctx: &XdpContext) -> Option<Segment> {
+    let mut cursor = Cursor::new(ctx);
+    // SAFETY: take checked it.
+    match u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype }) {
+        ETHERTYPE_IPV4 => {
+            let network = Network::V4(ipv4(&mut cursor)?);
+            Some(Segment { network, tcp: cursor.take::<TcpHeader>()? })
+        }
+        ETHERTYPE_IPV6 => {
+            let header = ipv6(&mut cursor)?;
+            // SAFETY: take checked it.
+            let next = unsafe { (*header).next_header };
+            if next == PROTOCOL_TCP {
+                Some(Segment { network: Network::V6(header), tcp: cursor.take::<TcpHeader>()? })
+            } else if is_extension(next) {
+                located(ctx)
+            } else {
+                None
+            }
+        }
+        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => located(ctx),
+        _ => None,
+    }
+}
+
+/// The segment that [`limiter_locate`] finds.
+#[inline(always)]
+fn located(ctx: &XdpContext) -> Option<Segment> {
     let place = limiter_locate(ctx.ctx);
     if place == 0 {
         return None;
     }
-    let (start, end) = (ctx.data(), ctx.data_end());
-    let network = start + (place >> NETWORK_SHIFT) as usize % NETWORK_END;
-    let tcp = start + place as usize % TCP_END;
-    if tcp + mem::size_of::<TcpHeader>() > end {
-        return None;
-    }
+    let mut cursor = Cursor::new(ctx);
+    cursor.skip((place >> NETWORK_SHIFT) as usize % NETWORK_END);
     let network = if place & IS_V6 == 0 {
-        if network + mem::size_of::<Ipv4Header>() > end {
-            return None;
-        }
-        Network::V4(network as *const Ipv4Header)
+        Network::V4(cursor.take::<Ipv4Header>()?)
     } else {
-        if network + mem::size_of::<Ipv6Header>() > end {
-            return None;
-        }
-        Network::V6(network as *const Ipv6Header)
+        Network::V6(cursor.take::<Ipv6Header>()?)
     };
-    Some(Segment { network, tcp: tcp as *mut TcpHeader })
+    let mut cursor = Cursor::new(ctx);
+    cursor.skip(place as usize % TCP_END);
+    Some(Segment { network, tcp: cursor.take::<TcpHeader>()? })
 }
 
 /// In the answer of [`limiter_locate`]: the network header is that of IPv6.
@@ -153,8 +175,8 @@ const TCP_END: usize = 1 << 15;
 /// Where the network header and the TCP header of a frame begin; 0 if there is no TCP header.
 ///
 /// A function with a name for the kernel to see (a "global function", kernel 5.6): the verifier looks at it once, and at
-/// what follows once and not for each way through the headers. Inlined, the way through eight extension headers behind two
-/// tags makes it look at half a million instructions.
+/// what follows once and not for each way through the headers. Inlined, the ways through eight extension headers behind
+/// two tags make it look at half a million instructions.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn limiter_locate(ctx: *mut xdp_md) -> u32 {
@@ -170,6 +192,11 @@ struct Cursor {
 }
 
 impl Cursor {
+    #[inline(always)]
+    fn new(ctx: &XdpContext) -> Self {
+        Self { start: ctx.data(), end: ctx.data_end(), offset: 0 }
+    }
+
     /// The next `T`.
     #[inline(always)]
     fn take<T>(&mut self) -> Option<*mut T> {
@@ -189,17 +216,15 @@ impl Cursor {
 
 #[inline(always)]
 fn locate(ctx: &XdpContext) -> Option<u32> {
-    let mut cursor = Cursor { start: ctx.data(), end: ctx.data_end(), offset: 0 };
-    let ethernet = cursor.take::<EthernetHeader>()?;
+    let mut cursor = Cursor::new(ctx);
     // SAFETY: take checked it.
-    let mut ethertype = u16::from_be(unsafe { (*ethernet).ethertype });
+    let mut ethertype = u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype });
     for _ in 0..MAX_VLAN_TAGS {
         if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
             break;
         }
-        let tag = cursor.take::<VlanTag>()?;
         // SAFETY: take checked it.
-        ethertype = u16::from_be(unsafe { (*tag).ethertype });
+        ethertype = u16::from_be(unsafe { (*cursor.take::<VlanTag>()?).ethertype });
     }
     let network = (cursor.offset as u32) << NETWORK_SHIFT;
     match ethertype {
@@ -208,7 +233,9 @@ fn locate(ctx: &XdpContext) -> Option<u32> {
             Some(network | cursor.offset as u32)
         }
         ETHERTYPE_IPV6 => {
-            ipv6(&mut cursor)?;
+            let header = ipv6(&mut cursor)?;
+            // SAFETY: take checked it.
+            extensions(&mut cursor, unsafe { (*header).next_header })?;
             Some(network | cursor.offset as u32 | IS_V6)
         }
         _ => None,
@@ -217,9 +244,10 @@ fn locate(ctx: &XdpContext) -> Option<u32> {
 
 /// Steps over an IPv4 header (RFC 791) that is followed by the start of a TCP segment.
 #[inline(always)]
-fn ipv4(cursor: &mut Cursor) -> Option<()> {
+fn ipv4(cursor: &mut Cursor) -> Option<*const Ipv4Header> {
+    let header = cursor.take::<Ipv4Header>()?;
     // SAFETY: take checked it.
-    let ip = unsafe { &*cursor.take::<Ipv4Header>()? };
+    let ip = unsafe { &*header };
     let length = usize::from(ip.version_and_length & 0x0f) * 4;
     // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
     let first = u16::from_be(ip.flags_and_fragment) & 0x1fff == 0;
@@ -228,44 +256,56 @@ fn ipv4(cursor: &mut Cursor) -> Option<()> {
         return None;
     }
     cursor.skip(length - mem::size_of::<Ipv4Header>());
-    Some(())
+    Some(header)
 }
 
-/// Steps over an IPv6 header (RFC 8200) and its extension headers that are followed by the start of a TCP segment.
+/// Steps over an IPv6 header (RFC 8200).
 #[inline(always)]
-fn ipv6(cursor: &mut Cursor) -> Option<()> {
+fn ipv6(cursor: &mut Cursor) -> Option<*const Ipv6Header> {
+    let header = cursor.take::<Ipv6Header>()?;
     // SAFETY: take checked it.
-    let ip = unsafe { &*cursor.take::<Ipv6Header>()? };
-    if ip.version_and_class >> 4 != 6 {
+    if unsafe { (*header).version_and_class } >> 4 != 6 {
         return None;
     }
-    let mut next = ip.next_header;
+    Some(header)
+}
+
+/// Whether a "next header" is that of an extension header that is looked behind.
+#[inline(always)]
+const fn is_extension(next: u8) -> bool {
+    matches!(
+        next,
+        HEADER_HOP_BY_HOP
+            | HEADER_ROUTING
+            | HEADER_FRAGMENT
+            | HEADER_AUTHENTICATION
+            | HEADER_DESTINATION
+            | HEADER_MOBILITY
+    )
+}
+
+/// Steps over IPv6 extension headers, of which the first is of type `next`, to the start of a TCP segment.
+#[inline(always)]
+fn extensions(cursor: &mut Cursor, mut next: u8) -> Option<()> {
     for _ in 0..MAX_EXTENSION_HEADERS {
-        match next {
-            PROTOCOL_TCP => break,
-            HEADER_HOP_BY_HOP | HEADER_ROUTING | HEADER_DESTINATION | HEADER_MOBILITY => {
-                // SAFETY: take checked it.
-                let extension = unsafe { &*cursor.take::<ExtensionHeader>()? };
-                next = extension.next_header;
-                // In units of 8 bytes, the first not counted.
-                cursor.skip((usize::from(extension.length) + 1) * 8 - mem::size_of::<ExtensionHeader>());
+        if next == HEADER_FRAGMENT {
+            // SAFETY: take checked it.
+            let fragment = unsafe { &*cursor.take::<FragmentHeader>()? };
+            if u16::from_be(fragment.offset_and_flags) & 0xfff8 != 0 {
+                return None;
             }
-            HEADER_AUTHENTICATION => {
-                // SAFETY: take checked it.
-                let extension = unsafe { &*cursor.take::<ExtensionHeader>()? };
-                next = extension.next_header;
-                // In units of 4 bytes, the first two not counted (RFC 4302 section 2.2).
-                cursor.skip((usize::from(extension.length) + 2) * 4 - mem::size_of::<ExtensionHeader>());
-            }
-            HEADER_FRAGMENT => {
-                // SAFETY: take checked it.
-                let fragment = unsafe { &*cursor.take::<FragmentHeader>()? };
-                if u16::from_be(fragment.offset_and_flags) & 0xfff8 != 0 {
-                    return None;
-                }
-                next = fragment.next_header;
-            }
-            _ => return None,
+            next = fragment.next_header;
+        } else if is_extension(next) {
+            // SAFETY: take checked it.
+            let extension = unsafe { &*cursor.take::<ExtensionHeader>()? };
+            let length = usize::from(extension.length);
+            // In units of 8 bytes, the first not counted; that of authentication in units of 4 bytes, the first two not
+            // counted (RFC 4302 section 2.2).
+            let length = if next == HEADER_AUTHENTICATION { (length + 2) * 4 } else { (length + 1) * 8 };
+            next = extension.next_header;
+            cursor.skip(length - mem::size_of::<ExtensionHeader>());
+        } else {
+            break;
         }
     }
     (next == PROTOCOL_TCP).then_some(())

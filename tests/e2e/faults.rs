@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use limiter_tests::{
-    bpf::{self, ForeignXdp},
+    bare::{Answer, BareXdp},
+    bpf,
     lab::{Family, Lab, PORT},
     limiter::Limiter,
     process::{Ended, Process},
@@ -59,7 +60,7 @@ fn an_interface_whose_xdp_is_taken() -> Result<()> {
     let lab = Lab::new(2)?;
     let limiter = Limiter::new(&lab.server)?;
     let taken = lab.clients[1].server_interface();
-    let _foreign = ForeignXdp::attach(&lab.server, &taken)?;
+    let _foreign = BareXdp::load(Answer::Pass)?.attach(&lab.server, &taken)?;
     let before = lab.server.link(&taken)?["xdp"].clone();
     for verb in ["attach", "run"] {
         let outcome = limiter

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use limiter_tests::{
+    bare::{Answer, BareXdp},
     both_families,
-    bpf::ForeignXdp,
     lab::{Family, Lab, PORT},
     monitor::{self, Monitor},
     process::Process,
@@ -117,7 +117,7 @@ fn a_foreign_xdp_program_shows_and_goes() -> Result<()> {
     let lab = Lab::new(1)?;
     let interface = lab.clients[0].server_interface();
     assert!(lab.server.link(&interface)?.get("xdp").is_none());
-    let program = ForeignXdp::attach(&lab.server, &interface)?;
+    let program = BareXdp::load(Answer::Pass)?.attach(&lab.server, &interface)?;
     assert!(lab.server.link(&interface)?.get("xdp").is_some());
     drop(program);
     eventually(SOON, "the interface is free", || Ok(lab.server.link(&interface)?.get("xdp").is_none()))

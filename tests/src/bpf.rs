@@ -1,5 +1,4 @@
-//! A second look at the kernel's BPF objects, by bare system calls: what is pinned, whether an object still exists, and a
-//! program of somebody else on an interface.
+//! A second look at the kernel's BPF objects, by bare system calls: what is pinned, and whether an object still exists.
 
 use std::{
     ffi::CString,
@@ -12,8 +11,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-
-use crate::netns::Namespace;
 
 /// Kinds of BPF objects that can be pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -98,48 +95,6 @@ pub fn objects_below(folder: &Path) -> Result<Vec<Object>> {
     Ok(objects)
 }
 
-/// An XDP program that is not limiter's and passes everything, attached to an interface by a link that lives as long as
-/// this does.
-#[derive(Debug)]
-pub struct ForeignXdp {
-    _link: OwnedFd,
-}
-
-impl ForeignXdp {
-    /// Loads and attaches it.
-    pub fn attach(namespace: &Namespace, interface: &str) -> Result<Self> {
-        #[repr(C)]
-        struct ProgLoad {
-            prog_type: u32,
-            insn_cnt: u32,
-            insns: u64,
-            license: u64,
-            rest: [u64; 16],
-        }
-        // r0 = XDP_PASS; exit
-        let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 2, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
-        let license = c"GPL";
-        let program = descriptor(
-            // BPF_PROG_LOAD of a BPF_PROG_TYPE_XDP
-            5,
-            &mut ProgLoad {
-                prog_type: 6,
-                insn_cnt: 2,
-                insns: instructions.as_ptr() as u64,
-                license: license.as_ptr() as u64,
-                rest: [0; 16],
-            },
-        )
-        .context("cannot load an XDP program: the end to end tests need root (CAP_BPF)")?;
-        let index = namespace.interface_index(interface)?;
-        // BPF_LINK_CREATE to BPF_XDP
-        let link = namespace
-            .enter(|| descriptor(28, &mut [program.as_raw_fd().cast_unsigned(), index, 37, 0]))
-            .with_context(|| format!("cannot attach an XDP program to {interface}"))?;
-        Ok(Self { _link: link })
-    }
-}
-
 /// Puts an array map with one element of `value_size` bytes in place of whatever is pinned at `path`.
 pub fn replace_pin(path: &Path, value_size: u32) -> Result<()> {
     // BPF_MAP_CREATE of a BPF_MAP_TYPE_ARRAY: type, key size, value size, entries, flags
@@ -173,13 +128,14 @@ fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// bpf(2) for a command that gives a descriptor.
-fn descriptor<T>(command: i32, attributes: &mut T) -> io::Result<OwnedFd> {
+pub(crate) fn descriptor<T>(command: i32, attributes: &mut T) -> io::Result<OwnedFd> {
     let number = call(command, attributes)?;
     // SAFETY: the kernel has just given us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-fn call<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
+/// bpf(2).
+pub(crate) fn call<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
     // SAFETY: the kernel reads `size_of::<T>()` bytes; every pointer in the attributes is to something that lives in the
     // caller until the call has returned.
     let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, mem::size_of::<T>()) };

@@ -5,6 +5,7 @@
 //! descriptor of theirs is open), child processes are killed with the thread that started them, and what is pinned on
 //! the bpffs carries the process id, so that the next run removes what a killed one left.
 
+pub mod bare;
 pub mod bpf;
 pub mod frame;
 pub mod lab;

@@ -155,6 +155,17 @@ impl Namespace {
         u32::try_from(index.context("a link has an index")?).context("an index fits 32 bits")
     }
 
+    /// How many packets an interface has received, those that XDP dropped among them.
+    pub fn received_packets(&self, interface: &str) -> Result<u64> {
+        let table = self.enter(|| fs::read_to_string("/proc/thread-self/net/dev"))?;
+        // name: bytes packets errs drop …
+        table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'))
+            .and_then(|counts| counts.split_whitespace().nth(1)?.parse().ok())
+            .with_context(|| format!("/proc/net/dev has no {interface}"))
+    }
+
     /// A path that names the namespace as long as `self` lives; for `ip link … netns PATH`.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()))

@@ -1,0 +1,139 @@
+//! XDP programs of two instructions: somebody else's on an interface, and the baseline of the benchmarks.
+
+use std::{
+    mem,
+    os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    bpf::{call, descriptor},
+    netns::Namespace,
+};
+
+/// What a program answers to every packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Answer {
+    /// `XDP_DROP`
+    Drop = 1,
+    /// `XDP_PASS`
+    Pass = 2,
+    /// `XDP_TX`: back out of the interface that it came in by.
+    Transmit = 3,
+}
+
+/// A program that gives every packet the same answer.
+#[derive(Debug)]
+pub struct BareXdp {
+    program: OwnedFd,
+}
+
+/// The attachment of a program to an interface; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Attachment {
+    _link: OwnedFd,
+}
+
+/// The attributes of `BPF_PROG_TEST_RUN`.
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    program: u32,
+    answer: u32,
+    data_in_size: u32,
+    data_out_size: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration_ns: u32,
+    context_in_size: u32,
+    context_out_size: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    padding: u32,
+}
+
+/// `BPF_F_TEST_XDP_LIVE_FRAMES` (kernel 5.18).
+const LIVE_FRAMES: u32 = 1 << 1;
+
+impl BareXdp {
+    /// Loads it.
+    pub fn load(answer: Answer) -> Result<Self> {
+        #[repr(C)]
+        struct ProgLoad {
+            prog_type: u32,
+            insn_cnt: u32,
+            insns: u64,
+            license: u64,
+            rest: [u64; 16],
+        }
+        // r0 = answer; exit
+        let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, answer as u8, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+        let license = c"GPL";
+        let program = descriptor(
+            // BPF_PROG_LOAD of a BPF_PROG_TYPE_XDP
+            5,
+            &mut ProgLoad {
+                prog_type: 6,
+                insn_cnt: 2,
+                insns: instructions.as_ptr() as u64,
+                license: license.as_ptr() as u64,
+                rest: [0; 16],
+            },
+        )
+        .context("cannot load an XDP program: this needs root (CAP_BPF)")?;
+        Ok(Self { program })
+    }
+
+    /// Attaches it.
+    pub fn attach(&self, namespace: &Namespace, interface: &str) -> Result<Attachment> {
+        let index = namespace.interface_index(interface)?;
+        // BPF_LINK_CREATE to BPF_XDP
+        let link = namespace
+            .enter(|| descriptor(28, &mut [self.program.as_raw_fd().cast_unsigned(), index, 37, 0]))
+            .with_context(|| format!("cannot attach an XDP program to {interface}"))?;
+        Ok(Attachment { _link: link })
+    }
+
+    /// How long one run on a frame takes, over so many.
+    pub fn time(&self, frame: &[u8], repeat: u32) -> Result<Duration> {
+        self.test_run(frame, TestRun { repeat, ..TestRun::default() })
+    }
+
+    /// Takes a frame as if it had come in by an interface, so many times, and does with it as the program answers. With
+    /// [`Answer::Transmit`] that is a generator of packets: it sends them out by the interface. Both ends of a veth need an
+    /// XDP program for that. Returns how long one takes, which holds all that the kernel does on this CPU until it is at
+    /// the other end and done with.
+    pub fn send(&self, namespace: &Namespace, interface: &str, frame: &[u8], repeat: u32) -> Result<Duration> {
+        let length = u32::try_from(frame.len())?;
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+        let context = [0, length, 0, namespace.interface_index(interface)?, 0, 0];
+        namespace.enter(|| {
+            self.test_run(
+                frame,
+                TestRun {
+                    repeat,
+                    flags: LIVE_FRAMES,
+                    context_in: context.as_ptr() as u64,
+                    context_in_size: u32::try_from(mem::size_of_val(&context))?,
+                    batch_size: 64,
+                    ..TestRun::default()
+                },
+            )
+        })
+    }
+
+    fn test_run(&self, frame: &[u8], mut run: TestRun) -> Result<Duration> {
+        run.program = self.program.as_raw_fd().cast_unsigned();
+        run.data_in = frame.as_ptr() as u64;
+        run.data_in_size = u32::try_from(frame.len())?;
+        call(10, &mut run).context("cannot run a program (BPF_PROG_TEST_RUN)")?;
+        Ok(Duration::from_nanos(run.duration_ns.into()))
+    }
+}
