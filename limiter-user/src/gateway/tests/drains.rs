@@ -39,7 +39,7 @@ async fn who_does_not_close_is_cut_at_the_timeout() {
     assert!(report.took >= Duration::from_millis(100), "{:?}", report.took);
     policy.wait_closed(1).await;
     assert_eq!(policy.closed(silent.local_addr().unwrap()), 1);
-    assert_eq!(metrics("limiter_connections_closed_total{reason=\"draining\"}"), 1);
+    assert_eq!(metrics("limiter_sessions_closed_total{reason=\"draining\"}"), 1);
     assert_eq!(metrics("limiter_sessions"), 0);
 }
 
