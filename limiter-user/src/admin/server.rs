@@ -30,6 +30,9 @@ const MOST_CONNECTIONS: usize = 64;
 /// How long a request's head may take, and so how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Longest head of a request.
+const LONGEST_HEAD_BYTES: usize = 16 * 1024;
+
 /// How long a shutdown waits for answers on their way.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -115,6 +118,7 @@ impl Admin {
                     let connection = http1::Builder::new()
                         .timer(TokioTimer::new())
                         .header_read_timeout(HEAD_TIMEOUT)
+                        .max_buf_size(LONGEST_HEAD_BYTES)
                         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
                     let connection = graceful.watch(connection);
                     connections.spawn(async move {
