@@ -107,7 +107,12 @@ fn quoted(word: &OsStr) -> String {
         return word.into_owned();
     }
     if word.chars().any(char::is_control) {
-        return format!("$'{}'", word.escape_default());
+        let escape = |c: char| match c {
+            c if c.is_control() => format!("\\x{:02x}", u32::from(c)),
+            '\\' | '\'' => format!("\\{c}"),
+            c => c.to_string(),
+        };
+        return format!("$'{}'", word.chars().map(escape).collect::<String>());
     }
     format!("'{}'", word.replace('\'', r"'\''"))
 }
@@ -119,8 +124,8 @@ mod tests {
     #[test]
     fn command_line_can_be_pasted_into_a_shell() {
         let mut command = Command::new("/bin/echo");
-        command.args(["plain", "two words", "it's", ""]).env("KEY", "a b");
-        assert_eq!(command_line(&command), r"KEY='a b' /bin/echo plain 'two words' 'it'\''s' ''");
+        command.args(["plain", "two words", "it's", "", "a\x1fb"]).env("KEY", "a b");
+        assert_eq!(command_line(&command), r"KEY='a b' /bin/echo plain 'two words' 'it'\''s' '' $'a\x1fb'");
     }
 
     #[test]
