@@ -91,8 +91,10 @@ fn a_second_instance_on_the_same_pin_path() -> Result<()> {
     let before = bpf::objects_below(limiter.pin_path())?;
 
     let arguments = ["run", "--interface", "client1", "--listen", "0.0.0.0:8081", "--admin", "127.0.0.1:9181"];
-    let outcome = limiter.outcome(arguments)?;
-    assert_error(&outcome, FAILED, &[&limiter.pin_path().display().to_string(), &first.id().to_string()]);
+    for arguments in [&arguments[..], &["attach", "--interface", "client1", "--port", "8081"], &["detach"]] {
+        let outcome = limiter.outcome(arguments)?;
+        assert_error(&outcome, FAILED, &[&limiter.pin_path().display().to_string(), &first.id().to_string()]);
+    }
 
     assert_eq!(bpf::objects_below(limiter.pin_path())?, before, "what is pinned is the first instance's");
     assert_eq!(limiter.json("status")?["daemon"], first.id());

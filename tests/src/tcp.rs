@@ -48,7 +48,8 @@ impl PlainServer {
 
     /// Listens in `namespace`.
     pub fn listen(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
-        let listener = namespace.enter(|| listener(address)).with_context(|| format!("cannot listen on {address}"))?;
+        let listener = listener(namespace, address, BACKLOG)?;
+        listener.set_nonblocking(true)?;
         let (stop, stopped) = UnixStream::pair()?;
         let counts = Arc::new(Mutex::new(Counts::new()));
         let server_counts = Arc::clone(&counts);
@@ -74,14 +75,20 @@ impl Drop for PlainServer {
     }
 }
 
-/// A listener with room for every connection of a test.
-fn listener(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(4096)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
+/// Room for every connection of a test.
+const BACKLOG: u16 = 4096;
+
+/// A listener in `namespace` that nobody accepts from. The kernel completes handshakes until `backlog` plus one
+/// connections wait.
+pub fn listener(namespace: &Namespace, address: SocketAddr, backlog: u16) -> Result<TcpListener> {
+    let listen = || -> io::Result<TcpListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(backlog.into())?;
+        Ok(socket.into())
+    };
+    namespace.enter(listen).with_context(|| format!("cannot listen on {address}"))
 }
 
 fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -> io::Result<()> {
