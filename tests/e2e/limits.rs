@@ -4,7 +4,8 @@
 use std::{
     io::{Read, Write},
     net::SocketAddr,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -74,8 +75,8 @@ fn crowd_gets_the_limit(family: Family, mode: &str) -> Result<()> {
     }
 
     // Whatever was established, however briefly, was accepted: five in all means that there were never more.
-    assert_eq!(server.seen(client.address(family)), Seen { accepted: 5, open: 5 });
-    assert_eq!(server.seen(other.address(family)), Seen { accepted: 5, open: 5 });
+    assert_eq!(server.seen(client.address(family)), Seen { accepted: 5, open: 5, peak: 5 });
+    assert_eq!(server.seen(other.address(family)), Seen { accepted: 5, open: 5, peak: 5 });
     let peaks = monitor.finish()?;
     assert_eq!(peaks.of(client.address(family)), 5, "most at any one time, {} samples", peaks.samples);
     limiter.wait_held(client.address(family), 5)?;
@@ -114,7 +115,7 @@ fn batch_of_acks_gets_the_limit(family: Family, syncookies: &str, mode: &str) ->
     // A source of its own in both families, and behind the batch on the same link: once it is served, the batch is through.
     let behind = connect_served(&client.namespace, client.service(Family::V4), SOON)?;
 
-    assert_eq!(server.seen(raw.address()), Seen { accepted: 5, open: 5 });
+    assert_eq!(server.seen(raw.address()), Seen { accepted: 5, open: 5, peak: 5 });
     limiter.wait_held(raw.address(), 5)?;
     assert_eq!(limiter.counter("handshake_source_limit")?, 45);
     assert_eq!(limiter.ledger()?.len(), 6);
@@ -142,7 +143,7 @@ fn a_closed_connection_makes_room_for_one(family: Family) -> Result<()> {
         let next = connect_served(&client.namespace, client.service(family), SOON);
         crowd.served.push(next.with_context(|| format!("round {round}"))?);
     }
-    assert_eq!(server.seen(client.address(family)), Seen { accepted: 8, open: 5 });
+    assert_eq!(server.seen(client.address(family)), Seen { accepted: 8, open: 5, peak: 5 });
     drop(crowd);
     limiter.wait_empty()
 }
@@ -185,7 +186,7 @@ fn a_new_limit_holds_at_once_and_cuts_nobody(family: Family) -> Result<()> {
 
     limiter.set_limit("connections_per_source", 2)?;
     assert_refused(&client.namespace, client.service(family))?;
-    assert_eq!(server.seen(client.address(family)), Seen { accepted: 8, open: 8 });
+    assert_eq!(server.seen(client.address(family)), Seen { accepted: 8, open: 8, peak: 8 });
     for stream in &mut held {
         // Nothing comes: neither data, nor the end, nor a reset.
         stream.write_all(b"still here")?;
@@ -221,6 +222,52 @@ fn the_service_has_a_limit_of_its_own(family: Family) -> Result<()> {
     connect_served(&second.namespace, second.service(family), SOON)?;
     drop(rest);
     limiter.wait_empty()
+}
+
+/// Clients of three sources that come and go all at once, each as fast as it can: whatever meets on two CPUs meets here.
+#[test]
+fn counts_stay_right_under_churn() -> Result<()> {
+    const LIMIT: u32 = 3;
+    const CHURN: Duration = Duration::from_secs(3);
+    let lab = Lab::new(3)?;
+    let server = PlainServer::start(&lab.server, Family::V6)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, LIMIT, &[])?;
+
+    let end = Instant::now() + CHURN;
+    let served = thread::scope(|scope| -> Result<Vec<usize>> {
+        let workers: Vec<_> = lab
+            .clients
+            .iter()
+            .zip([Family::V4, Family::V6, Family::V4])
+            .flat_map(|client| [client; 4])
+            .map(|(client, family)| {
+                scope.spawn(move || -> Result<usize> {
+                    let mut served = 0;
+                    while Instant::now() < end {
+                        // Past the limit there is no answer; then it gives up and comes again.
+                        let patience = Duration::from_millis(30);
+                        let crowd = Crowd::connect(&client.namespace, client.service(family), 2, patience)?;
+                        served += crowd.served.len();
+                    }
+                    Ok(served)
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().expect("a client does not panic")).collect()
+    })?;
+
+    for (client, family) in lab.clients.iter().zip([Family::V4, Family::V6, Family::V4]) {
+        let seen = server.seen(client.address(family));
+        assert_eq!(seen.peak, LIMIT, "the most at any one time, of {seen:?}");
+    }
+    assert!(served.iter().sum::<usize>() > 100, "too little happened to prove anything: {served:?}");
+    limiter.wait_empty()?;
+    let opened = limiter.counter("opened_reserved")?;
+    let closed = limiter.counter("closed_socket")? + limiter.counter("closed_expired")?;
+    assert_eq!(opened, closed, "what was opened was closed, once");
+    assert_eq!(limiter.counter("opened_unseen")?, 0, "XDP saw every handshake before the stack");
+    Ok(())
 }
 
 #[test]

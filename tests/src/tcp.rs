@@ -36,6 +36,8 @@ pub struct Seen {
     pub accepted: u32,
     /// Connections open now.
     pub open: u32,
+    /// The most that were open at any one time.
+    pub peak: u32,
 }
 
 type Counts = HashMap<IpAddr, Seen>;
@@ -121,6 +123,7 @@ fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -
                         let seen = counts.entry(client).or_default();
                         seen.accepted += 1;
                         seen.open += 1;
+                        seen.peak = seen.peak.max(seen.open);
                     }
                     // A client that is gone already is noticed when its connection is read.
                     let _ = stream.write_all(&[GREETING]);
