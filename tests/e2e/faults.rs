@@ -85,6 +85,32 @@ fn a_port_in_use() -> Result<()> {
 }
 
 #[test]
+fn a_take_over_that_fails_leaves_what_was_in_force() -> Result<()> {
+    let lab = Lab::new(2)?;
+    let _server = PlainServer::start(&lab.server, Family::V4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.attach(["--interface", "client1", "--port", "8080", "--connections-per-source", "5"])?;
+    let before = limiter.json("status")?;
+
+    let _foreign = BareXdp::load(Answer::Pass)?.attach(&lab.server, "client2")?;
+    let both = ["--interface", "client1", "--interface", "client2"];
+    for (arguments, said) in [
+        (&["run", "--interface", "client1", "--listen", "0.0.0.0:8080"][..], "in use"),
+        (&["run", "--interface", "client1", "--listen", "0.0.0.0:9000", "--admin", "192.0.2.1:1"], "192.0.2.1:1"),
+        (&["attach", both[0], both[1], both[2], both[3], "--port", "9000"], "client2"),
+        (&["attach", "--interface", "eth7", "--port", "9000"], "eth7"),
+    ] {
+        let outcome = limiter.outcome(arguments.iter().copied().chain(["--connections-per-source", "9"]))?;
+        assert_error(&outcome, FAILED, &[said]);
+        let after = limiter.json("status")?;
+        for what in ["services", "interfaces", "daemon"] {
+            assert_eq!(after[what], before[what], "after {arguments:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_second_instance_on_the_same_pin_path() -> Result<()> {
     let lab = Lab::new(1)?;
     let limiter = Limiter::new(&lab.server)?;
@@ -92,8 +118,10 @@ fn a_second_instance_on_the_same_pin_path() -> Result<()> {
     let before = bpf::objects_below(limiter.pin_path())?;
 
     let arguments = ["run", "--interface", "client1", "--listen", "0.0.0.0:8081", "--admin", "127.0.0.1:9181"];
-    let outcome = limiter.outcome(arguments)?;
-    assert_error(&outcome, FAILED, &[&limiter.pin_path().display().to_string(), &first.id().to_string()]);
+    for arguments in [&arguments[..], &["attach", "--interface", "client1", "--port", "8081"], &["detach"]] {
+        let outcome = limiter.outcome(arguments)?;
+        assert_error(&outcome, FAILED, &[&limiter.pin_path().display().to_string(), &first.id().to_string()]);
+    }
 
     assert_eq!(bpf::objects_below(limiter.pin_path())?, before, "what is pinned is the first instance's");
     assert_eq!(limiter.json("status")?["daemon"], first.id());

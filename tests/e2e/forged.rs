@@ -68,7 +68,7 @@ fn spoofed_syns(family: Family, syncookies: &str) -> Result<()> {
         opened.map(|()| connections)
     })?;
 
-    assert_eq!(server.seen(victim.address()), Seen { accepted: 5, open: 5 });
+    assert_eq!(server.seen(victim.address()), Seen { accepted: 5, open: 5, peak: 5 });
     assert_eq!(limiter.held_by(victim.address())?, 5);
     assert_eq!(limiter.ledger()?.len(), 5);
     victim.reset(&connections)?;
@@ -130,7 +130,7 @@ fn a_forged_end_frees_no_slot(family: Family) -> Result<()> {
     attacker.send(&segments)?;
     connect_served(&elsewhere.namespace, elsewhere.service(family), SOON)?;
 
-    assert_eq!(server.seen(victim), Seen { accepted: 5, open: 5 });
+    assert_eq!(server.seen(victim), Seen { accepted: 5, open: 5, peak: 5 });
     assert_eq!(limiter.held_by(victim)?, 5);
     let refused = Crowd::connect(&home.namespace, home.service(family), 1, Duration::from_millis(300))?;
     assert_eq!(refused.unanswered.len(), 1, "the source is still at its limit");

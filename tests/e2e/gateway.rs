@@ -269,6 +269,41 @@ fn what_is_no_websocket_handshake_is_told_so() -> Result<()> {
 }
 
 #[test]
+fn metrics_and_log_tell_what_was_refused() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let limiter = Limiter::new(&lab.server)?;
+    let mut daemon = run_with_kernel(&lab, &limiter, "")?;
+    let service = client.service(Family::V4);
+    let mut websockets = (0..5).map(|_| websocket::open(&client.namespace, service)).collect::<Result<Vec<_>>>()?;
+    websocket::echo(&mut websockets[0], "hello")?;
+    let past = Crowd::connect(&client.namespace, service, 7, NO_ANSWER)?;
+    assert_eq!(past.unanswered.len(), 7);
+
+    let metrics = daemon.http_get("/metrics").context("no metrics")?.1;
+    let sample = |start: &str, labels: &[&str]| {
+        metrics
+            .lines()
+            .filter(|line| line.starts_with(start) && labels.iter().all(|label| line.contains(label)))
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum::<f64>()
+    };
+    for (start, labels, expected) in [
+        ("limiter_connections{", &[][..], 5.0),
+        ("limiter_sources ", &[], 1.0),
+        ("limiter_syn_total{", &["verdict=\"denied\"", "reason=\"source_limit\""], 7.0),
+        ("limiter_kernel_attached{", &["interface=\"client1\"", "mode=\"native\""], 1.0),
+    ] {
+        let value = sample(start, labels);
+        assert!((value - expected).abs() < 0.5, "{start} {labels:?} is {value}, not {expected}, in:\n{metrics}");
+    }
+    eventually(SOON, "the refusal is in the log", || {
+        let log = daemon.process().stderr();
+        Ok(log.lines().any(|line| ["refused", "source_limit", "198.18.1.2"].iter().all(|word| line.contains(word))))
+    })
+}
+
+#[test]
 fn it_works_on_loopback() -> Result<()> {
     let host = Namespace::new()?;
     let limiter = Limiter::new(&host)?;

@@ -32,7 +32,7 @@ fn a_crowd_is_served_whole(family: Family) -> Result<()> {
     let client = &lab.clients[1];
     let crowd = Crowd::connect(&client.namespace, client.service(family), 200, SOON)?;
     assert_eq!((crowd.served.len(), crowd.refused), (200, 0));
-    assert_eq!(server.seen(client.address(family)), Seen { accepted: 200, open: 200 });
+    assert_eq!(server.seen(client.address(family)), Seen { accepted: 200, open: 200, peak: 200 });
     eventually_equal(SOON, "all are in the kernel's list", &Some(200), || {
         Ok(monitor::established(&lab.server, PORT)?.get(&client.address(family)).copied())
     })?;
@@ -84,7 +84,7 @@ fn a_killed_process_closes_its_connections(family: Family) -> Result<()> {
     let mut command = client.namespace.command(env!("CARGO_BIN_EXE_limiter-test-hold"));
     let process = Process::start(command.args([client.service(family).to_string(), "5".into()]))?;
     eventually(SOON, "the process holds its connections", || Ok(process.stdout() == "holding\n"))?;
-    assert_eq!(server.seen(client.address(family)), Seen { accepted: 5, open: 5 });
+    assert_eq!(server.seen(client.address(family)), Seen { accepted: 5, open: 5, peak: 5 });
     process.kill()?;
     eventually_equal(SOON, "its connections are closed", &0, || Ok(server.seen(client.address(family)).open))
 }

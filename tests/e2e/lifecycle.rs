@@ -1,6 +1,11 @@
 //! The daemon comes and goes; the limits and the counts stay until `limiter detach`, which leaves nothing.
 
-use std::{io::Write, net::SocketAddr, time::Duration};
+use std::{
+    io::Write,
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use limiter_tests::{
@@ -8,6 +13,7 @@ use limiter_tests::{
     bpf::{Kind, Object, objects_below},
     lab::{Family, Lab},
     limiter::Limiter,
+    process::Process,
     tcp::{Crowd, PlainServer, Seen, connect_served},
     wait::{SOON, eventually, eventually_equal},
     websocket,
@@ -88,7 +94,7 @@ fn a_killed_daemon_leaves_limits_and_counts(family: Family) -> Result<()> {
     daemon.kill()?;
     drop((crowd, websocket));
     limiter.wait_empty()?;
-    assert_eq!(server.seen(address), Seen { accepted: 6, open: 0 });
+    assert_eq!(server.seen(address), Seen { accepted: 6, open: 0, peak: 5 });
     detach_leaves_nothing(&lab, &limiter)
 }
 
@@ -167,6 +173,84 @@ fn a_daemon_that_ends_well_keeps_the_kernel_limits() -> Result<()> {
     let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 10, NO_ANSWER)?;
     assert_eq!(crowd.served.len(), 5, "limits hold until `limiter detach`");
     drop(crowd);
+    detach_leaves_nothing(&lab, &limiter)
+}
+
+/// Wherever an attach is cut off, the next one works, and a detach removes what there is.
+#[test]
+fn an_attach_that_is_killed_half_way_is_made_good() -> Result<()> {
+    const STEPS: u32 = 12;
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, Family::V4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let arguments = ["attach", "--interface", "client1", "--port", "8080", "--connections-per-source", "5"];
+    let begun = Instant::now();
+    limiter.output(arguments)?;
+    let whole = begun.elapsed();
+    limiter.detach()?;
+
+    for step in 0..STEPS {
+        let process = Process::start(&mut limiter.command(arguments))?;
+        // The point is to cut it off at every stage, so here it is the time that counts.
+        thread::sleep(whole * step / STEPS);
+        process.kill()?;
+        if step % 2 == 0 {
+            limiter.output(arguments)?;
+            let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 8, NO_ANSWER)?;
+            assert_eq!(crowd.served.len(), 5, "after step {step}");
+            drop(crowd);
+            limiter.wait_empty()?;
+            detach_leaves_nothing(&lab, &limiter)?;
+        } else {
+            let outcome = limiter.outcome(["detach"])?;
+            assert!(matches!(outcome.status.code(), Some(0 | 3)), "step {step}: {}", outcome.stderr);
+            assert!(!limiter.pin_path().exists(), "step {step}");
+            eventually(SOON, "the interface is free", || Ok(lab.server.link("client1")?.get("xdp").is_none()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_interface_that_was_gone_is_attached_again() -> Result<()> {
+    let lab = Lab::new(2)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, Family::V4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 5, &[])?;
+    lab.server.ip("link del client2")?;
+    let status = limiter.json("status")?;
+    assert_eq!(status["interfaces"].as_array().map(Vec::len), Some(2), "what is pinned is shown: {status}");
+    lab.server.ip("link add client2 type veth peer name other2\nlink set client2 up\nlink set other2 up\n")?;
+    let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 5, SOON)?;
+    assert_eq!(crowd.served.len(), 5);
+
+    limiter.protect(&lab, 5, &[])?;
+    let status = limiter.json("status")?;
+    let mut names: Vec<_> = status["interfaces"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|interface| interface["name"].as_str())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, ["client1", "client2"], "{status}");
+    assert!(lab.server.link("client2")?.get("xdp").is_some(), "it is attached");
+    assert_eq!(limiter.held_by(client.address(Family::V4))?, 5, "the other one's counts are as they were");
+    drop(crowd);
+    limiter.wait_empty()?;
+    detach_leaves_nothing(&lab, &limiter)
+}
+
+#[test]
+fn an_interface_that_is_no_longer_named_is_let_go() -> Result<()> {
+    let lab = Lab::new(2)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 5, &[])?;
+    limiter.attach(["--interface", "client1", "--port", "8080"])?;
+    assert!(lab.server.link("client1")?.get("xdp").is_some());
+    eventually(SOON, "client2 is free", || Ok(lab.server.link("client2")?.get("xdp").is_none()))?;
     detach_leaves_nothing(&lab, &limiter)
 }
 

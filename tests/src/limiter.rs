@@ -123,7 +123,7 @@ impl<'lab> Limiter<'lab> {
         let mut daemon = Daemon { process: self.start(arguments)?, limiter: self };
         eventually(SOON, "limiter run was ready", || {
             ensure!(daemon.process.is_running()?, "limiter run ended at once: {}", daemon.process.stderr());
-            Ok(http_status(self.server, "/readyz").is_some_and(|status| status == 200))
+            Ok(http_get(self.server, "/readyz").is_some_and(|(status, _)| status == 200))
         })?;
         Ok(daemon)
     }
@@ -257,7 +257,12 @@ impl Daemon<'_> {
 
     /// Status of GET at its admin address.
     pub fn http_status(&self, path: &str) -> Option<u16> {
-        http_status(self.limiter.server, path)
+        Some(self.http_get(path)?.0)
+    }
+
+    /// Status and body of GET at its admin address.
+    pub fn http_get(&self, path: &str) -> Option<(u16, String)> {
+        http_get(self.limiter.server, path)
     }
 }
 
@@ -273,7 +278,7 @@ fn with_verb<S: AsRef<OsStr>>(verb: &str, arguments: impl IntoIterator<Item = S>
 }
 
 /// `None` as long as nobody answers.
-fn http_status(server: &Namespace, path: &str) -> Option<u16> {
+fn http_get(server: &Namespace, path: &str) -> Option<(u16, String)> {
     // The default of [admin].
     let address = SocketAddr::from(([127, 0, 0, 1], 9180));
     let mut stream = server.enter(|| TcpStream::connect_timeout(&address, SOON)).ok()?;
@@ -281,7 +286,8 @@ fn http_status(server: &Namespace, path: &str) -> Option<u16> {
     write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
     let mut response = String::new();
     stream.read_to_string(&mut response).ok()?;
-    response.split_ascii_whitespace().nth(1)?.parse().ok()
+    let (head, body) = response.split_once("\r\n\r\n")?;
+    Some((head.split_ascii_whitespace().nth(1)?.parse().ok()?, body.to_owned()))
 }
 
 /// `LIMITER_BIN`, or the binary that cargo has built next to this test.

@@ -36,6 +36,8 @@ pub struct Seen {
     pub accepted: u32,
     /// Connections open now.
     pub open: u32,
+    /// The most that were open at any one time.
+    pub peak: u32,
 }
 
 type Counts = HashMap<IpAddr, Seen>;
@@ -48,7 +50,8 @@ impl PlainServer {
 
     /// Listens in `namespace`.
     pub fn listen(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
-        let listener = namespace.enter(|| listener(address)).with_context(|| format!("cannot listen on {address}"))?;
+        let listener = listener(namespace, address, BACKLOG)?;
+        listener.set_nonblocking(true)?;
         let (stop, stopped) = UnixStream::pair()?;
         let counts = Arc::new(Mutex::new(Counts::new()));
         let server_counts = Arc::clone(&counts);
@@ -74,14 +77,20 @@ impl Drop for PlainServer {
     }
 }
 
-/// A listener with room for every connection of a test.
-fn listener(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(4096)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
+/// Room for every connection of a test.
+const BACKLOG: u16 = 4096;
+
+/// A listener in `namespace` that nobody accepts from. The kernel completes handshakes until `backlog` plus one
+/// connections wait.
+pub fn listener(namespace: &Namespace, address: SocketAddr, backlog: u16) -> Result<TcpListener> {
+    let listen = || -> io::Result<TcpListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(backlog.into())?;
+        Ok(socket.into())
+    };
+    namespace.enter(listen).with_context(|| format!("cannot listen on {address}"))
 }
 
 fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -> io::Result<()> {
@@ -114,6 +123,7 @@ fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -
                         let seen = counts.entry(client).or_default();
                         seen.accepted += 1;
                         seen.open += 1;
+                        seen.peak = seen.peak.max(seen.open);
                     }
                     // A client that is gone already is noticed when its connection is read.
                     let _ = stream.write_all(&[GREETING]);
