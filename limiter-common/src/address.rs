@@ -69,11 +69,12 @@ impl Address {
 /// A mask of the first `bits` bits of a word in memory order.
 #[inline(always)]
 const fn word_mask(bits: u32) -> u32 {
-    if bits >= 32 {
+    if bits == 0 {
+        0
+    } else if bits >= 32 {
         u32::MAX
     } else {
-        // Shifting in 64 bits keeps `bits == 0` defined.
-        ((0xffff_ffff_0000_0000_u64 >> bits) as u32).to_be()
+        (u32::MAX << (32 - bits)).to_be()
     }
 }
 

@@ -16,4 +16,4 @@ mod server;
 pub use kernel::KernelState;
 pub use metrics::Metrics;
 pub use readiness::{Readiness, State};
-pub use server::{Admin, BindError};
+pub use server::{Admin, BindError, Bound};

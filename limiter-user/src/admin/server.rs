@@ -43,10 +43,10 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 
 /// Why the admin server can't start.
 #[derive(Debug, thiserror::Error)]
-#[error("can't listen on {address} for metrics and health: {source}; {}", advice(source, *address))]
+#[error("can't listen on {address} for metrics and health: {error}; {}", advice(error, *address))]
 pub struct BindError {
     address: SocketAddr,
-    source: io::Error,
+    error: io::Error,
 }
 
 fn advice(error: &io::Error, address: SocketAddr) -> String {
@@ -80,23 +80,38 @@ struct Context {
     scrape: Semaphore,
 }
 
-impl Admin {
-    /// Binds `address`.
-    ///
-    /// # Errors
-    ///
-    /// [`BindError`] says why the address can't be had, and what to do.
-    pub async fn bind(address: SocketAddr, metrics: Metrics, readiness: Readiness) -> Result<Self, BindError> {
-        let bind_error = |source| BindError { address, source };
-        let listener = TcpListener::bind(address).await.map_err(bind_error)?;
-        let address = listener.local_addr().map_err(bind_error)?;
+/// The admin address, taken before there is anything to show.
+#[derive(Debug)]
+pub struct Bound {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl Bound {
+    /// The server that will show these.
+    pub fn showing(self, metrics: Metrics, readiness: Readiness) -> Admin {
+        let Self { listener, address } = self;
         let context = Context { metrics, readiness, scrape: Semaphore::new(1) };
         let router = Router::new()
             .route("/metrics", get(metrics_text))
             .route("/healthz", get(healthz))
             .route("/readyz", get(readyz))
             .with_state(Arc::new(context));
-        Ok(Self { listener, address, router })
+        Admin { listener, address, router }
+    }
+}
+
+impl Admin {
+    /// Binds `address`.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError`] says why the address can't be had, and what to do.
+    pub async fn bind(address: SocketAddr) -> Result<Bound, BindError> {
+        let bind_error = |error| BindError { address, error };
+        let listener = TcpListener::bind(address).await.map_err(bind_error)?;
+        let address = listener.local_addr().map_err(bind_error)?;
+        Ok(Bound { listener, address })
     }
 
     /// The address that it listens on.

@@ -23,7 +23,7 @@ struct Running {
 impl Running {
     async fn start(metrics: Metrics) -> Self {
         let readiness = Readiness::default();
-        let admin = Admin::bind(([127, 0, 0, 1], 0).into(), metrics, readiness.clone()).await.unwrap();
+        let admin = Admin::bind(([127, 0, 0, 1], 0).into()).await.unwrap().showing(metrics, readiness.clone());
         let address = admin.local_addr();
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(admin.run(async {
@@ -231,7 +231,7 @@ async fn more_clients_than_there_is_room_for_are_served_in_turn() {
 async fn a_port_in_use_is_said_with_what_to_do() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap();
-    let error = Admin::bind(address, Metrics::default(), Readiness::default()).await.unwrap_err().to_string();
+    let error = Admin::bind(address).await.unwrap_err().to_string();
     assert!(error.contains(&address.to_string()) && error.contains("in use") && error.contains("--admin"), "{error}");
 }
 

@@ -32,12 +32,12 @@ pub enum BindError {
     #[error("gateway.listen names no address, so nothing could be served; give one, for example \"0.0.0.0:8080\"")]
     NoAddress,
     /// An address can't be listened on.
-    #[error("cannot listen on {address}: {source}; {}", advice(.source, *.address))]
+    #[error("cannot listen on {address}: {error}; {}", advice(.error, *.address))]
     Address {
         /// The address, as configured.
         address: SocketAddr,
-        /// What the kernel said.
-        source: io::Error,
+        /// What the kernel said; part of the text.
+        error: io::Error,
     },
     /// `gateway.upstream` is no URL that can be relayed to.
     #[error(
@@ -65,7 +65,34 @@ fn advice(error: &io::Error, address: SocketAddr) -> String {
     }
 }
 
-/// Bound sockets.
+/// Sockets that have their addresses, and that nobody can connect to yet.
+pub(super) struct Addresses(Vec<(SocketAddr, socket2::Socket)>);
+
+impl Addresses {
+    pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Self, BindError> {
+        if addresses.is_empty() {
+            return Err(BindError::NoAddress);
+        }
+        let bound = addresses.iter().map(|&address| {
+            let socket = bind(address).map_err(|error| BindError::Address { address, error })?;
+            Ok((address, socket))
+        });
+        bound.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Lets clients connect. They wait in the backlog until somebody accepts.
+    pub(super) fn listen(self) -> Result<Listeners, BindError> {
+        let mut listeners = Listeners { sockets: Vec::new(), addrs: Vec::new(), next: 0 };
+        for (address, socket) in self.0 {
+            let (socket, addr) = listen(socket).map_err(|error| BindError::Address { address, error })?;
+            listeners.sockets.push(socket);
+            listeners.addrs.push(addr);
+        }
+        Ok(listeners)
+    }
+}
+
+/// Listening sockets.
 pub(super) struct Listeners {
     sockets: Vec<TcpListener>,
     addrs: Vec<SocketAddr>,
@@ -74,19 +101,6 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
-    pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Self, BindError> {
-        if addresses.is_empty() {
-            return Err(BindError::NoAddress);
-        }
-        let mut listeners = Self { sockets: Vec::new(), addrs: Vec::new(), next: 0 };
-        for &address in addresses {
-            let (socket, addr) = bind(address).map_err(|source| BindError::Address { address, source })?;
-            listeners.sockets.push(socket);
-            listeners.addrs.push(addr);
-        }
-        Ok(listeners)
-    }
-
     pub(super) fn local_addrs(&self) -> &[SocketAddr] {
         &self.addrs
     }
@@ -104,7 +118,7 @@ impl Listeners {
     }
 }
 
-fn bind(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+fn bind(address: SocketAddr) -> io::Result<socket2::Socket> {
     let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // A restart must not wait for the connections in TIME_WAIT that the last run left.
     socket.set_reuse_address(true)?;
@@ -114,6 +128,10 @@ fn bind(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     }
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn listen(socket: socket2::Socket) -> io::Result<(TcpListener, SocketAddr)> {
     socket.listen(BACKLOG)?;
     let listener = TcpListener::from_std(socket.into())?;
     let addr = listener.local_addr()?;

@@ -35,7 +35,7 @@ use crate::{config, policy::Policy};
 use admission::Admission;
 use application::Application;
 use drain::Drain;
-use listen::Listeners;
+use listen::{Addresses, Listeners};
 use sampler::Sampler;
 
 /// A gateway whose addresses are bound and that [`run`](Self::run) sets going.
@@ -55,20 +55,29 @@ struct Shared {
     drain: Drain,
 }
 
-impl Gateway {
-    /// Binds every address of `config.listen` and checks what stands behind the gateway. Nothing is accepted yet, but the
-    /// kernel queues the clients that connect from now on.
+/// A gateway that has its addresses, and that nobody can connect to yet.
+///
+/// Whether the addresses are to be had is known before anything else is done to the host, and no client gets in before the
+/// kernel's limits are in force.
+pub struct Reserved {
+    config: config::Gateway,
+    addresses: Addresses,
+    application: Application,
+}
+
+impl Reserved {
+    /// Lets clients connect: the kernel queues them until [`Gateway::run`].
     ///
     /// # Errors
-    /// [`BindError`] names the address or key at fault and says what to do; nothing stays bound then.
+    /// [`BindError`] if somebody else has begun to listen on one of the addresses meanwhile.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn bind(config: &config::Gateway, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Self, BindError> {
-        let application = Application::new(&config.upstream)?;
-        let listeners = Listeners::bind(&config.listen)?;
+    pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
+        let Self { config, addresses, application } = self;
+        let listeners = addresses.listen()?;
         let shared = Shared {
-            config: config.clone(),
+            config,
             policy,
             metrics,
             admission: Arc::default(),
@@ -76,7 +85,30 @@ impl Gateway {
             log: Sampler::default(),
             drain: Drain::default(),
         };
-        Ok(Self { listeners, shared: Arc::new(shared) })
+        Ok(Gateway { listeners, shared: Arc::new(shared) })
+    }
+}
+
+impl Gateway {
+    /// Checks what stands behind the gateway and takes every address of `config.listen`.
+    ///
+    /// # Errors
+    /// [`BindError`] names the address or key at fault and says what to do; nothing stays bound then.
+    pub fn reserve(config: &config::Gateway) -> Result<Reserved, BindError> {
+        let application = Application::new(&config.upstream)?;
+        let addresses = Addresses::bind(&config.listen)?;
+        Ok(Reserved { config: config.clone(), addresses, application })
+    }
+
+    /// [`Self::reserve`] and [`Reserved::open`] in one.
+    ///
+    /// # Errors
+    /// [`BindError`] names the address or key at fault and says what to do; nothing stays bound then.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn bind(config: &config::Gateway, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Self, BindError> {
+        Self::reserve(config)?.open(policy, metrics)
     }
 
     /// The addresses that it listens on, in the order of the configuration; where that says port 0, the port that the

@@ -1,9 +1,9 @@
 //! Loads the programs and attaches them, taking over what an earlier process left pinned.
 //!
 //! The order is such that a host is never left half limited: what can fail without a trace (names, privileges, locks, the
-//! verifier) comes first, then the policy goes into the maps, then the program of the ledger is attached, and those of
-//! admission last. A first attach that fails removes what it had pinned; a take-over that fails leaves the old programs in
-//! force.
+//! verifier) comes first, then the programs are attached, that of the ledger before those of admission, then the policy
+//! goes into the maps, and what was attached is pinned. A first attach that fails removes what it had pinned; a take-over
+//! that fails leaves the old policy in force, and what the old links were attached to.
 
 use std::{fs, os::fd::AsFd as _, sync::Arc};
 
@@ -163,12 +163,12 @@ impl Attach<'_> {
                     .to_owned(),
             );
         }
-        let services = put_in_force(self.pins, services, self.config.on_full)?;
         let sock_ops = attach_sock_ops(&mut loaded.programs, cgroup)?;
         let links = self.attach_xdp(&mut loaded.programs, interfaces)?;
         let events = Events::open(self.pins)?;
 
         // Nothing is left that can be refused: from here on it stays.
+        let services = put_in_force(self.pins, services, self.config.on_full)?;
         self.pin_sock_ops(sock_ops)?;
         let mut reports = Vec::new();
         for link in links {
@@ -261,23 +261,15 @@ struct XdpAttachment {
     new: Option<FdLink>,
 }
 
-/// Writes limits first and ports last, so that no port ever leads to a service without limits. A service keeps its index
-/// as long as it keeps its name, because open connections are counted by it.
+/// Writes limits first and ports last, so that no port ever leads to a service without limits.
 fn put_in_force(pins: &Pins, services: &[Service], on_full: OnFull) -> Result<Vec<(u32, Service)>, KernelError> {
     let mut maps = Services::open(pins)?;
     let known = maps.all()?;
-    let mut taken: Vec<u32> = known.iter().map(|(index, _)| *index).collect();
-    let mut placed = Vec::new();
-    for service in services {
-        let index = match known.iter().find(|(_, entry)| entry.name == service.name) {
-            Some((index, _)) => *index,
-            None => free_index(&taken).ok_or(KernelError::TooManyServices { count: taken.len() + 1 })?,
-        };
-        taken.push(index);
+    let placed = place(&known, services)?;
+    for (index, service) in &placed {
         let entry =
             ServiceEntry { name: service.name.clone(), limits: service.limits, on_deny: service.on_deny, on_full };
-        maps.set(index, &entry)?;
-        placed.push((index, service.clone()));
+        maps.set(*index, &entry)?;
     }
     let wanted: Vec<(u16, u32)> =
         placed.iter().flat_map(|(index, service)| service.ports.iter().map(|port| (*port, *index))).collect();
@@ -297,8 +289,23 @@ fn put_in_force(pins: &Pins, services: &[Service], on_full: OnFull) -> Result<Ve
     Ok(placed)
 }
 
-fn free_index(taken: &[u32]) -> Option<u32> {
-    (0..abi::MAX_SERVICES).find(|index| !taken.contains(index))
+/// The index of each service. One keeps its index as long as it keeps its name, because open connections are counted by
+/// it; for the same reason none gets that of another that has just gone.
+fn place(known: &[(u32, ServiceEntry)], services: &[Service]) -> Result<Vec<(u32, Service)>, KernelError> {
+    let mut taken: Vec<u32> = known.iter().map(|(index, _)| *index).collect();
+    services
+        .iter()
+        .map(|service| {
+            let index = match known.iter().find(|(_, entry)| entry.name == service.name) {
+                Some((index, _)) => *index,
+                None => (0..abi::MAX_SERVICES)
+                    .find(|index| !taken.contains(index))
+                    .ok_or(KernelError::TooManyServices { count: taken.len() + 1 })?,
+            };
+            taken.push(index);
+            Ok((index, service.clone()))
+        })
+        .collect()
 }
 
 fn attach_sock_ops(ebpf: &mut Ebpf, cgroup: &fs::File) -> Result<FdLink, KernelError> {
@@ -379,4 +386,45 @@ fn cause(error: &(dyn std::error::Error + 'static)) -> String {
 
 fn pin(link: FdLink, path: &std::path::Path) -> Result<(), KernelError> {
     link.pin(path).map(|_| ()).map_err(KernelError::failed(format!("can't pin the link at {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::OnDeny, policy::Limits};
+
+    fn service(name: &str) -> Service {
+        Service { name: name.into(), ports: vec![1], limits: Limits::default(), on_deny: OnDeny::Drop }
+    }
+
+    fn known(index: u32, name: &str) -> (u32, ServiceEntry) {
+        let service = service(name);
+        let entry = ServiceEntry {
+            name: service.name,
+            limits: service.limits,
+            on_deny: service.on_deny,
+            on_full: OnFull::Open,
+        };
+        (index, entry)
+    }
+
+    fn indexes(known: &[(u32, ServiceEntry)], names: &[&str]) -> Option<Vec<u32>> {
+        let services: Vec<Service> = names.iter().map(|name| service(name)).collect();
+        place(known, &services).ok().map(|placed| placed.into_iter().map(|(index, _)| index).collect())
+    }
+
+    #[test]
+    fn a_service_keeps_its_index_and_a_new_one_gets_none_that_was_used() {
+        let known = [known(0, "chat"), known(1, "game")];
+        assert_eq!(indexes(&known, &["game", "feed", "chat"]), Some(vec![1, 2, 0]));
+        assert_eq!(indexes(&known, &["feed", "relay"]), Some(vec![2, 3]));
+        assert_eq!(indexes(&[], &["feed", "relay"]), Some(vec![0, 1]));
+    }
+
+    #[test]
+    fn where_every_index_is_taken_nothing_is_placed() {
+        let known: Vec<_> = (0..abi::MAX_SERVICES).map(|index| known(index, &format!("s{index}"))).collect();
+        assert_eq!(indexes(&known, &["s3"]), Some(vec![3]));
+        assert_eq!(indexes(&known, &["another"]), None);
+    }
 }

@@ -91,7 +91,8 @@ mod tests {
         let mut data = Vec::new();
         data.extend(MAGIC.to_ne_bytes());
         data.extend([1, 0]);
-        for word in [24, 0, types.len() as u32 * 4, types.len() as u32 * 4, strings.len() as u32] {
+        let types_bytes = u32::try_from(types.len() * 4).unwrap();
+        for word in [24, 0, types_bytes, types_bytes, u32::try_from(strings.len()).unwrap()] {
             data.extend(word.to_ne_bytes());
         }
         data.extend(types.iter().flat_map(|word| word.to_ne_bytes()));

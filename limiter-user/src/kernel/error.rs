@@ -130,7 +130,7 @@ const LOG_LINES: usize = 12;
 pub(super) fn log_end(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     let start = lines.len().saturating_sub(LOG_LINES);
-    lines[start..].iter().map(|line| format!("\n    {line}")).collect()
+    lines[start..].iter().flat_map(|line| ["\n    ", line]).collect()
 }
 
 /// Errors that have the system's error number somewhere inside.
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn only_the_end_of_the_log_is_shown() {
-        let log: String = (0..100).map(|line| format!("line {line}\n")).collect();
+        let log = (0..100).map(|line| format!("line {line}")).collect::<Vec<_>>().join("\n");
         let shown = log_end(&log);
         assert!(shown.starts_with("\n    line 88"));
         assert!(shown.ends_with("line 99"));

@@ -154,7 +154,8 @@ pub fn netns_cookie() -> Result<u64, KernelError> {
 /// A socket option of `SOL_SOCKET` that is a 64-bit number.
 pub(crate) fn socket_option_u64(socket: &impl AsFd, option: libc::c_int) -> io::Result<u64> {
     let mut value = 0_u64;
-    let mut length = mem::size_of::<u64>() as libc::socklen_t;
+    // The bytes of a u64.
+    let mut length: libc::socklen_t = 8;
     // SAFETY: the descriptor is open; value and length are valid for the call, and the length is that of the value.
     let answer = unsafe {
         libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length)

@@ -1,6 +1,6 @@
 //! The pinned state, opened by name.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{collections::HashMap, path::Path, sync::OnceLock, time::Duration};
 
 use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
 
@@ -16,6 +16,8 @@ use crate::{config::OnDeny, policy::Limits};
 pub struct Pinned {
     pins: Pins,
     ledger_size: u32,
+    /// Which port belongs to which service. Read once: it takes a system call per port, and only attaching changes it.
+    ports: OnceLock<Vec<(u16, u32)>>,
 }
 
 impl Pinned {
@@ -33,7 +35,7 @@ impl Pinned {
             return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
         }
         let ledger_size = layout::check(&pins)?;
-        Ok(Self { pins, ledger_size })
+        Ok(Self { pins, ledger_size, ports: OnceLock::new() })
     }
 
     /// What is in force.
@@ -78,7 +80,13 @@ impl Pinned {
     /// Services, in the order of their index.
     pub fn services(&self) -> Result<Vec<ServiceRow>, KernelError> {
         let maps = Services::open(&self.pins)?;
-        let ports = maps.ports()?;
+        let ports = match self.ports.get() {
+            Some(ports) => ports,
+            None => self.ports.get_or_init({
+                let ports = maps.ports()?;
+                || ports
+            }),
+        };
         maps.all()?
             .into_iter()
             .map(|(index, service)| {

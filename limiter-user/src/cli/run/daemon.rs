@@ -1,9 +1,9 @@
 //! The life of the daemon, from ready to drained.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use sd_notify::NotifyState;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{sync::watch, task::JoinSet, time::MissedTickBehavior};
 
 use super::{
     refusals,
@@ -12,7 +12,7 @@ use super::{
 use crate::{
     admin::{Admin, Readiness, State},
     gateway::Gateway,
-    kernel::Events,
+    kernel::{Control, Events},
 };
 
 /// Everything bound, and ready to be set going.
@@ -20,7 +20,13 @@ pub(super) struct Daemon {
     pub(super) gateways: Vec<Gateway>,
     pub(super) admin: Option<Admin>,
     pub(super) readiness: Readiness,
+    pub(super) kernel: Option<KernelSide>,
+}
+
+/// What the daemon does for the kernel's side.
+pub(super) struct KernelSide {
     pub(super) refusals: Option<Refusals>,
+    pub(super) control: Arc<Control>,
 }
 
 /// Where refusals are read from, and the names of the services by their index.
@@ -32,7 +38,7 @@ pub(super) struct Refusals {
 impl Daemon {
     /// Serves until a signal says to end; then waits for the clients, or for a second signal.
     pub(super) async fn run(self, mut signals: Signals) -> anyhow::Result<()> {
-        let Self { gateways, admin, readiness, refusals } = self;
+        let Self { gateways, admin, readiness, kernel } = self;
         let drain = watch::Sender::new(false);
         let end = watch::Sender::new(false);
         let mut serving = JoinSet::new();
@@ -45,9 +51,12 @@ impl Daemon {
             helpers.spawn(admin.run(set(end.subscribe())));
         }
         // Dropped at the end: it has nothing to finish.
-        let mut readers = JoinSet::new();
-        if let Some(Refusals { events, services }) = refusals {
-            readers.spawn(refusals::log_all(events, services));
+        let mut background = JoinSet::new();
+        if let Some(KernelSide { refusals, control }) = kernel {
+            background.spawn(expire_reservations(control));
+            if let Some(Refusals { events, services }) = refusals {
+                background.spawn(refusals::log_all(events, services));
+            }
         }
 
         readiness.set(State::Ready);
@@ -80,6 +89,29 @@ impl Daemon {
             // A gateway ends by itself only when something in it is broken.
             Some(ended) => Err(anyhow::anyhow!("a gateway ended by itself: {ended:?}")),
             None => Ok(()),
+        }
+    }
+}
+
+/// How often reservations are looked through on behalf of nobody in particular.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Gives back the slots that the stack never confirmed, also when no packet comes that would be the occasion.
+async fn expire_reservations(control: Arc<Control>) {
+    let mut ticks = tokio::time::interval(EXPIRE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failed = false;
+    loop {
+        ticks.tick().await;
+        match control.expire() {
+            Ok(()) => failed = false,
+            // Said once, not every second.
+            Err(error) => {
+                if !failed {
+                    tracing::warn!(%error, "can't look for slots that the stack never confirmed; trying again");
+                }
+                failed = true;
+            }
         }
     }
 }

@@ -17,10 +17,10 @@ use crate::{
     admin::{self, Admin, Readiness},
     config::{Config, Service},
     gateway::{self, Gateway},
-    kernel::{Attached, Events, Pinned},
+    kernel::{Attached, Pinned},
     policy::{Fixed, Policy},
 };
-use daemon::{Daemon, Refusals};
+use daemon::{Daemon, KernelSide, Refusals};
 use signals::Signals;
 
 #[derive(Debug, clap::Args)]
@@ -43,15 +43,16 @@ pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
 async fn serve(config: &Config) -> anyhow::Result<()> {
     // Before anything is attached, so that no signal can end the process half-way.
     let signals = Signals::new()?;
+    let addresses = Addresses::take(config).await?;
     if config.kernel.interfaces.is_empty() {
         tracing::info!("no interface is configured: the gateway keeps the limits alone");
-        let policies = config.services.iter().map(|service| (service.clone(), fixed(service))).collect();
-        return start(config, policies, None).await?.run(signals).await;
+        let policies = config.services.iter().map(|service| (service.name.clone(), fixed(service))).collect();
+        return addresses.open(policies, None)?.run(signals).await;
     }
 
     let (mut attached, report) = Attached::attach(&config.kernel, &config.services)?;
     super::attach::log(&report);
-    match start_attached(config, &mut attached).await {
+    match open_attached(config, addresses, &mut attached) {
         // Held until the end: it keeps other daemons off.
         Ok(daemon) => {
             let ended = daemon.run(signals).await;
@@ -70,65 +71,73 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     }
 }
 
-async fn start_attached(config: &Config, attached: &mut Attached) -> anyhow::Result<Daemon> {
+fn open_attached(config: &Config, addresses: Addresses, attached: &mut Attached) -> anyhow::Result<Daemon> {
     let policies = attached
         .policies()?
         .into_iter()
-        .map(|(service, policy)| (service, Arc::new(policy) as Arc<dyn Policy>))
+        .map(|(service, policy)| (service.name, Arc::new(policy) as Arc<dyn Policy>))
         .collect();
     let pinned = Pinned::open(&config.kernel.pin_path)?;
-    let events = attached.take_events();
-    start(config, policies, Some((pinned, events))).await
+    let services = pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect();
+    let refusals = attached.take_events().map(|events| Refusals { events, services });
+    let side = KernelSide { refusals, control: attached.control() };
+    addresses.open(policies, Some((pinned, side)))
 }
 
 fn fixed(service: &Service) -> Arc<dyn Policy> {
     Arc::new(Fixed(service.limits))
 }
 
-/// Binds everything; nothing is served yet.
-async fn start(
-    config: &Config,
-    policies: Vec<(Service, Arc<dyn Policy>)>,
-    kernel: Option<(Pinned, Option<Events>)>,
-) -> anyhow::Result<Daemon> {
-    let gateway_metrics = Arc::new(gateway::Metrics::default());
-    let mut metrics = admin::Metrics::default();
-    gateway_metrics.register(metrics.registry());
-
-    let gateways = gateways(config, policies, &gateway_metrics)?;
-    let mut refusals = None;
-    if let Some((pinned, events)) = kernel {
-        let services: HashMap<u32, String> = pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect();
-        refusals = events.map(|events| Refusals { events, services });
-        metrics.add_kernel(Arc::new(pinned));
-    }
-    let readiness = Readiness::default();
-    let admin = match config.admin.listen {
-        Some(address) => Some(Admin::bind(address, metrics, readiness.clone()).await?),
-        None => None,
-    };
-    Ok(Daemon { gateways, admin, readiness, refusals })
+/// Every address of the daemon, taken before anything is done to the host: what can't be had is known by then.
+struct Addresses {
+    /// One gateway for each service that the gateway listens for, with the service's name.
+    gateways: Vec<(String, gateway::Reserved)>,
+    admin: Option<admin::Bound>,
 }
 
-/// One gateway for each service that the gateway listens for: its limits are those of its port.
-fn gateways(
-    config: &Config,
-    policies: Vec<(Service, Arc<dyn Policy>)>,
-    metrics: &Arc<gateway::Metrics>,
-) -> anyhow::Result<Vec<Gateway>> {
-    let mut gateways = Vec::new();
-    for (service, policy) in policies {
-        let mut of_service = config.gateway.clone();
-        of_service.listen.retain(|address| service.ports.contains(&address.port()));
-        if of_service.listen.is_empty() {
-            // A server of its own listens there.
-            continue;
+impl Addresses {
+    async fn take(config: &Config) -> anyhow::Result<Self> {
+        let mut gateways = Vec::new();
+        for service in &config.services {
+            let mut of_service = config.gateway.clone();
+            of_service.listen.retain(|address| service.ports.contains(&address.port()));
+            // Without one, a server of its own listens there.
+            if !of_service.listen.is_empty() {
+                gateways.push((service.name.clone(), Gateway::reserve(&of_service)?));
+            }
         }
-        let gateway = Gateway::bind(&of_service, policy, Arc::clone(metrics))?;
-        for address in gateway.local_addrs() {
-            tracing::info!(%address, service = service.name, upstream = ?of_service.upstream, "listening");
-        }
-        gateways.push(gateway);
+        let admin = match config.admin.listen {
+            Some(address) => Some(Admin::bind(address).await?),
+            None => None,
+        };
+        Ok(Self { gateways, admin })
     }
-    Ok(gateways)
+
+    /// Lets clients connect. `policies`: by the service's name.
+    fn open(
+        self,
+        mut policies: HashMap<String, Arc<dyn Policy>>,
+        kernel: Option<(Pinned, KernelSide)>,
+    ) -> anyhow::Result<Daemon> {
+        let gateway_metrics = Arc::new(gateway::Metrics::default());
+        let mut metrics = admin::Metrics::default();
+        gateway_metrics.register(metrics.registry());
+
+        let mut gateways = Vec::new();
+        for (service, reserved) in self.gateways {
+            let policy = policies.remove(&service).with_context(|| format!("the service {service} has no policy"))?;
+            let gateway = reserved.open(policy, Arc::clone(&gateway_metrics))?;
+            for address in gateway.local_addrs() {
+                tracing::info!(%address, service, "listening");
+            }
+            gateways.push(gateway);
+        }
+        let kernel = kernel.map(|(pinned, side)| {
+            metrics.add_kernel(Arc::new(pinned));
+            side
+        });
+        let readiness = Readiness::default();
+        let admin = self.admin.map(|bound| bound.showing(metrics, readiness.clone()));
+        Ok(Daemon { gateways, admin, readiness, kernel })
+    }
 }
