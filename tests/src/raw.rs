@@ -1,7 +1,7 @@
 //! A client without a TCP stack: it sends exactly the segments it is told to, under any address.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     mem::{self, MaybeUninit},
     net::{IpAddr, SocketAddr},
@@ -18,6 +18,9 @@ use crate::{
     segment::{Segment, flags},
     wait::SOON,
 };
+
+/// How long an answer that may not come is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Sends and receives on a client's link, as an address that the client's kernel does not have: so it doesn't answer the
 /// server's segments by RST.
@@ -134,6 +137,29 @@ impl RawClient {
                 expected: answer.sequence.wrapping_add(1),
             })
             .collect())
+    }
+
+    /// Sends a byte on each connection, and returns how many of them the server resets by a segment that a client's stack
+    /// would accept; waits for `expected`.
+    pub fn reset_when_sending(&self, connections: &mut [RawConnection], expected: usize) -> Result<usize> {
+        let data = |connection: &RawConnection| Segment { payload: vec![b'?'], ..connection.segment(flags::ACK) };
+        self.send(&connections.iter().map(data).collect::<Vec<_>>())?;
+        for connection in &mut *connections {
+            connection.next_sequence = connection.next_sequence.wrapping_add(1);
+        }
+        let mut reset = HashSet::new();
+        let deadline = Instant::now() + PATIENCE;
+        while reset.len() < expected {
+            let Some(segment) = self.receive(deadline)? else { break };
+            let connection = connections.iter().find(|connection| connection.local == segment.destination);
+            if let Some(connection) = connection
+                && segment.flags & flags::RST != 0
+                && segment.sequence == connection.expected
+            {
+                reset.insert(segment.destination);
+            }
+        }
+        Ok(reset.len())
     }
 
     /// Resets connections with the right sequence numbers.
