@@ -126,14 +126,15 @@ fn refusal(
 /// A segment of a connection that is not in the ledger. If it completes a handshake, this is where the slot is reserved.
 #[inline(always)]
 fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u16) -> Verdict {
-    match handshake::prove(ctx, segment) {
+    let by_cookie = match handshake::prove(ctx, segment) {
         Proof::NoHandshake => return Verdict::Pass,
         Proof::Unproven => {
             count(service, Counter::HandshakeUnproven);
             return Verdict::Pass;
         }
-        Proof::Completes => {}
-    }
+        Proof::Completes => false,
+        Proof::CompletesByCookie => true,
+    };
     let (Some(policy), Some(state)) =
         (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
     else {
@@ -170,8 +171,13 @@ fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u1
     );
     debug!(ctx, "service {}: handshake refused, reason {}", service, reason as u8);
     if !observed {
-        // The stack forgets the half-open connection, and answers whatever the client sends next with a RST of its own.
-        segment.turn_into_reset();
+        if by_cookie {
+            // There is nothing to forget: the stack finds no valid cookie, and answers with a RST of its own.
+            segment.spoil_cookie();
+        } else {
+            // The stack forgets the half-open connection, and answers whatever the client sends next with a RST of its own.
+            segment.turn_into_reset();
+        }
     }
     Verdict::Pass
 }

@@ -21,6 +21,8 @@ use crate::{
 pub enum Proof {
     /// It completes it.
     Completes,
+    /// It completes one that nothing is stored of: it brings back a SYN cookie.
+    CompletesByCookie,
     /// It belongs to a handshake, and proves nothing.
     Unproven,
     /// It belongs to none: the connection is open already, or there is nothing for it.
@@ -44,7 +46,7 @@ pub fn prove(ctx: &XdpContext, segment: &Segment) -> Proof {
         acknowledges_request(socket, segment)
     } else if state == BPF_TCP_LISTEN {
         // A valid cookie, or a stray segment to a listener. The stack answers that one with a RST.
-        if has_cookie(socket, segment) { Proof::Completes } else { Proof::NoHandshake }
+        if has_cookie(socket, segment) { Proof::CompletesByCookie } else { Proof::NoHandshake }
     } else {
         Proof::NoHandshake
     };

@@ -369,6 +369,22 @@ impl Segment {
         }
     }
 
+    /// Moves the sequence number by 2^31, and mends the checksum (RFC 1624). A SYN cookie covers the number before it, with
+    /// its age in the upper bits, so it is never valid afterwards; the acknowledgement number, which is that of the RST that
+    /// the stack then answers with, stays what the client expects.
+    #[inline(always)]
+    pub fn spoil_cookie(&self) {
+        // SAFETY: the pointer was checked when the segment was made.
+        let tcp = unsafe { &mut *self.tcp };
+        let before = u32::from_be(tcp.sequence);
+        let after = before ^ (1 << 31);
+        tcp.sequence = after.to_be();
+        let mut sum = u32::from(!u16::from_be(tcp.checksum)) + ((before >> 16) ^ 0xffff) + (after >> 16);
+        sum = (sum & 0xffff) + (sum >> 16);
+        sum = (sum & 0xffff) + (sum >> 16);
+        tcp.checksum = (!(sum as u16)).to_be();
+    }
+
     /// Turns the segment into a RST in place, at the same sequence number, and mends the checksum (RFC 1624).
     #[inline(always)]
     pub fn turn_into_reset(&self) {

@@ -10,8 +10,11 @@ mod table;
 
 use anyhow::{Result, bail};
 
+/// A name and what measures and prints it.
+type Section = (&'static str, fn() -> Result<()>);
+
 /// The sections, in the order in which they run.
-const SECTIONS: [(&str, fn() -> Result<()>); 2] = [("programs", programs::run), ("refusal", refusal::run)];
+const SECTIONS: [Section; 2] = [("programs", programs::run), ("refusal", refusal::run)];
 
 fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();

@@ -30,7 +30,7 @@ fn services() -> [(u16, u16, ServicePolicy); 3] {
 
 /// Few addresses and ports, so that packets meet connections and limits.
 fn address(random: &mut fastrand::Rng, v4: bool) -> IpAddr {
-    let last = random.u64(0..24) as u8;
+    let last = random.u8(0..24);
     if v4 {
         IpAddr::V4(Ipv4Addr::new(198, 51, 100, last))
     } else {
@@ -38,52 +38,52 @@ fn address(random: &mut fastrand::Rng, v4: bool) -> IpAddr {
         if mapped {
             IpAddr::V6(Ipv4Addr::new(198, 51, 100, last).to_ipv6_mapped())
         } else {
-            IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, random.u64(0..4) as u16, 0, 0, 0, u16::from(last)))
+            IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, random.u16(0..4), 0, 0, 0, u16::from(last)))
         }
     }
 }
 
 fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
     let v4 = random.u64(0..2) == 0;
-    let source = SocketAddr::new(address(random, v4), 1 + random.u64(0..6) as u16);
-    let local: IpAddr = if v4 { Ipv4Addr::new(192, 0, 2, 1).into() } else { "2001:db8::1".parse().unwrap() };
-    let port = [8080, 8080, 443, 9000, 22][random.u64(0..5) as usize];
+    let source = SocketAddr::new(address(random, v4), 1 + random.u16(0..6));
+    let local: IpAddr =
+        if v4 { Ipv4Addr::new(192, 0, 2, 1).into() } else { Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into() };
+    let port = [8080, 8080, 443, 9000, 22][random.usize(0..5)];
     let mut frame = Frame::syn(source, SocketAddr::new(local, port));
     frame.flags = match random.u64(0..4) {
         0 | 1 => 0x02,
         2 => 0x10,
-        _ => random.u64(0..256) as u8,
+        _ => random.u8(..),
     };
     frame.vlan_tags =
         (0..random.u64(0..4).saturating_sub(1)).map(|_| if random.u64(0..2) == 0 { 0x8100 } else { 0x88a8 }).collect();
-    frame.ipv4_option_words = if random.u64(0..3) == 0 { random.u64(0..11) as u8 } else { 0 };
+    frame.ipv4_option_words = if random.u64(0..3) == 0 { random.u8(0..11) } else { 0 };
     if random.u64(0..6) == 0 {
-        frame.ipv4_fragment =
-            (random.u64(0..2) == 0, if random.u64(0..2) == 0 { 0 } else { random.u64(0..0x2000) as u16 });
+        frame.ipv4_fragment = (random.u64(0..2) == 0, if random.u64(0..2) == 0 { 0 } else { random.u16(0..0x2000) });
     }
     if random.u64(0..3) == 0 {
         frame.extensions = (0..random.u64(0..10))
             .map(|_| match random.u64(0..6) {
-                0 => Extension::Authentication(random.u64(0..6) as u8),
+                0 => Extension::Authentication(random.u8(0..6)),
                 1 => Extension::Fragment(
-                    if random.u64(0..3) == 0 { random.u64(0..0x2000) as u16 } else { 0 },
+                    if random.u64(0..3) == 0 { random.u16(0..0x2000) } else { 0 },
                     random.u64(0..2) == 0,
                 ),
-                2 => Extension::Plain(random.u64(0..256) as u8, 0),
-                _ => Extension::Plain([0, 43, 60, 135][random.u64(0..4) as usize], random.u64(0..3) as u8),
+                2 => Extension::Plain(random.u8(..), 0),
+                _ => Extension::Plain([0, 43, 60, 135][random.usize(0..4)], random.u8(0..3)),
             })
             .collect();
     }
-    frame.payload = vec![0; random.u64(0..40) as usize];
+    frame.payload = vec![0; random.usize(0..40)];
     let mut bytes = frame.to_bytes();
     if random.u64(0..5) == 0 {
         for _ in 0..=random.u64(0..3) {
-            let at = random.u64(0..bytes.len() as u64) as usize;
-            bytes[at] = random.u64(0..256) as u8;
+            let at = random.usize(0..bytes.len());
+            bytes[at] = random.u8(..);
         }
     }
     if random.u64(0..8) == 0 {
-        bytes.truncate((14 + random.u64(0..bytes.len() as u64)) as usize);
+        bytes.truncate(14 + random.usize(0..bytes.len()));
     }
     bytes
 }
@@ -106,11 +106,11 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
         // Connections come by now and then, as the stack would confirm them.
         if number % 1000 == 0 {
             for (index, port, policy) in services() {
-                let remote = SocketAddr::new(address(&mut random, number % 2000 == 0), 1 + random.u64(0..6) as u16);
+                let remote = SocketAddr::new(address(&mut random, number % 2000 == 0), 1 + random.u16(0..6));
                 let local: IpAddr = if remote.ip().to_canonical().is_ipv4() {
                     Ipv4Addr::new(192, 0, 2, 1).into()
                 } else {
-                    "2001:db8::1".parse().unwrap()
+                    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()
                 };
                 let key = ConnectionKey::new(remote, SocketAddr::new(local, port));
                 let source = SourceKey::new(index, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);

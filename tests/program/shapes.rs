@@ -1,4 +1,5 @@
 //! The XDP program's verdict on every shape of packet, below the limit and at it, row by row.
+#![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
 use std::net::SocketAddr;
 
@@ -10,7 +11,7 @@ use limiter_tests::{
 };
 
 const PORT: u16 = 8080;
-const LIMIT: u32 = 2;
+const LIMIT: u16 = 2;
 
 fn v4() -> Frame {
     Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap())
@@ -21,7 +22,7 @@ fn v6() -> Frame {
 }
 
 fn policy() -> ServicePolicy {
-    ServicePolicy { connections_per_source: LIMIT, ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() }
+    ServicePolicy { connections_per_source: LIMIT.into(), ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() }
 }
 
 /// A program whose one service has sources with so many connections each.
@@ -146,7 +147,7 @@ fn below_the_limit_everything_passes_untouched() {
 
 #[test]
 fn at_the_limit_every_shape_of_syn_drops_and_nothing_else() {
-    let mut program = program(&policy(), &["192.0.2.7", "2001:db8::99"], LIMIT as u16);
+    let mut program = program(&policy(), &["192.0.2.7", "2001:db8::99"], LIMIT);
     let mut syns = 0;
     for row in rows() {
         let (action, out) = program.run(&row.frame).unwrap();
@@ -161,7 +162,7 @@ fn at_the_limit_every_shape_of_syn_drops_and_nothing_else() {
 
 #[test]
 fn a_segment_of_a_connection_in_the_ledger_passes_uncounted() {
-    let mut program = program(&policy(), &["192.0.2.7", "2001:db8::7"], LIMIT as u16);
+    let mut program = program(&policy(), &["192.0.2.7", "2001:db8::7"], LIMIT);
     for mut frame in [v4(), v6()] {
         frame.source.set_port(1);
         for flags in [ACK, ACK | FIN, ACK | 0x08] {
@@ -182,7 +183,7 @@ fn a_limit_of_zero_is_none() {
 #[test]
 fn a_full_service_drops_the_syns_of_everyone() {
     let policy = ServicePolicy { connections_total: 4, ..policy() };
-    let mut program = program(&policy, &["192.0.2.8", "192.0.2.9"], LIMIT as u16);
+    let mut program = program(&policy, &["192.0.2.8", "192.0.2.9"], LIMIT);
     for frame in [v4(), v6()] {
         assert_eq!(program.run(&frame.to_bytes()).unwrap().0, Action::Drop);
     }
@@ -195,7 +196,7 @@ fn a_full_service_drops_the_syns_of_everyone() {
 #[test]
 fn a_service_that_observes_counts_and_lets_pass() {
     let policy = ServicePolicy { on_deny: OnDeny::Observe as u8, ..policy() };
-    let mut program = program(&policy, &["192.0.2.7"], LIMIT as u16);
+    let mut program = program(&policy, &["192.0.2.7"], LIMIT);
     assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Pass);
     assert_eq!(program.counters().unwrap(), [((0, Counter::SynObservedSourceLimit), 1)].into());
     assert_eq!(program.refusals().unwrap()[0].observed, 1);
@@ -204,7 +205,7 @@ fn a_service_that_observes_counts_and_lets_pass() {
 #[test]
 fn a_source_is_its_prefix_and_its_neighbours_are_not() {
     let policy = ServicePolicy { ipv4_prefix: 24, ipv6_prefix: 56, ..policy() };
-    let mut program = program(&policy, &["192.0.2.200", "2001:db8:0:ff::1"], LIMIT as u16);
+    let mut program = program(&policy, &["192.0.2.200", "2001:db8:0:ff::1"], LIMIT);
     for (source, action) in [
         ("192.0.2.7:1", Action::Drop),
         ("192.0.3.7:1", Action::Pass),
@@ -219,7 +220,7 @@ fn a_source_is_its_prefix_and_its_neighbours_are_not() {
 
 #[test]
 fn refusals_are_reported_once_a_second_with_what_was_left_out() {
-    let mut program = program(&policy(), &["192.0.2.7"], LIMIT as u16);
+    let mut program = program(&policy(), &["192.0.2.7"], LIMIT);
     let frame = v4().to_bytes();
     for _ in 0..100 {
         assert_eq!(program.run(&frame).unwrap().0, Action::Drop);

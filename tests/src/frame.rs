@@ -100,7 +100,7 @@ impl Frame {
                 bytes.extend([0x08, 0x00]);
                 let header_length = 20 + usize::from(self.ipv4_option_words) * 4;
                 let total = u16::try_from(header_length + tcp.len()).unwrap_or(u16::MAX);
-                bytes.extend([0x40 | (header_length / 4) as u8, 0]);
+                bytes.extend([0x40 | (5 + self.ipv4_option_words), 0]);
                 bytes.extend(total.to_be_bytes());
                 bytes.extend([0, 1]);
                 let (more, offset) = self.ipv4_fragment;
