@@ -11,7 +11,6 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 #![expect(unstable_features, reason = "inline assembly for BPF is not stable yet")]
-
 #![expect(
     clippy::needless_borrows_for_generic_args,
     reason = "a key handed over by value is copied once more, and the stack has 512 bytes"
