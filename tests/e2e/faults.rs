@@ -67,8 +67,7 @@ fn an_interface_whose_xdp_is_taken() -> Result<()> {
             .outcome([verb.to_owned(), "--port".into(), "8080".into()].into_iter().chain(lab.interface_flags()))?;
         assert_error(&outcome, FAILED, &[&taken, "XDP"]);
         assert_eq!(lab.server.link(&taken)?["xdp"], before, "the other program is still there, and alone");
-        let free = lab.server.link(&lab.clients[0].server_interface())?;
-        assert!(free.get("xdp").is_none(), "attached to {free}");
+        lab.server.wait_xdp_free(&lab.clients[0].server_interface())?;
         assert_nothing_pinned(&limiter);
     }
     Ok(())
@@ -297,8 +296,7 @@ fn assert_error(outcome: &Ended, status: i32, said: &[&str]) {
 /// Nothing attached, nothing pinned.
 fn assert_untouched(lab: &Lab, limiter: &Limiter<'_>) -> Result<()> {
     for client in &lab.clients {
-        let link = lab.server.link(&client.server_interface())?;
-        assert!(link.get("xdp").is_none(), "XDP on the interface: {link}");
+        lab.server.wait_xdp_free(&client.server_interface())?;
     }
     assert_nothing_pinned(limiter);
     Ok(())

@@ -120,5 +120,5 @@ fn a_foreign_xdp_program_shows_and_goes() -> Result<()> {
     let program = BareXdp::load(Answer::Pass)?.attach(&lab.server, &interface)?;
     assert!(lab.server.link(&interface)?.get("xdp").is_some());
     drop(program);
-    eventually(SOON, "the interface is free", || Ok(lab.server.link(&interface)?.get("xdp").is_none()))
+    lab.server.wait_xdp_free(&interface)
 }

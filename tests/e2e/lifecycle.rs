@@ -206,7 +206,7 @@ fn an_attach_that_is_killed_half_way_is_made_good() -> Result<()> {
             let outcome = limiter.outcome(["detach"])?;
             assert!(matches!(outcome.status.code(), Some(0 | 3)), "step {step}: {}", outcome.stderr);
             assert!(!limiter.pin_path().exists(), "step {step}");
-            eventually(SOON, "the interface is free", || Ok(lab.server.link("client1")?.get("xdp").is_none()))?;
+            lab.server.wait_xdp_free("client1")?;
         }
     }
     Ok(())
@@ -250,7 +250,7 @@ fn an_interface_that_is_no_longer_named_is_let_go() -> Result<()> {
     limiter.protect(&lab, 5, &[])?;
     limiter.attach(["--interface", "client1", "--port", "8080"])?;
     assert!(lab.server.link("client1")?.get("xdp").is_some());
-    eventually(SOON, "client2 is free", || Ok(lab.server.link("client2")?.get("xdp").is_none()))?;
+    lab.server.wait_xdp_free("client2")?;
     detach_leaves_nothing(&lab, &limiter)
 }
 
@@ -263,8 +263,7 @@ fn detach_leaves_nothing(lab: &Lab, limiter: &Limiter<'_>) -> Result<()> {
     limiter.detach()?;
     assert!(!limiter.pin_path().exists(), "{} is still there", limiter.pin_path().display());
     for client in &lab.clients {
-        let link = lab.server.link(&client.server_interface())?;
-        assert!(link.get("xdp").is_none(), "XDP is still on the interface: {link}");
+        lab.server.wait_xdp_free(&client.server_interface())?;
     }
     // The kernel frees them a moment after their last user is gone. This includes the sock_ops program and its link.
     for object in objects {

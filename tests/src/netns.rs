@@ -149,6 +149,13 @@ impl Namespace {
         })
     }
 
+    /// Waits until no XDP program is on an interface: a link whose pin was removed ends a moment later.
+    pub fn wait_xdp_free(&self, interface: &str) -> Result<()> {
+        eventually(SOON, &format!("no XDP program is on {interface}"), || {
+            Ok(self.link(interface)?.get("xdp").is_none())
+        })
+    }
+
     /// Index of an interface.
     pub fn interface_index(&self, interface: &str) -> Result<u32> {
         let index = self.link(interface)?.get("ifindex").and_then(serde_json::Value::as_u64);
