@@ -16,8 +16,6 @@ pub struct Request {
     pub owner: u64,
     /// With [`op::RELEASE`]: the connection.
     pub key: ConnectionKey,
-    /// Always 0.
-    pub reserved: u32,
 }
 
 /// What a [`Request`] asks for.
@@ -45,5 +43,5 @@ pub mod answer {
 }
 
 #[cfg(feature = "user")]
-// SAFETY: repr(C), integers only, padding spelled out.
+// SAFETY: repr(C), integers only, no padding.
 unsafe impl bytemuck::NoUninit for Request {}

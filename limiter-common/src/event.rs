@@ -1,6 +1,6 @@
 //! Records of the ring buffer.
 
-use crate::ConnectionKey;
+use crate::Endpoints;
 
 /// A refusal, as it is reported to user space: the first of each source in each [`crate::source::REPORT_INTERVAL_NS`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,7 +12,7 @@ pub struct Refusal {
     /// counted.
     pub unreported: u64,
     /// The packet's addresses and ports.
-    pub connection: ConnectionKey,
+    pub connection: Endpoints,
     /// Index of the service.
     pub service: u16,
     /// A [`crate::DenyReason`].

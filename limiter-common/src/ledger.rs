@@ -6,10 +6,10 @@
 
 use crate::{Address, SourceKey};
 
-/// A TCP connection, from the point of view of the host that accepted it.
+/// Both ends of a TCP connection, from the point of view of the host that accepted it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
-pub struct ConnectionKey {
+pub struct Endpoints {
     /// The client.
     pub remote: Address,
     /// The address it connected to.
@@ -18,6 +18,51 @@ pub struct ConnectionKey {
     pub remote_port: u16,
     /// The service's port, in host order.
     pub local_port: u16,
+}
+
+impl Endpoints {
+    /// The key of the connection's entry.
+    #[inline(always)]
+    pub const fn key(&self) -> ConnectionKey {
+        ConnectionKey {
+            remote: self.remote,
+            local_tag: tag(&self.local),
+            remote_port: self.remote_port,
+            local_port: self.local_port,
+        }
+    }
+}
+
+/// The key of a connection's entry in the ledger.
+///
+/// To hash and compare the key is most of what a packet of an open connection costs, so the own address, of which a host has
+/// few, stands in it as a tag; the whole address is in the [entry](LedgerEntry::local). The tag of an IPv4 address is the
+/// address. That two IPv6 addresses of one host have the same tag, and one client connects to both from the same port, is
+/// one chance in four billion; the second connection then finds no room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ConnectionKey {
+    /// The client.
+    pub remote: Address,
+    /// A tag of the address it connected to.
+    pub local_tag: u32,
+    /// The client's port, in host order.
+    pub remote_port: u16,
+    /// The service's port, in host order.
+    pub local_port: u16,
+}
+
+/// The tag of an own address: an IPv4 address itself; the upper half of a sum of products for IPv6.
+#[inline(always)]
+const fn tag(local: &Address) -> u32 {
+    if local.is_v4() {
+        return local.v4_word();
+    }
+    let [a, b, c, d] = local.words();
+    let first = (a as u64 | (b as u64) << 32) ^ 0x9e37_79b9_7f4a_7c15;
+    let second = (c as u64 | (d as u64) << 32) ^ 0xbf58_476d_1ce4_e5b9;
+    let sum = first.wrapping_mul(0x94d0_49bb_1331_11eb).wrapping_add(second.wrapping_mul(0xd6e8_feb8_6659_fd93));
+    (sum >> 32) as u32
 }
 
 /// What the ledger holds of a connection.
@@ -33,6 +78,8 @@ pub struct LedgerEntry {
     pub source: SourceKey,
     /// Always 0.
     pub reserved: u32,
+    /// The address that the client connected to.
+    pub local: Address,
 }
 
 /// A slot that was reserved when a handshake completed and that the stack has yet to confirm.
@@ -41,8 +88,6 @@ pub struct LedgerEntry {
 pub struct Reservation {
     /// The entry.
     pub key: ConnectionKey,
-    /// Always 0.
-    pub reserved: u32,
     /// The owner that it was made with; any other means that it was confirmed or removed since.
     pub owner: u64,
     /// When it was made, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -78,18 +123,18 @@ pub const fn is_reservation(owner: u64) -> bool {
 
 #[cfg(feature = "user")]
 mod host {
-    use super::{ConnectionKey, LedgerEntry, Reservation};
+    use super::{ConnectionKey, Endpoints, LedgerEntry, Reservation};
     use core::net::{IpAddr, SocketAddr};
 
     // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
     unsafe impl aya::Pod for ConnectionKey {}
     // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
     unsafe impl aya::Pod for LedgerEntry {}
-    // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
+    // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
     unsafe impl aya::Pod for Reservation {}
 
-    impl ConnectionKey {
-        /// The key of the connection that a client at `remote` opened to `local`.
+    impl Endpoints {
+        /// The ends of the connection that a client at `remote` opened to `local`.
         pub fn new(remote: SocketAddr, local: SocketAddr) -> Self {
             Self {
                 remote: remote.ip().into(),

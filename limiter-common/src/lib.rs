@@ -27,7 +27,7 @@ pub mod source;
 pub mod verdict;
 
 pub use address::Address;
-pub use ledger::{ConnectionKey, LedgerEntry};
+pub use ledger::{ConnectionKey, Endpoints, LedgerEntry};
 pub use policy::ServicePolicy;
 pub use source::{SourceEntry, SourceKey};
 pub use verdict::{Counter, DenyReason};

@@ -4,7 +4,7 @@
 use aya_ebpf::{bindings::xdp_action, helpers::bpf_ktime_get_ns, programs::XdpContext};
 use aya_log_ebpf::debug;
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason, ServicePolicy, SourceKey,
+    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
     event::Stage,
     ledger::EXPIRE_INTERVAL_NS,
     policy::{OnDeny, ServiceState, at_limit},
@@ -47,17 +47,20 @@ fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
     let service = service_on(segment.local_port())?;
     let flags = segment.flags();
     if flags & (SYN | ACK | RST | FIN) == SYN {
-        let key = connection(&segment);
+        let ends = endpoints(&segment);
         let policy = SERVICES.get_ptr(u32::from(service))?;
         let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
         // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-        Some(syn(ctx, &key, service, unsafe { &*policy }, state))
+        Some(syn(ctx, &ends, service, unsafe { &*policy }, state))
     } else if flags & (SYN | ACK | RST) == ACK {
-        let key = connection(&segment);
-        if LEDGER.get_ptr(&key).is_some() {
+        let ends = endpoints(&segment);
+        if let Some(entry) = LEDGER.get_ptr(&ends.key())
+            // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile has an address of its own.
+            && unsafe { (*entry).local } == ends.local
+        {
             return Some(Verdict::Pass);
         }
-        Some(unknown(ctx, &segment, &key, service))
+        Some(unknown(ctx, &segment, &ends, service))
     } else {
         None
     }
@@ -65,14 +68,8 @@ fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
 
 /// Somebody asks for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against anyone.
 #[inline(always)]
-fn syn(
-    ctx: &XdpContext,
-    key: &ConnectionKey,
-    service: u16,
-    policy: &ServicePolicy,
-    state: *mut ServiceState,
-) -> Verdict {
-    let Some((reason, sampler)) = refusal(key, service, policy, state) else {
+fn syn(ctx: &XdpContext, ends: &Endpoints, service: u16, policy: &ServicePolicy, state: *mut ServiceState) -> Verdict {
+    let Some((reason, sampler)) = refusal(ends, service, policy, state) else {
         count(service, Counter::SynAdmitted);
         return Verdict::Pass;
     };
@@ -86,7 +83,7 @@ fn syn(
             (_, true) => Counter::SynObservedSourceLimit,
         },
     );
-    report(sampler, &Refused { connection: *key, service, reason, stage: Stage::Syn, observed });
+    report(sampler, &Refused { connection: *ends, service, reason, stage: Stage::Syn, observed });
     debug!(ctx, "service {}: SYN refused, reason {}", service, reason as u8);
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     if unsafe { atomic::load(&raw const (*state).unconfirmed) } != 0 {
@@ -98,14 +95,14 @@ fn syn(
 /// Why a SYN is to be refused, if it is.
 #[inline(always)]
 fn refusal(
-    key: &ConnectionKey,
+    ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
     state: *mut ServiceState,
 ) -> Option<(DenyReason, Sampler)> {
     // SAFETY of the dereferences: the pointers come from look-ups; array elements stay, and an element of SOURCES that got
     // another key meanwhile costs a wrong answer to one SYN.
-    let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     if policy.connections_per_source != 0
         && let Some(entry) = SOURCES.get_ptr_mut(&source)
         && at_limit(sources::held(entry), policy.connections_per_source)
@@ -125,7 +122,7 @@ fn refusal(
 
 /// A segment of a connection that is not in the ledger. If it completes a handshake, this is where the slot is reserved.
 #[inline(always)]
-fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u16) -> Verdict {
+fn unknown(ctx: &XdpContext, segment: &Segment, ends: &Endpoints, service: u16) -> Verdict {
     let by_cookie = match handshake::prove(ctx, segment) {
         Proof::NoHandshake => return Verdict::Pass,
         Proof::Unproven => {
@@ -150,7 +147,7 @@ fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u1
         }
     }
     let observe = policy.on_deny == OnDeny::Observe as u8;
-    let (reason, observed) = match ledger::reserve(key, service, policy, state, observe, now_ns) {
+    let (reason, observed) = match ledger::reserve(ends, service, policy, state, observe, now_ns) {
         Reserved::Yes | Reserved::Uncounted => return Verdict::Pass,
         Reserved::Observed(reason) => (reason, true),
         Reserved::Refused(reason) => (reason, false),
@@ -166,8 +163,8 @@ fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u1
         },
     );
     report(
-        handshake_sampler(key, service, policy, state, reason),
-        &Refused { connection: *key, service, reason, stage: Stage::Handshake, observed },
+        handshake_sampler(ends, service, policy, state, reason),
+        &Refused { connection: *ends, service, reason, stage: Stage::Handshake, observed },
     );
     debug!(ctx, "service {}: handshake refused, reason {}", service, reason as u8);
     if !observed {
@@ -185,14 +182,14 @@ fn unknown(ctx: &XdpContext, segment: &Segment, key: &ConnectionKey, service: u1
 /// Who the refusal of a handshake is noted for.
 #[inline(always)]
 fn handshake_sampler(
-    key: &ConnectionKey,
+    ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
     state: *mut ServiceState,
     reason: DenyReason,
 ) -> Sampler {
     if matches!(reason, DenyReason::SourceLimit) {
-        let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+        let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
         if let Some(entry) = SOURCES.get_ptr_mut(&source) {
             // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile costs a report.
             return unsafe {
@@ -230,8 +227,8 @@ fn expire_for_refused(state: *mut ServiceState) {
 }
 
 #[inline(always)]
-fn connection(segment: &Segment) -> ConnectionKey {
-    ConnectionKey {
+fn endpoints(segment: &Segment) -> Endpoints {
+    Endpoints {
         remote: segment.remote(),
         local: segment.local(),
         remote_port: segment.remote_port(),

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason, LedgerEntry, ServicePolicy, SourceKey,
+    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
     ledger::{OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner},
     policy::{OnFull, ServiceState, at_limit},
 };
@@ -35,7 +35,7 @@ pub enum Reserved {
 /// as there is room for.
 #[inline(always)]
 pub fn reserve(
-    key: &ConnectionKey,
+    ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
     state: *mut ServiceState,
@@ -43,7 +43,7 @@ pub fn reserve(
     now_ns: u64,
 ) -> Reserved {
     let mut reason = None;
-    let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     let Ok(held_by_source) = sources::add(&source, state) else {
         return full(service, policy);
     };
@@ -63,14 +63,16 @@ pub fn reserve(
     }
 
     let owner = reservation_owner(now_ns);
-    let entry = LedgerEntry { owner, opened_ns: now_ns, source, reserved: 0 };
-    match insert(key, &entry) {
+    let key = ends.key();
+    let entry = LedgerEntry { owner, opened_ns: now_ns, source, reserved: 0, local: ends.local };
+    match insert(&key, &entry) {
         Ok(()) => {}
         Err(error) => {
             release_service(state);
             sources::subtract(&source, state);
-            // Another CPU has just made the same entry.
-            return if error == -EEXIST { Reserved::Yes } else { full(service, policy) };
+            // Another CPU has just made the same entry; or the key is that of a connection to another own address, and there
+            // is no room for both.
+            return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(service, policy) };
         }
     }
     count(service, Counter::OpenedReserved);
@@ -78,7 +80,7 @@ pub fn reserve(
     unsafe { atomic::fetch_add(&raw mut (*state).unconfirmed, 1) };
     // A full queue loses its oldest reservation, which was confirmed long since unless every one of them is forged by
     // clients that hold a slot for it.
-    let _ = RESERVATIONS.push(&Reservation { key: *key, reserved: 0, owner, opened_ns: now_ns }, u64::from(BPF_EXIST));
+    let _ = RESERVATIONS.push(&Reservation { key, owner, opened_ns: now_ns }, u64::from(BPF_EXIST));
     match reason {
         None => Reserved::Yes,
         Some(reason) => Reserved::Observed(reason),
@@ -88,21 +90,26 @@ pub fn reserve(
 /// The stack has made a socket of that cookie for a connection. Confirms its reservation, or enters it where XDP did not
 /// see the handshake.
 #[inline(always)]
-pub fn confirm(key: &ConnectionKey, service: u16, cookie: u64, now_ns: u64) {
+pub fn confirm(ends: &Endpoints, service: u16, cookie: u64, now_ns: u64) {
     let (Some(policy), Some(state)) =
         (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
     else {
         return;
     };
+    let key = ends.key();
     // SAFETY: the pointers come from look-ups in these maps; the fields are aligned.
     unsafe {
         for _ in 0..ATTEMPTS {
-            let Some(entry) = LEDGER.get_ptr_mut(key) else {
-                if enter(key, service, &*policy, state, cookie, now_ns) {
+            let Some(entry) = LEDGER.get_ptr_mut(&key) else {
+                if enter(ends, service, &*policy, state, cookie, now_ns) {
                     return;
                 }
                 continue;
             };
+            if (*entry).local != ends.local {
+                count(service, Counter::LedgerFull);
+                return;
+            }
             let owner = atomic::load(&raw const (*entry).owner);
             // Another instance of this program has been here already (during an upgrade there are two).
             if owner == cookie {
@@ -123,20 +130,20 @@ pub fn confirm(key: &ConnectionKey, service: u16, cookie: u64, now_ns: u64) {
 /// Enters a connection that is open already, whatever the limits say. `false` if somebody else was faster.
 #[inline(always)]
 fn enter(
-    key: &ConnectionKey,
+    ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
     state: *mut ServiceState,
     cookie: u64,
     now_ns: u64,
 ) -> bool {
-    let source = SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     if sources::add(&source, state).is_err() {
         count(service, Counter::LedgerFull);
         return true;
     }
-    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, reserved: 0 };
-    match insert(key, &entry) {
+    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, reserved: 0, local: ends.local };
+    match insert(&ends.key(), &entry) {
         Ok(()) => {
             // SAFETY: the pointer comes from a look-up in an array; its elements stay.
             unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
@@ -215,6 +222,13 @@ pub fn expire_one(now_ns: u64) -> bool {
 #[inline(always)]
 fn insert(key: &ConnectionKey, entry: &LedgerEntry) -> Result<(), i32> {
     LEDGER.insert(key, entry, u64::from(BPF_NOEXIST))
+}
+
+/// Whether the entry of that key is for a connection to the same own address.
+#[inline(always)]
+fn is_for(key: &ConnectionKey, ends: &Endpoints) -> bool {
+    // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile has an address of its own.
+    LEDGER.get_ptr(key).is_some_and(|entry| unsafe { (*entry).local } == ends.local)
 }
 
 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason,
+    Counter, DenyReason, Endpoints,
     event::{Refusal, Stage},
     source::REPORT_INTERVAL_NS,
 };
@@ -19,7 +19,7 @@ pub struct Sampler {
 
 /// What was refused.
 pub struct Refused {
-    pub connection: ConnectionKey,
+    pub connection: Endpoints,
     pub service: u16,
     pub reason: DenyReason,
     pub stage: Stage,

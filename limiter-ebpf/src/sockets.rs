@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     programs::SockOpsContext,
 };
-use limiter_common::{Address, ConnectionKey, Counter};
+use limiter_common::{Address, Counter, Endpoints};
 
 use crate::{
     ledger,
@@ -21,22 +21,22 @@ pub fn account(ctx: &SockOpsContext) {
     let op = ctx.op();
     if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         let Some(service) = service_on(ctx.local_port() as u16) else { return };
-        let Some((key, cookie)) = connection(ctx) else { return };
+        let Some((ends, cookie)) = connection(ctx) else { return };
         // From now on the stack tells of this socket's changes of state.
         let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
         // SAFETY: the helper has no precondition.
         let now_ns = unsafe { bpf_ktime_get_ns() };
-        ledger::confirm(&key, service, cookie, now_ns);
+        ledger::confirm(&ends, service, cookie, now_ns);
     } else if op == BPF_SOCK_OPS_STATE_CB && ctx.arg(1) == BPF_TCP_CLOSE {
         // Whether a service still listens on its port makes no difference: what was counted is to be released.
-        let Some((key, cookie)) = connection(ctx) else { return };
-        ledger::release(&key, cookie, Counter::ClosedSocket as u32);
+        let Some((ends, cookie)) = connection(ctx) else { return };
+        ledger::release(&ends.key(), cookie, Counter::ClosedSocket as u32);
     }
 }
 
-/// The key and the socket's cookie, if the socket is of the namespace that is counted.
+/// The ends and the socket's cookie, if the socket is of the namespace that is counted.
 #[inline(always)]
-fn connection(ctx: &SockOpsContext) -> Option<(ConnectionKey, u64)> {
+fn connection(ctx: &SockOpsContext) -> Option<(Endpoints, u64)> {
     // SAFETY: the context is that of a sock_ops program.
     if unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != NETNS_COOKIE.load() {
         return None;
@@ -62,5 +62,5 @@ fn connection(ctx: &SockOpsContext) -> Option<(ConnectionKey, u64)> {
     let remote_port = u32::from_be(read!(remote_port)) as u16;
     // SAFETY: the context is that of a sock_ops program.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    Some((ConnectionKey { remote, local, remote_port, local_port: ctx.local_port() as u16 }, cookie))
+    Some((Endpoints { remote, local, remote_port, local_port: ctx.local_port() as u16 }, cookie))
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::Result;
-use limiter_common::{ConnectionKey, ServicePolicy, SourceKey};
+use limiter_common::{Endpoints, ServicePolicy, SourceKey};
 use limiter_tests::{
     bare::{Answer, BareXdp},
     frame::Frame,
@@ -34,7 +34,7 @@ pub fn run() -> Result<()> {
         ("IPv6", "[2001:db8::7]:40000", "[2001:db8:0:1::9]:40000", "[2001:db8::1]:8080"),
     ] {
         let [client, other, server]: [SocketAddr; 3] = [client.parse()?, other.parse()?, server.parse()?];
-        let key = ConnectionKey::new(client, server);
+        let key = Endpoints::new(client, server);
         program.add_connection(&key, &SourceKey::new(0, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix))?;
         let syn = Frame::syn(client, server);
         let elsewhere = SocketAddr::new(server.ip(), 22);

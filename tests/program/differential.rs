@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use limiter_common::{
-    ConnectionKey, ServicePolicy, SourceKey,
+    Endpoints, ServicePolicy, SourceKey,
     model::{Admission, Handshake, Verdict},
     policy::OnDeny,
 };
@@ -112,9 +112,9 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
                 } else {
                     Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()
                 };
-                let key = ConnectionKey::new(remote, SocketAddr::new(local, port));
+                let key = Endpoints::new(remote, SocketAddr::new(local, port));
                 let source = SourceKey::new(index, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-                if model.ledger.insert(key, source).is_none() {
+                if model.ledger.insert(key.key(), source).is_none() {
                     program.add_connection(&key, &source).unwrap();
                 }
             }

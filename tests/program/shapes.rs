@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use limiter_common::{ConnectionKey, Counter, DenyReason, ServicePolicy, SourceKey, event::Stage, policy::OnDeny};
+use limiter_common::{Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, event::Stage, policy::OnDeny};
 use limiter_tests::{
     frame::{Extension, Frame},
     program::{Action, Program},
@@ -33,7 +33,7 @@ fn program(policy: &ServicePolicy, sources: &[&str], connections: u16) -> Progra
         for port in 1..=connections {
             let remote = SocketAddr::new(source.parse().unwrap(), port);
             let local = if remote.is_ipv4() { v4().destination } else { v6().destination };
-            let key = ConnectionKey::new(remote, local);
+            let key = Endpoints::new(remote, local);
             let source = SourceKey::new(0, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
             program.add_connection(&key, &source).unwrap();
         }
@@ -229,7 +229,7 @@ fn refusals_are_reported_once_a_second_with_what_was_left_out() {
     // A hundred runs take far less than a second, but might stand at the edge of one.
     assert!((1..=2).contains(&refusals.len()), "{} reports", refusals.len());
     let first = refusals[0];
-    assert_eq!(first.connection, ConnectionKey::new(v4().source, v4().destination));
+    assert_eq!(first.connection, Endpoints::new(v4().source, v4().destination));
     assert_eq!((first.reason, first.stage), (DenyReason::SourceLimit as u8, Stage::Syn as u8));
     assert_eq!((first.service, first.observed, first.unreported), (0, 0, 0));
     let source = SourceKey::new(0, &first.connection.remote, 32, 64);

@@ -10,7 +10,7 @@ pub use packet::Segment;
 use std::collections::{HashMap, HashSet};
 
 use crate::{
-    ConnectionKey, Counter, DenyReason, ServicePolicy, SourceKey,
+    ConnectionKey, Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
     policy::{OnDeny, OnFull, at_limit},
 };
 
@@ -57,7 +57,7 @@ impl Admission {
         let Some(segment) = Segment::parse(frame) else { return Verdict::Pass };
         let Some(&service) = self.ports.get(&segment.local.port()) else { return Verdict::Pass };
         let Some(&policy) = self.policies.get(&service) else { return Verdict::Pass };
-        let key = ConnectionKey::new(segment.remote, segment.local);
+        let key = Endpoints::new(segment.remote, segment.local).key();
         if segment.asks() {
             self.syn(service, &policy, &key)
         } else if segment.continues() && !self.ledger.contains_key(&key) {

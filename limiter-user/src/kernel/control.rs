@@ -7,7 +7,7 @@ use aya::{
     programs::{Program, ProgramError, TestRunOptions, Xdp},
 };
 use limiter_common::{
-    ConnectionKey, Counter, abi,
+    Counter, Endpoints, abi,
     control::{Request, answer, op},
 };
 
@@ -37,8 +37,7 @@ impl Control {
             op: op::RELEASE,
             counter: Counter::ClosedGateway as u32,
             owner: cookie,
-            key: ConnectionKey::new(remote, local),
-            reserved: 0,
+            key: Endpoints::new(remote, local).key(),
         };
         Ok(self.ask(&request)? == answer::DONE)
     }

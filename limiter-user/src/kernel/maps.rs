@@ -4,7 +4,7 @@ use std::{fmt, path::Path};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use limiter_common::{
-    ConnectionKey, Counter, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
     policy::{ServiceName, ServiceState},
 };
 
@@ -184,9 +184,17 @@ impl Ledger {
         open(&pins.map(abi::MAP_LEDGER), Map::HashMap).map(Self)
     }
 
-    /// Every entry there is; entries that come and go meanwhile may or may not be among them.
-    pub fn entries(&self) -> Result<Vec<(ConnectionKey, LedgerEntry)>, KernelError> {
-        collect(self.0.keys(), |key| self.0.get(key, 0), "can't read the ledger")
+    /// Every entry there is, with the ends of its connection; entries that come and go meanwhile may or may not be among
+    /// them.
+    pub fn entries(&self) -> Result<Vec<(Endpoints, LedgerEntry)>, KernelError> {
+        let entries = collect(self.0.keys(), |key| self.0.get(key, 0), "can't read the ledger")?;
+        let ends = |key: ConnectionKey, entry: &LedgerEntry| Endpoints {
+            remote: key.remote,
+            local: entry.local,
+            remote_port: key.remote_port,
+            local_port: key.local_port,
+        };
+        Ok(entries.into_iter().map(|(key, entry)| (ends(key, &entry), entry)).collect())
     }
 }
 

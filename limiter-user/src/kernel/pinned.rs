@@ -134,11 +134,11 @@ impl Pinned {
         let now = host::monotonic();
         Ok(entries
             .into_iter()
-            .map(|(key, entry)| ConnectionRow {
+            .map(|(ends, entry)| ConnectionRow {
                 service: service_name(services.get(&u32::from(entry.source.service)), &entry.source),
                 source: entry.source.to_string(),
-                remote: key.remote(),
-                local: key.local(),
+                remote: ends.remote(),
+                local: ends.local(),
                 state: if is_reservation(entry.owner) { "reserved" } else { "open" },
                 age: now.saturating_sub(Duration::from_nanos(entry.opened_ns)),
             })
