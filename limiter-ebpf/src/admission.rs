@@ -56,7 +56,7 @@ fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
         let ends = endpoints(&segment);
         if let Some(entry) = LEDGER.get_ptr(&ends.key())
             // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile has an address of its own.
-            && unsafe { (*entry).local } == ends.local
+            && (ends.local.is_v4() || unsafe { (*entry).local } == ends.local)
         {
             return Some(Verdict::Pass);
         }

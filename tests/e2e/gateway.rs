@@ -304,6 +304,19 @@ fn metrics_and_log_tell_what_was_refused() -> Result<()> {
 }
 
 #[test]
+fn the_programs_log_what_they_refuse_if_they_are_asked_to() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let limiter = Limiter::new(&lab.server)?;
+    let mut daemon = run_with_kernel(&lab, &limiter, "[kernel]\ndebug_log = true\n[log]\nlevel = \"debug\"\n")?;
+    let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 6, NO_ANSWER)?;
+    assert_eq!(crowd.unanswered.len(), 1);
+    eventually(SOON, "the program's message is in the log", || {
+        Ok(daemon.process().stderr().lines().any(|line| line.contains("SYN refused, reason 1")))
+    })
+}
+
+#[test]
 fn it_works_on_loopback() -> Result<()> {
     let host = Namespace::new()?;
     let limiter = Limiter::new(&host)?;

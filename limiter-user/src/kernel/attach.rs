@@ -20,11 +20,12 @@ use limiter_common::abi;
 use super::{
     KernelError,
     control::Control,
+    debug_log::DebugLog,
     error::Errno as _,
     events::Events,
-    host, layout,
+    host, layout, link,
     live::LivePolicy,
-    load::{load, program},
+    load::{Loaded, load, program},
     maps::{ServiceEntry, Services},
     pins::{Lock, Pins, XdpMode, XdpPin},
 };
@@ -37,6 +38,7 @@ pub struct Attached {
     services: Vec<(u32, Service)>,
     control: Arc<Control>,
     events: Option<Events>,
+    debug_log: Option<DebugLog>,
     // Last, so that nobody else starts before the rest is dropped.
     _lock: Lock,
 }
@@ -89,8 +91,10 @@ impl Attached {
         let taken_over = pins.exist();
         let result = Attach { config, pins: &pins, netns_cookie, taken_over }.run(&cgroup, &interfaces, services);
         match result {
-            Ok((services, control, events, report)) => {
-                Ok((Self { pins, services, control: Arc::new(control), events: Some(events), _lock: lock }, report))
+            Ok((services, mut loaded, events, report)) => {
+                let debug_log = loaded.debug_log.take();
+                let control = Arc::new(Control::new(loaded));
+                Ok((Self { pins, services, control, events: Some(events), debug_log, _lock: lock }, report))
             }
             Err(error) => {
                 if !taken_over {
@@ -122,6 +126,11 @@ impl Attached {
         self.events.take()
     }
 
+    /// The programs' debug messages, if they were asked for; `Some` once.
+    pub fn take_debug_log(&mut self) -> Option<DebugLog> {
+        self.debug_log.take()
+    }
+
     /// Takes everything away again.
     pub fn detach(self) -> Result<(), KernelError> {
         self.pins.remove().map(|_| ())
@@ -136,7 +145,7 @@ struct Attach<'a> {
     taken_over: bool,
 }
 
-type Parts = (Vec<(u32, Service)>, Control, Events, AttachReport);
+type Parts = (Vec<(u32, Service)>, Loaded, Events, AttachReport);
 
 impl Attach<'_> {
     fn run(&self, cgroup: &fs::File, interfaces: &[(String, u32)], services: &[Service]) -> Result<Parts, KernelError> {
@@ -179,11 +188,11 @@ impl Attach<'_> {
         }
         self.remove_stale(interfaces)?;
         let report = AttachReport { taken_over: self.taken_over, interfaces: reports, warnings };
-        Ok((services, Control::new(loaded), events, report))
+        Ok((services, loaded, events, report))
     }
 
     fn make_folders(&self) -> Result<(), KernelError> {
-        // Left over from an attach that died half-way: it has no ledger, so it has no state.
+        // Left over from an attach that died half-way, before anything was attached.
         if self.pins.version().exists() {
             fs::remove_dir_all(self.pins.version())
                 .map_err(KernelError::failed(format!("can't clear {}", self.pins.version().display())))?;
@@ -242,6 +251,7 @@ impl Attach<'_> {
     fn remove_stale(&self, interfaces: &[(String, u32)]) -> Result<(), KernelError> {
         for pin in self.pinned_links()? {
             if !interfaces.iter().any(|(_, index)| *index == pin.interface) {
+                link::detach(&pin.path).map_err(KernelError::failed(format!("can't detach {}", pin.path.display())))?;
                 fs::remove_file(&pin.path)
                     .map_err(KernelError::failed(format!("can't remove {}", pin.path.display())))?;
             }

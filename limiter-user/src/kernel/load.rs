@@ -11,6 +11,7 @@ use limiter_common::abi;
 use super::{
     KernelError,
     btf::{self, VMLINUX},
+    debug_log::DebugLog,
     error::log_end,
     pins::Pins,
 };
@@ -29,6 +30,8 @@ pub struct Loaded {
     pub programs: Ebpf,
     /// Whether XDP can tell a completed handshake, which takes the kernel's BTF.
     pub verifies_handshakes: bool,
+    /// The programs' debug messages, if they were asked for.
+    pub debug_log: Option<DebugLog>,
 }
 
 impl fmt::Debug for Loaded {
@@ -77,7 +80,8 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
     sock_ops.load().map_err(|error| refused(abi::PROGRAM_SOCK_OPS, error))?;
     let control: &mut Xdp = program(&mut programs, abi::PROGRAM_CONTROL)?;
     control.load().map_err(|error| refused(abi::PROGRAM_CONTROL, error))?;
-    Ok(Loaded { programs, verifies_handshakes: isn_offset != 0 })
+    let debug_log = if config.debug_log { Some(DebugLog::new(&mut programs)?) } else { None };
+    Ok(Loaded { programs, verifies_handshakes: isn_offset != 0, debug_log })
 }
 
 /// A program of the object file, as its type.

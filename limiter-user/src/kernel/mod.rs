@@ -3,10 +3,12 @@
 mod attach;
 mod btf;
 mod control;
+mod debug_log;
 mod error;
 mod events;
 mod host;
 mod layout;
+mod link;
 mod live;
 mod load;
 mod maps;
@@ -16,6 +18,7 @@ mod report;
 
 pub use attach::{AttachReport, Attached, InterfaceReport};
 pub use control::Control;
+pub use debug_log::DebugLog;
 pub use error::KernelError;
 pub use events::{Event, Events};
 pub use live::LivePolicy;

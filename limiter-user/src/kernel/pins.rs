@@ -21,7 +21,7 @@ use std::{
 
 use limiter_common::abi;
 
-use super::{KernelError, host};
+use super::{KernelError, host, link};
 
 /// The places under one pin path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,9 +120,10 @@ impl Pins {
         Ok(links)
     }
 
-    /// Whether there is a state of this layout's version.
+    /// Whether there is a whole state of this layout's version. The link of the `sock_ops` program is the first that is
+    /// pinned, when every map is: without it, somebody has died on the way, and nothing is attached.
     pub fn exist(&self) -> bool {
-        self.map(abi::MAP_LEDGER).exists()
+        self.sock_ops().exists()
     }
 
     /// The version folders that are there and are not this one's.
@@ -168,9 +169,20 @@ impl Pins {
         lock_holder(&locks, &place)
     }
 
+    fn links_of_all_versions(&self) -> Vec<PathBuf> {
+        let files = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        files(self.root.clone()).flat_map(|version| files(version.join("links"))).collect()
+    }
+
     /// Removes every pin under the pin path, and the folders. Links go first, so that nothing counts against a map that
     /// is gone.
     pub fn remove(&self) -> Result<usize, KernelError> {
+        for link in self.links_of_all_versions() {
+            // What can't be detached (the interface is gone) ends with its pin.
+            if let Err(error) = link::detach(&link) {
+                tracing::debug!(%error, link = %link.display(), "not detached before its pin is removed");
+            }
+        }
         let removed = remove_tree(&self.root)
             .map_err(KernelError::failed(format!("can't remove what is pinned at {}", self.root.display())))?;
         Ok(removed)

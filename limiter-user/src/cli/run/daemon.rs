@@ -12,7 +12,7 @@ use super::{
 use crate::{
     admin::{Admin, Readiness, State},
     gateway::Gateway,
-    kernel::{Control, Events},
+    kernel::{Control, DebugLog, Events},
 };
 
 /// Everything bound, and ready to be set going.
@@ -27,6 +27,7 @@ pub(super) struct Daemon {
 pub(super) struct KernelSide {
     pub(super) refusals: Option<Refusals>,
     pub(super) control: Arc<Control>,
+    pub(super) debug_log: Option<DebugLog>,
 }
 
 /// Where refusals are read from, and the names of the services by their index.
@@ -52,8 +53,14 @@ impl Daemon {
         }
         // Dropped at the end: it has nothing to finish.
         let mut background = JoinSet::new();
-        if let Some(KernelSide { refusals, control }) = kernel {
+        if let Some(KernelSide { refusals, control, debug_log }) = kernel {
             background.spawn(expire_reservations(control));
+            if let Some(debug_log) = debug_log {
+                background.spawn(async {
+                    let error = debug_log.forward().await;
+                    tracing::error!(%error, "can't read the kernel programs' debug messages any longer");
+                });
+            }
             if let Some(Refusals { events, services }) = refusals {
                 background.spawn(refusals::log_all(events, services));
             }

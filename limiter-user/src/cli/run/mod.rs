@@ -80,7 +80,7 @@ fn open_attached(config: &Config, addresses: Addresses, attached: &mut Attached)
     let pinned = Pinned::open(&config.kernel.pin_path)?;
     let services = pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect();
     let refusals = attached.take_events().map(|events| Refusals { events, services });
-    let side = KernelSide { refusals, control: attached.control() };
+    let side = KernelSide { refusals, control: attached.control(), debug_log: attached.take_debug_log() };
     addresses.open(policies, Some((pinned, side)))
 }
 
