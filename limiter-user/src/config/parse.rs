@@ -146,6 +146,9 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> 
         if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
     });
     section.read("upstream", &mut gateway.upstream, value::upstream);
+    section.read("trusted_proxies", &mut gateway.trusted_proxies, |item| {
+        value::list(item, value::network, "addresses and networks")
+    });
     let positive = |item: &Item| value::duration(item, Duration::from_millis(1), value::LONGEST);
     let any = |item: &Item| value::duration(item, Duration::ZERO, value::LONGEST);
     section.read("handshake_timeout", &mut gateway.handshake_timeout, positive);

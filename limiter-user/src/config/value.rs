@@ -1,11 +1,18 @@
 //! From a value of the file to a value that is meant: what is right, and how to say what is not.
 
 use std::{
-    collections::HashSet, fmt::Display, hash::Hash, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration,
+    collections::HashSet,
+    fmt::Display,
+    hash::Hash,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
 };
 
 use bytesize::ByteSize;
 use clap::ValueEnum;
+use ipnet::IpNet;
 use toml::de::DeValue;
 
 use super::{
@@ -158,6 +165,26 @@ pub(super) fn listen(item: &Item) -> Result<SocketAddr, Fault> {
         return Err(expected(item, "a port other than 0: limits hold for a port that is known"));
     }
     Ok(address)
+}
+
+/// A network, or one address, which stands for a network of its own.
+pub(super) fn network(item: &Item) -> Result<IpNet, Fault> {
+    let what = r#"an address or a network, such as "192.0.2.7", "10.0.0.0/8" or "2001:db8::/32""#;
+    let found = text(item, what)?;
+    let network = match found.parse::<IpAddr>() {
+        Ok(address) => IpNet::from(address),
+        Err(_) => found.parse().map_err(|_| expected(item, what))?,
+    };
+    if network.addr() != network.network() {
+        return Err(expected(item, format!("an address or a network; did you mean \"{}\"?", network.trunc())));
+    }
+    match network {
+        // Addresses of such clients are taken for the IPv4 addresses that they are.
+        IpNet::V6(network) if network.addr().to_ipv4_mapped().is_some() => {
+            Err(expected(item, "an IPv4 network to be written as one, such as \"10.0.0.0/8\""))
+        }
+        network => Ok(network),
+    }
 }
 
 /// An address, or nothing for `""`.

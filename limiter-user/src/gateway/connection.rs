@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{Request, Response, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncWriteExt,
@@ -23,7 +23,8 @@ use super::{
     admission::{Full as NoRoom, Permit},
     answer::{Refusal, switching_protocols},
     application::Opened,
-    handshake, messages,
+    forwarded::{self, Identity, Scheme},
+    handshake, messages, proxy_hint,
     relay::Client,
     session,
     socket::Socket,
@@ -44,6 +45,7 @@ const DRAIN_GRACE: Duration = Duration::from_secs(1);
 
 /// A handshake that was answered with 101.
 struct Accepted {
+    client: IpAddr,
     permit: Permit,
     application: Opened,
 }
@@ -52,9 +54,9 @@ struct Accepted {
 pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
     let started = Instant::now();
     let handshake = Box::pin(shake_hands(socket, &shared, started));
-    if let Some((socket, Accepted { permit, application })) = handshake.await {
+    if let Some((socket, Accepted { client, permit, application })) = handshake.await {
         let open = shared.metrics.session_opened(started.elapsed());
-        session::run(socket, application, permit, open, &shared).await;
+        session::run(socket, client, application, permit, open, &shared).await;
     }
 }
 
@@ -64,10 +66,10 @@ async fn shake_hands(
     shared: &Arc<Shared>,
     started: Instant,
 ) -> Option<(WebSocketStream<Socket>, Accepted)> {
-    let client = socket.connection().remote.ip();
+    let peer = socket.connection().remote.ip();
     let deadline = started + shared.config.handshake_timeout;
     let answered: Arc<Mutex<Answered>> = Arc::default();
-    let service = service_fn(|request| answer(request, client, deadline, shared, &answered));
+    let service = service_fn(|request| answer(request, peer, deadline, shared, &answered));
     let mut http = http1::Builder::new()
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
@@ -92,7 +94,7 @@ async fn shake_hands(
         (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
         // The HTTP side has answered what it could not parse, if there was anything.
         (Ok(Err(e)), _) if e.is_parse() => {
-            refused(shared, client, &Refusal::Malformed);
+            refused(shared, peer, &Refusal::Malformed);
             // All but this, which it takes for the wrong kind of connection.
             if parts.read_buf.starts_with(HTTP2_PREFACE) {
                 _ = timeout(LINGER, socket.write_all(&Refusal::Malformed.raw())).await;
@@ -104,7 +106,7 @@ async fn shake_hands(
         // Before it had an answer, or without reading it; nothing to log, for that is what port checks do.
         (Ok(_), _) | (Err(_), Answered::Accepted(_)) => shared.metrics.handshake("left"),
         (Err(refusal), Answered::Nothing) => {
-            refused(shared, client, &refusal);
+            refused(shared, peer, &refusal);
             if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
                 socket.linger(LINGER).await;
             }
@@ -139,7 +141,7 @@ type Answering = Pin<Box<dyn Future<Output = hyper::Result<Response<Full<Bytes>>
 /// The answer to a request, and through `answered` what comes of the connection.
 fn answer(
     request: Request<Incoming>,
-    client: IpAddr,
+    peer: IpAddr,
     deadline: Instant,
     shared: &Arc<Shared>,
     answered: &Arc<Mutex<Answered>>,
@@ -147,7 +149,14 @@ fn answer(
     let shared = Arc::clone(shared);
     let answered = Arc::clone(answered);
     Box::pin(async move {
-        let (response, outcome) = match decide(request, client, deadline, &shared).await {
+        let (head, _) = request.into_parts();
+        let identity = forwarded::identify(peer, &head.headers, &shared.config.trusted_proxies);
+        let client = identity.as_ref().map_or(peer, |identity| identity.ip);
+        let decided = match identity {
+            Ok(identity) => decide(&head, peer, identity, deadline, &shared).await,
+            Err(refusal) => Err(refusal),
+        };
+        let (response, outcome) = match decided {
             Ok((response, accepted)) => (response, Answered::Accepted(Box::new(accepted))),
             Err(refusal) => {
                 refused(&shared, client, &refusal);
@@ -161,27 +170,30 @@ fn answer(
 
 /// Whether this client gets a session, and the application's side of it.
 async fn decide(
-    request: Request<Incoming>,
-    client: IpAddr,
+    head: &Parts,
+    peer: IpAddr,
+    identity: Identity,
     deadline: Instant,
     shared: &Arc<Shared>,
 ) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
-    let (head, _) = request.into_parts();
-    let handshake = handshake::check(&head)?;
+    let handshake = handshake::check(head)?;
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }
-    let permit = shared.admission.try_admit(client, &shared.policy.limits()).map_err(|full| match full {
+    let limits = shared.policy.limits();
+    let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
-    })?;
+    });
+    proxy_hint::warn(shared, peer, &head.headers, &limits);
+    let permit = admitted?;
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) = shared
         .application
-        .open(&head, &handshake, Client::new(client), &shared.config.messages, upstream_deadline)
+        .open(head, &handshake, Client::new(identity, Scheme::Http), &shared.config.messages, upstream_deadline)
         .await?;
-    Ok((switching_protocols(&handshake, protocol), Accepted { permit, application }))
+    Ok((switching_protocols(&handshake, protocol), Accepted { client: identity.ip, permit, application }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.

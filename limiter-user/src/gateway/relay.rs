@@ -29,7 +29,11 @@ use tokio_tungstenite::{
     },
 };
 
-use super::{answer::Refusal, handshake::Handshake};
+use super::{
+    answer::Refusal,
+    forwarded::{Identity, Scheme, X_FORWARDED_FOR, X_FORWARDED_PROTO},
+    handshake::Handshake,
+};
 
 /// After how much silence the kernel asks whether the upstream's host is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -55,8 +59,6 @@ const NOT_PASSED_ON: [HeaderName; 14] = [
 /// The same, by how they begin.
 const NOT_PASSED_ON_PREFIXES: [&str; 3] = ["x-forwarded-", "x-limiter-", "proxy-"];
 
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// An upstream WebSocket server.
@@ -72,13 +74,15 @@ pub(super) struct Relay {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Client {
     ip: IpAddr,
+    scheme: Scheme,
     /// Ties the upstream's log lines to ours.
     request_id: u128,
 }
 
 impl Client {
-    pub(super) fn new(ip: IpAddr) -> Self {
-        Self { ip, request_id: fastrand::u128(..) }
+    /// `own`: how it speaks to us, if nobody is in between.
+    pub(super) fn new(identity: Identity, own: Scheme) -> Self {
+        Self { ip: identity.ip, scheme: identity.scheme.unwrap_or(own), request_id: fastrand::u128(..) }
     }
 }
 
@@ -167,7 +171,7 @@ impl Relay {
             }
         }
         headers.insert(X_FORWARDED_FOR, HeaderValue::from_str(&client.ip.to_string()).ok()?);
-        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.scheme.name()));
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
         Some(request)
     }
@@ -285,7 +289,7 @@ mod tests {
             .unwrap()
             .into_parts();
         let handshake = Handshake { accept: String::new(), protocols: Some(HeaderValue::from_static("a, b")) };
-        let client = Client { ip: [192, 0, 2, 7].into(), request_id: 1 };
+        let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, request_id: 1 };
         let request = relay("ws://app").request(&head, &handshake, client, "key").unwrap();
 
         assert_eq!(request.uri(), "/chat?token=t");
@@ -306,7 +310,7 @@ mod tests {
     fn a_path_in_the_url_replaces_the_clients() {
         let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
         let handshake = Handshake { accept: String::new(), protocols: None };
-        let client = Client::new([192, 0, 2, 7].into());
+        let client = Client::new(Identity { ip: [192, 0, 2, 7].into(), scheme: None }, Scheme::Http);
         let request = relay("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
         assert_eq!(request.uri(), "/fixed");
     }

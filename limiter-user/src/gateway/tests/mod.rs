@@ -5,6 +5,7 @@ mod drains;
 mod handshakes;
 mod liveness;
 mod malformed;
+mod proxies;
 mod relays;
 mod sessions;
 mod storm;
