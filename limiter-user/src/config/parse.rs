@@ -149,6 +149,7 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> 
     section.read("trusted_proxies", &mut gateway.trusted_proxies, |item| {
         value::list(item, value::network, "addresses and networks")
     });
+    section.read("allowed_origins", &mut gateway.allowed_origins, |item| value::list(item, value::origin, "origins"));
     let positive = |item: &Item| value::duration(item, Duration::from_millis(1), value::LONGEST);
     let any = |item: &Item| value::duration(item, Duration::ZERO, value::LONGEST);
     section.read("handshake_timeout", &mut gateway.handshake_timeout, positive);

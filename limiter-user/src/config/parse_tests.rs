@@ -53,6 +53,7 @@ fn every_key_is_read() {
         listen = ["[::]:8080"]
         upstream = "ws://127.0.0.1:9000"
         trusted_proxies = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32"]
+        allowed_origins = ["https://example.com", "*.example.com", "null"]
         handshake_timeout = "1s"
         idle_timeout = "0s"
         ping_interval = "1m 30s"
@@ -95,6 +96,9 @@ fn every_key_is_read() {
             upstream: Upstream::Relay("ws://127.0.0.1:9000".into()),
             trusted_proxies: ["10.0.0.0/8", "192.0.2.7/32", "2001:db8::/32"]
                 .map(|network| network.parse().unwrap())
+                .into(),
+            allowed_origins: ["https://example.com", "*.example.com", "null"]
+                .map(|origin| origin.parse().unwrap())
                 .into(),
             handshake_timeout: Duration::from_secs(1),
             idle_timeout: Duration::ZERO,
@@ -181,6 +185,10 @@ fn each_problem_is_told_with_its_place() {
         ("[gateway]\ntrusted_proxies = [\"10.0.0.1/8\"]", "2:20", "did you mean \"10.0.0.0/8\"?"),
         ("[gateway]\ntrusted_proxies = [\"::ffff:10.0.0.0/104\"]", "2:20", "an IPv4 network to be written as one"),
         ("[gateway]\ntrusted_proxies = [\"::1\", \"::1/128\"]", "2:27", "given twice"),
+        ("[gateway]\nallowed_origins = [5]", "2:20", "found the number 5, expected an origin such as"),
+        ("[gateway]\nallowed_origins = [\"example.com\"]", "2:20", "\"example.com\" is no origin: it has no scheme"),
+        ("[gateway]\nallowed_origins = [\"*\"]", "2:20", "leave the list empty"),
+        ("[gateway]\nallowed_origins = [\"null\", \"null\"]", "2:28", "given twice"),
         ("[gateway]\nhandshake_timeout = 10", "2:21", "found the number 10, expected a duration with its unit"),
         ("[gateway]\nhandshake_timeout = \"10\"", "2:21", "expected a duration with its unit"),
         ("[gateway]\nhandshake_timeout = \"0s\"", "2:21", "expected a duration from 1ms to "),
@@ -294,7 +302,7 @@ proptest! {
     #[test]
     fn no_value_makes_it_panic(
         key in prop::sample::select(vec!["kernel.interfaces", "kernel.pin_path", "limits.ipv4_prefix", "service",
-            "gateway.listen", "gateway.upstream", "gateway.trusted_proxies", "gateway.idle_timeout", "gateway.messages.max_size", "admin.listen",
+            "gateway.listen", "gateway.upstream", "gateway.trusted_proxies", "gateway.allowed_origins", "gateway.idle_timeout", "gateway.messages.max_size", "admin.listen",
             "log.level"]),
         value in "[-0-9a-z.:\"\\[\\]{}= ]{0,30}",
     ) {

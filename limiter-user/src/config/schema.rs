@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
+use super::AllowedOrigin;
 use crate::policy::Limits;
 
 /// A whole configuration, checked.
@@ -107,6 +108,8 @@ pub struct Gateway {
     pub upstream: Upstream,
     /// Proxies whose word on the client's address is taken (X-Forwarded-For, Forwarded); none: nobody's.
     pub trusted_proxies: Vec<IpNet>,
+    /// Origins whose pages may connect; none: any.
+    pub allowed_origins: Vec<AllowedOrigin>,
     /// From accept to the end of the upgrade.
     pub handshake_timeout: Duration,
     /// A connection without a message either way for this long is closed (1001); zero: never.
@@ -127,6 +130,7 @@ impl Default for Gateway {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
             upstream: Upstream::Echo,
             trusted_proxies: Vec::new(),
+            allowed_origins: Vec::new(),
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_mins(5),
             ping_interval: Duration::from_secs(30),

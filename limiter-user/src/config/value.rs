@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use toml::de::DeValue;
 
 use super::{
+    AllowedOrigin,
     read::{Fault, Item, nearest},
     schema::Upstream,
 };
@@ -200,6 +201,12 @@ pub(super) fn upstream(item: &Item) -> Result<Upstream, Fault> {
     text(item, r#""echo" or a URL such as "ws://127.0.0.1:9000""#)?
         .parse()
         .map_err(|why: super::InvalidUpstream| Fault::new(item, why.to_string()))
+}
+
+pub(super) fn origin(item: &Item) -> Result<AllowedOrigin, Fault> {
+    text(item, r#"an origin such as "https://example.com""#)?
+        .parse()
+        .map_err(|why: super::InvalidOrigin| Fault::new(item, why.to_string()))
 }
 
 pub(super) fn log_filter(item: &Item) -> Result<String, Fault> {

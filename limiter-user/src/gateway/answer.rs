@@ -29,6 +29,8 @@ pub(super) enum Refusal {
     Malformed,
     /// Not complete before `handshake_timeout`.
     Timeout,
+    /// A web page of an origin that is not allowed; with the origin.
+    Origin(String),
     /// The source holds this many connections and may hold no more.
     SourceFull(u32),
     /// The service holds as many connections as it may.
@@ -60,6 +62,7 @@ impl Refusal {
             Self::Bad(_) => "bad_request",
             Self::Malformed => "malformed",
             Self::Timeout => "timeout",
+            Self::Origin(_) => "origin",
             Self::SourceFull(_) => "source_full",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
@@ -74,6 +77,7 @@ impl Refusal {
             Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
             Self::Bad(_) | Self::Malformed => StatusCode::BAD_REQUEST,
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Origin(_) => StatusCode::FORBIDDEN,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -106,6 +110,7 @@ impl Refusal {
             Self::Bad(what) => (*what).into(),
             Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
+            Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
             }

@@ -24,7 +24,7 @@ use super::{
     answer::{Refusal, switching_protocols},
     application::Opened,
     forwarded::{self, Identity, Scheme},
-    handshake, messages, proxy_hint,
+    handshake, messages, origin, proxy_hint,
     relay::Client,
     session,
     socket::Socket,
@@ -177,6 +177,7 @@ async fn decide(
     shared: &Arc<Shared>,
 ) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
     let handshake = handshake::check(head)?;
+    origin::check(&head.headers, &shared.config.allowed_origins)?;
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }

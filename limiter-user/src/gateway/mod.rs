@@ -17,6 +17,7 @@ mod listen;
 mod liveness;
 mod messages;
 mod metrics;
+mod origin;
 mod peer;
 mod proxy_hint;
 mod relay;

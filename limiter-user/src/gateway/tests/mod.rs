@@ -5,6 +5,7 @@ mod drains;
 mod handshakes;
 mod liveness;
 mod malformed;
+mod origins;
 mod proxies;
 mod relays;
 mod sessions;
