@@ -149,6 +149,16 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> 
     section.read("trusted_proxies", &mut gateway.trusted_proxies, |item| {
         value::list(item, value::network, "addresses and networks")
     });
+    let proxy_protocol = section.read("proxy_protocol", &mut gateway.proxy_protocol, value::boolean);
+    if let Some(span) = proxy_protocol
+        && gateway.proxy_protocol
+        && section
+            .item("trusted_proxies")
+            .is_none_or(|item| item.get_ref().as_array().is_some_and(|list| list.is_empty()))
+    {
+        let advice = "without trusted_proxies there is nobody to take a PROXY header from: name the proxies there";
+        section.complain(&span, "proxy_protocol", advice);
+    }
     section.read("allowed_origins", &mut gateway.allowed_origins, |item| value::list(item, value::origin, "origins"));
     let positive = |item: &Item| value::duration(item, Duration::from_millis(1), value::LONGEST);
     let any = |item: &Item| value::duration(item, Duration::ZERO, value::LONGEST);

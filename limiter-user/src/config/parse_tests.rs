@@ -53,6 +53,7 @@ fn every_key_is_read() {
         listen = ["[::]:8080"]
         upstream = "ws://127.0.0.1:9000"
         trusted_proxies = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32"]
+        proxy_protocol = true
         allowed_origins = ["https://example.com", "*.example.com", "null"]
         handshake_timeout = "1s"
         idle_timeout = "0s"
@@ -97,6 +98,7 @@ fn every_key_is_read() {
             trusted_proxies: ["10.0.0.0/8", "192.0.2.7/32", "2001:db8::/32"]
                 .map(|network| network.parse().unwrap())
                 .into(),
+            proxy_protocol: true,
             allowed_origins: ["https://example.com", "*.example.com", "null"]
                 .map(|origin| origin.parse().unwrap())
                 .into(),
@@ -185,6 +187,10 @@ fn each_problem_is_told_with_its_place() {
         ("[gateway]\ntrusted_proxies = [\"10.0.0.1/8\"]", "2:20", "did you mean \"10.0.0.0/8\"?"),
         ("[gateway]\ntrusted_proxies = [\"::ffff:10.0.0.0/104\"]", "2:20", "an IPv4 network to be written as one"),
         ("[gateway]\ntrusted_proxies = [\"::1\", \"::1/128\"]", "2:27", "given twice"),
+        ("[gateway]\nproxy_protocol = 1", "2:18", "gateway.proxy_protocol: found the number 1, expected true or false"),
+        ("[gateway]\nproxy_protocol = true", "2:18", "gateway.proxy_protocol: without trusted_proxies"),
+        ("[gateway]\nproxy_protocol = true\ntrusted_proxies = []", "2:18", "without trusted_proxies"),
+        ("[gateway]\nproxy_protocol = true\ntrusted_proxies = [1]", "3:20", "found the number 1"),
         ("[gateway]\nallowed_origins = [5]", "2:20", "found the number 5, expected an origin such as"),
         ("[gateway]\nallowed_origins = [\"example.com\"]", "2:20", "\"example.com\" is no origin: it has no scheme"),
         ("[gateway]\nallowed_origins = [\"*\"]", "2:20", "leave the list empty"),

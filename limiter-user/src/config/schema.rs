@@ -108,6 +108,8 @@ pub struct Gateway {
     pub upstream: Upstream,
     /// Proxies whose word on the client's address is taken (X-Forwarded-For, Forwarded); none: nobody's.
     pub trusted_proxies: Vec<IpNet>,
+    /// Whether trusted proxies begin each connection with a PROXY header (version 1 or 2).
+    pub proxy_protocol: bool,
     /// Origins whose pages may connect; none: any.
     pub allowed_origins: Vec<AllowedOrigin>,
     /// From accept to the end of the upgrade.
@@ -130,6 +132,7 @@ impl Default for Gateway {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
             upstream: Upstream::Echo,
             trusted_proxies: Vec::new(),
+            proxy_protocol: false,
             allowed_origins: Vec::new(),
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_mins(5),

@@ -23,6 +23,7 @@ use super::{
     admission::{Full as NoRoom, Permit},
     answer::{Refusal, switching_protocols},
     application::Opened,
+    arrival::{self, Arrived, Endpoints},
     forwarded::{self, Identity, Scheme},
     handshake, messages, origin, proxy_hint,
     relay::Client,
@@ -53,7 +54,12 @@ struct Accepted {
 /// Serves a connection until it is closed.
 pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
     let started = Instant::now();
-    let handshake = Box::pin(shake_hands(socket, &shared, started));
+    let deadline = started + shared.config.handshake_timeout;
+    // Boxed, so that a session does not carry the room for its handshake along.
+    let handshake = Box::pin(async {
+        let arrived = arrival::arrive(socket, &shared, deadline).await?;
+        shake_hands(arrived, &shared, deadline).await
+    });
     if let Some((socket, Accepted { client, permit, application })) = handshake.await {
         let open = shared.metrics.session_opened(started.elapsed());
         session::run(socket, client, application, permit, open, &shared).await;
@@ -62,14 +68,13 @@ pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
 
 /// Reads the request and answers it. `None`: refused, or the client left; the connection is closed.
 async fn shake_hands(
-    socket: Socket,
+    Arrived { socket, endpoints }: Arrived,
     shared: &Arc<Shared>,
-    started: Instant,
+    deadline: Instant,
 ) -> Option<(WebSocketStream<Socket>, Accepted)> {
-    let peer = socket.connection().remote.ip();
-    let deadline = started + shared.config.handshake_timeout;
+    let peer = endpoints.remote.ip();
     let answered: Arc<Mutex<Answered>> = Arc::default();
-    let service = service_fn(|request| answer(request, peer, deadline, shared, &answered));
+    let service = service_fn(|request| answer(request, endpoints, deadline, shared, &answered));
     let mut http = http1::Builder::new()
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
@@ -125,7 +130,7 @@ enum Answered {
 }
 
 /// Completes when a handshake must be over, with what to tell the client.
-async fn out_of_time(shared: &Shared, deadline: Instant) -> Refusal {
+pub(super) async fn out_of_time(shared: &Shared, deadline: Instant) -> Refusal {
     tokio::select! {
         () = sleep_until(deadline) => Refusal::Timeout,
         () = shared.drain.wait() => {
@@ -141,7 +146,7 @@ type Answering = Pin<Box<dyn Future<Output = hyper::Result<Response<Full<Bytes>>
 /// The answer to a request, and through `answered` what comes of the connection.
 fn answer(
     request: Request<Incoming>,
-    peer: IpAddr,
+    endpoints: Endpoints,
     deadline: Instant,
     shared: &Arc<Shared>,
     answered: &Arc<Mutex<Answered>>,
@@ -150,10 +155,11 @@ fn answer(
     let answered = Arc::clone(answered);
     Box::pin(async move {
         let (head, _) = request.into_parts();
+        let peer = endpoints.remote.ip();
         let identity = forwarded::identify(peer, &head.headers, &shared.config.trusted_proxies);
         let client = identity.as_ref().map_or(peer, |identity| identity.ip);
         let decided = match identity {
-            Ok(identity) => decide(&head, peer, identity, deadline, &shared).await,
+            Ok(identity) => decide(&head, endpoints, identity, deadline, &shared).await,
             Err(refusal) => Err(refusal),
         };
         let (response, outcome) = match decided {
@@ -171,7 +177,7 @@ fn answer(
 /// Whether this client gets a session, and the application's side of it.
 async fn decide(
     head: &Parts,
-    peer: IpAddr,
+    endpoints: Endpoints,
     identity: Identity,
     deadline: Instant,
     shared: &Arc<Shared>,
@@ -186,19 +192,25 @@ async fn decide(
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
     });
-    proxy_hint::warn(shared, peer, &head.headers, &limits);
+    proxy_hint::warn(shared, endpoints.remote.ip(), &head.headers, &limits);
     let permit = admitted?;
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) = shared
         .application
-        .open(head, &handshake, Client::new(identity, Scheme::Http), &shared.config.messages, upstream_deadline)
+        .open(
+            head,
+            &handshake,
+            Client::new(identity, endpoints, Scheme::Http),
+            &shared.config.messages,
+            upstream_deadline,
+        )
         .await?;
     Ok((switching_protocols(&handshake, protocol), Accepted { client: identity.ip, permit, application }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.
-fn refused(shared: &Shared, client: IpAddr, refusal: &Refusal) {
+pub(super) fn refused(shared: &Shared, client: IpAddr, refusal: &Refusal) {
     let reason = refusal.label();
     shared.metrics.handshake(reason);
     if let Some(left_out) = shared.log.admit(reason) {

@@ -7,6 +7,7 @@ mod liveness;
 mod malformed;
 mod origins;
 mod proxies;
+mod proxy_headers;
 mod relays;
 mod sessions;
 mod storm;

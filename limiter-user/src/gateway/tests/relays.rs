@@ -145,6 +145,20 @@ async fn the_upstream_is_told_the_address_that_a_trusted_proxy_tells() {
 }
 
 #[tokio::test]
+async fn the_upstream_is_told_both_addresses_of_a_proxy_header() {
+    let trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+    let config = config::Gateway { proxy_protocol: true, trusted_proxies, ..quiet() };
+    let (gateway, request) = relay_with(config, "", echo).await;
+    let mut stream = TcpStream::connect(gateway.addr).await.unwrap();
+    let header = "PROXY TCP6 2001:db8::7 2001:db8::1 51234 443\r\n";
+    stream.write_all(format!("{header}{}", good_request("/")).as_bytes()).await.unwrap();
+    assert!(read_head(&mut stream).await.starts_with("HTTP/1.1 101 "));
+    let request = request.await.unwrap();
+    assert_eq!(request.headers()["x-forwarded-for"], "2001:db8::7");
+    assert_eq!(request.headers()["x-forwarded-port"], "443");
+}
+
+#[tokio::test]
 async fn a_path_in_the_url_is_the_upstreams_own() {
     let (gateway, request) = relay_to("/fixed", echo).await;
     echoes(&mut gateway.connect().await, "hello").await;
