@@ -5,6 +5,7 @@
 
 mod edit;
 mod error;
+mod origin;
 mod parse;
 mod read;
 mod resolve;
@@ -14,6 +15,7 @@ mod value;
 
 pub use edit::{LimitKey, PreparedFile, prepare_limits};
 pub use error::{ConfigError, Problem};
+pub use origin::{AllowedOrigin, InvalidOrigin, Origin};
 pub use resolve::{DEFAULT_SERVICE, Overrides, Purpose};
 pub use schema::*;
 pub use upstream::InvalidUpstream;

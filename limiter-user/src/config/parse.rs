@@ -146,6 +146,20 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> 
         if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
     });
     section.read("upstream", &mut gateway.upstream, value::upstream);
+    section.read("trusted_proxies", &mut gateway.trusted_proxies, |item| {
+        value::list(item, value::network, "addresses and networks")
+    });
+    let proxy_protocol = section.read("proxy_protocol", &mut gateway.proxy_protocol, value::boolean);
+    if let Some(span) = proxy_protocol
+        && gateway.proxy_protocol
+        && section
+            .item("trusted_proxies")
+            .is_none_or(|item| item.get_ref().as_array().is_some_and(|list| list.is_empty()))
+    {
+        let advice = "without trusted_proxies there is nobody to take a PROXY header from: name the proxies there";
+        section.complain(&span, "proxy_protocol", advice);
+    }
+    section.read("allowed_origins", &mut gateway.allowed_origins, |item| value::list(item, value::origin, "origins"));
     let positive = |item: &Item| value::duration(item, Duration::from_millis(1), value::LONGEST);
     let any = |item: &Item| value::duration(item, Duration::ZERO, value::LONGEST);
     section.read("handshake_timeout", &mut gateway.handshake_timeout, positive);

@@ -52,6 +52,9 @@ fn every_key_is_read() {
         [gateway]
         listen = ["[::]:8080"]
         upstream = "ws://127.0.0.1:9000"
+        trusted_proxies = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32"]
+        proxy_protocol = true
+        allowed_origins = ["https://example.com", "*.example.com", "null"]
         handshake_timeout = "1s"
         idle_timeout = "0s"
         ping_interval = "1m 30s"
@@ -92,6 +95,13 @@ fn every_key_is_read() {
         gateway: Gateway {
             listen: vec!["[::]:8080".parse().unwrap()],
             upstream: Upstream::Relay("ws://127.0.0.1:9000".into()),
+            trusted_proxies: ["10.0.0.0/8", "192.0.2.7/32", "2001:db8::/32"]
+                .map(|network| network.parse().unwrap())
+                .into(),
+            proxy_protocol: true,
+            allowed_origins: ["https://example.com", "*.example.com", "null"]
+                .map(|origin| origin.parse().unwrap())
+                .into(),
             handshake_timeout: Duration::from_secs(1),
             idle_timeout: Duration::ZERO,
             ping_interval: Duration::from_secs(90),
@@ -171,6 +181,20 @@ fn each_problem_is_told_with_its_place() {
         ("[gateway]\nlisten = [\"0.0.0.0:0\"]", "2:11", "a port other than 0"),
         ("[gateway]\nlisten = [\"[::]:1\", \"[::]:1\"]", "2:21", "given twice"),
         ("[gateway]\nupstream = \"http://x\"", "2:12", "it does not begin with ws://"),
+        ("[gateway]\ntrusted_proxies = \"10.0.0.0/8\"", "2:19", "expected an array of addresses and networks"),
+        ("[gateway]\ntrusted_proxies = [\"proxy\"]", "2:20", "expected an address or a network, such as"),
+        ("[gateway]\ntrusted_proxies = [\"10.0.0.0/33\"]", "2:20", "expected an address or a network, such as"),
+        ("[gateway]\ntrusted_proxies = [\"10.0.0.1/8\"]", "2:20", "did you mean \"10.0.0.0/8\"?"),
+        ("[gateway]\ntrusted_proxies = [\"::ffff:10.0.0.0/104\"]", "2:20", "an IPv4 network to be written as one"),
+        ("[gateway]\ntrusted_proxies = [\"::1\", \"::1/128\"]", "2:27", "given twice"),
+        ("[gateway]\nproxy_protocol = 1", "2:18", "gateway.proxy_protocol: found the number 1, expected true or false"),
+        ("[gateway]\nproxy_protocol = true", "2:18", "gateway.proxy_protocol: without trusted_proxies"),
+        ("[gateway]\nproxy_protocol = true\ntrusted_proxies = []", "2:18", "without trusted_proxies"),
+        ("[gateway]\nproxy_protocol = true\ntrusted_proxies = [1]", "3:20", "found the number 1"),
+        ("[gateway]\nallowed_origins = [5]", "2:20", "found the number 5, expected an origin such as"),
+        ("[gateway]\nallowed_origins = [\"example.com\"]", "2:20", "\"example.com\" is no origin: it has no scheme"),
+        ("[gateway]\nallowed_origins = [\"*\"]", "2:20", "leave the list empty"),
+        ("[gateway]\nallowed_origins = [\"null\", \"null\"]", "2:28", "given twice"),
         ("[gateway]\nhandshake_timeout = 10", "2:21", "found the number 10, expected a duration with its unit"),
         ("[gateway]\nhandshake_timeout = \"10\"", "2:21", "expected a duration with its unit"),
         ("[gateway]\nhandshake_timeout = \"0s\"", "2:21", "expected a duration from 1ms to "),
@@ -284,7 +308,7 @@ proptest! {
     #[test]
     fn no_value_makes_it_panic(
         key in prop::sample::select(vec!["kernel.interfaces", "kernel.pin_path", "limits.ipv4_prefix", "service",
-            "gateway.listen", "gateway.upstream", "gateway.idle_timeout", "gateway.messages.max_size", "admin.listen",
+            "gateway.listen", "gateway.upstream", "gateway.trusted_proxies", "gateway.allowed_origins", "gateway.idle_timeout", "gateway.messages.max_size", "admin.listen",
             "log.level"]),
         value in "[-0-9a-z.:\"\\[\\]{}= ]{0,30}",
     ) {

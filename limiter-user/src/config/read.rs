@@ -112,6 +112,11 @@ impl<'r, 'i> Section<'r, 'i> {
         }
     }
 
+    /// Says what is wrong with the value of `key`, given what else is in the file.
+    pub(super) fn complain(&self, span: &Range<usize>, key: &str, message: &str) {
+        self.report.add(span, format!("{}: {message}", self.name(key)));
+    }
+
     /// The table of that name; an empty one if it is not there.
     pub(super) fn section(&mut self, key: &'static str) -> Self {
         let item = self.item(key);

@@ -2,6 +2,9 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use ipnet::IpNet;
+
+use super::AllowedOrigin;
 use crate::policy::Limits;
 
 /// A whole configuration, checked.
@@ -103,6 +106,12 @@ pub struct Gateway {
     pub listen: Vec<SocketAddr>,
     /// What stands behind it.
     pub upstream: Upstream,
+    /// Proxies whose word on the client's address is taken (X-Forwarded-For, Forwarded); none: nobody's.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Whether trusted proxies begin each connection with a PROXY header (version 1 or 2).
+    pub proxy_protocol: bool,
+    /// Origins whose pages may connect; none: any.
+    pub allowed_origins: Vec<AllowedOrigin>,
     /// From accept to the end of the upgrade.
     pub handshake_timeout: Duration,
     /// A connection without a message either way for this long is closed (1001); zero: never.
@@ -122,6 +131,9 @@ impl Default for Gateway {
         Self {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
             upstream: Upstream::Echo,
+            trusted_proxies: Vec::new(),
+            proxy_protocol: false,
+            allowed_origins: Vec::new(),
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_mins(5),
             ping_interval: Duration::from_secs(30),

@@ -1,14 +1,22 @@
 //! From a value of the file to a value that is meant: what is right, and how to say what is not.
 
 use std::{
-    collections::HashSet, fmt::Display, hash::Hash, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration,
+    collections::HashSet,
+    fmt::Display,
+    hash::Hash,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
 };
 
 use bytesize::ByteSize;
 use clap::ValueEnum;
+use ipnet::IpNet;
 use toml::de::DeValue;
 
 use super::{
+    AllowedOrigin,
     read::{Fault, Item, nearest},
     schema::Upstream,
 };
@@ -160,6 +168,26 @@ pub(super) fn listen(item: &Item) -> Result<SocketAddr, Fault> {
     Ok(address)
 }
 
+/// A network, or one address, which stands for a network of its own.
+pub(super) fn network(item: &Item) -> Result<IpNet, Fault> {
+    let what = r#"an address or a network, such as "192.0.2.7", "10.0.0.0/8" or "2001:db8::/32""#;
+    let found = text(item, what)?;
+    let network = match found.parse::<IpAddr>() {
+        Ok(address) => IpNet::from(address),
+        Err(_) => found.parse().map_err(|_| expected(item, what))?,
+    };
+    if network.addr() != network.network() {
+        return Err(expected(item, format!("an address or a network; did you mean \"{}\"?", network.trunc())));
+    }
+    match network {
+        // Addresses of such clients are taken for the IPv4 addresses that they are.
+        IpNet::V6(network) if network.addr().to_ipv4_mapped().is_some() => {
+            Err(expected(item, "an IPv4 network to be written as one, such as \"10.0.0.0/8\""))
+        }
+        network => Ok(network),
+    }
+}
+
 /// An address, or nothing for `""`.
 pub(super) fn optional_address(item: &Item) -> Result<Option<SocketAddr>, Fault> {
     let what = r#"an address and a port, such as "127.0.0.1:9180", or "" for none"#;
@@ -173,6 +201,12 @@ pub(super) fn upstream(item: &Item) -> Result<Upstream, Fault> {
     text(item, r#""echo" or a URL such as "ws://127.0.0.1:9000""#)?
         .parse()
         .map_err(|why: super::InvalidUpstream| Fault::new(item, why.to_string()))
+}
+
+pub(super) fn origin(item: &Item) -> Result<AllowedOrigin, Fault> {
+    text(item, r#"an origin such as "https://example.com""#)?
+        .parse()
+        .map_err(|why: super::InvalidOrigin| Fault::new(item, why.to_string()))
 }
 
 pub(super) fn log_filter(item: &Item) -> Result<String, Fault> {

@@ -62,6 +62,12 @@ impl Admission {
         self.counts().total
     }
 
+    /// How many sessions are open for clients that count as `source`, and how many in all.
+    pub(super) fn held(&self, source: Source) -> (u32, u32) {
+        let counts = self.counts();
+        (counts.sources.get(&source).copied().unwrap_or(0), counts.total)
+    }
+
     fn release(&self, source: Source) {
         let mut counts = self.counts();
         let held = counts.sources.get_mut(&source).map(|held| {

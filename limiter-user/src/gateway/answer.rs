@@ -29,6 +29,10 @@ pub(super) enum Refusal {
     Malformed,
     /// Not complete before `handshake_timeout`.
     Timeout,
+    /// A web page of an origin that is not allowed; with the origin.
+    Origin(String),
+    /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
+    ProxyHeader(&'static str),
     /// The source holds this many connections and may hold no more.
     SourceFull(u32),
     /// The service holds as many connections as it may.
@@ -60,6 +64,8 @@ impl Refusal {
             Self::Bad(_) => "bad_request",
             Self::Malformed => "malformed",
             Self::Timeout => "timeout",
+            Self::Origin(_) => "origin",
+            Self::ProxyHeader(_) => "proxy_header",
             Self::SourceFull(_) => "source_full",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
@@ -72,8 +78,9 @@ impl Refusal {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
-            Self::Bad(_) | Self::Malformed => StatusCode::BAD_REQUEST,
+            Self::Bad(_) | Self::Malformed | Self::ProxyHeader(_) => StatusCode::BAD_REQUEST,
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Origin(_) => StatusCode::FORBIDDEN,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -90,6 +97,7 @@ impl Refusal {
     /// What somebody has to mend, because it is no fault of the client.
     pub(super) fn fault(&self) -> Option<String> {
         match self {
+            Self::ProxyHeader(what) => Some((*what).into()),
             Self::UpstreamUnreachable(cause) => Some(cause.clone()),
             Self::UpstreamTimeout => Some("the upstream did not answer in time".into()),
             Self::UpstreamRefused(status, _) if status.is_server_error() => {
@@ -103,9 +111,10 @@ impl Refusal {
         match self {
             Self::NotWebSocket => "this server speaks WebSocket only".into(),
             Self::Version => "this server speaks version 13 of the WebSocket protocol".into(),
-            Self::Bad(what) => (*what).into(),
+            Self::Bad(what) | Self::ProxyHeader(what) => (*what).into(),
             Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
+            Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
             }

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{Request, Response, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncWriteExt,
@@ -23,7 +23,9 @@ use super::{
     admission::{Full as NoRoom, Permit},
     answer::{Refusal, switching_protocols},
     application::Opened,
-    handshake, messages,
+    arrival::{self, Arrived, Endpoints},
+    forwarded::{self, Identity, Scheme},
+    handshake, messages, origin, proxy_hint,
     relay::Client,
     session,
     socket::Socket,
@@ -44,6 +46,7 @@ const DRAIN_GRACE: Duration = Duration::from_secs(1);
 
 /// A handshake that was answered with 101.
 struct Accepted {
+    client: IpAddr,
     permit: Permit,
     application: Opened,
 }
@@ -51,23 +54,27 @@ struct Accepted {
 /// Serves a connection until it is closed.
 pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
     let started = Instant::now();
-    let handshake = Box::pin(shake_hands(socket, &shared, started));
-    if let Some((socket, Accepted { permit, application })) = handshake.await {
+    let deadline = started + shared.config.handshake_timeout;
+    // Boxed, so that a session does not carry the room for its handshake along.
+    let handshake = Box::pin(async {
+        let arrived = arrival::arrive(socket, &shared, deadline).await?;
+        shake_hands(arrived, &shared, deadline).await
+    });
+    if let Some((socket, Accepted { client, permit, application })) = handshake.await {
         let open = shared.metrics.session_opened(started.elapsed());
-        session::run(socket, application, permit, open, &shared).await;
+        session::run(socket, client, application, permit, open, &shared).await;
     }
 }
 
 /// Reads the request and answers it. `None`: refused, or the client left; the connection is closed.
 async fn shake_hands(
-    socket: Socket,
+    Arrived { socket, endpoints }: Arrived,
     shared: &Arc<Shared>,
-    started: Instant,
+    deadline: Instant,
 ) -> Option<(WebSocketStream<Socket>, Accepted)> {
-    let client = socket.connection().remote.ip();
-    let deadline = started + shared.config.handshake_timeout;
+    let peer = endpoints.remote.ip();
     let answered: Arc<Mutex<Answered>> = Arc::default();
-    let service = service_fn(|request| answer(request, client, deadline, shared, &answered));
+    let service = service_fn(|request| answer(request, endpoints, deadline, shared, &answered));
     let mut http = http1::Builder::new()
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
@@ -92,7 +99,7 @@ async fn shake_hands(
         (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
         // The HTTP side has answered what it could not parse, if there was anything.
         (Ok(Err(e)), _) if e.is_parse() => {
-            refused(shared, client, &Refusal::Malformed);
+            refused(shared, peer, &Refusal::Malformed);
             // All but this, which it takes for the wrong kind of connection.
             if parts.read_buf.starts_with(HTTP2_PREFACE) {
                 _ = timeout(LINGER, socket.write_all(&Refusal::Malformed.raw())).await;
@@ -104,7 +111,7 @@ async fn shake_hands(
         // Before it had an answer, or without reading it; nothing to log, for that is what port checks do.
         (Ok(_), _) | (Err(_), Answered::Accepted(_)) => shared.metrics.handshake("left"),
         (Err(refusal), Answered::Nothing) => {
-            refused(shared, client, &refusal);
+            refused(shared, peer, &refusal);
             if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
                 socket.linger(LINGER).await;
             }
@@ -123,7 +130,7 @@ enum Answered {
 }
 
 /// Completes when a handshake must be over, with what to tell the client.
-async fn out_of_time(shared: &Shared, deadline: Instant) -> Refusal {
+pub(super) async fn out_of_time(shared: &Shared, deadline: Instant) -> Refusal {
     tokio::select! {
         () = sleep_until(deadline) => Refusal::Timeout,
         () = shared.drain.wait() => {
@@ -139,7 +146,7 @@ type Answering = Pin<Box<dyn Future<Output = hyper::Result<Response<Full<Bytes>>
 /// The answer to a request, and through `answered` what comes of the connection.
 fn answer(
     request: Request<Incoming>,
-    client: IpAddr,
+    endpoints: Endpoints,
     deadline: Instant,
     shared: &Arc<Shared>,
     answered: &Arc<Mutex<Answered>>,
@@ -147,7 +154,15 @@ fn answer(
     let shared = Arc::clone(shared);
     let answered = Arc::clone(answered);
     Box::pin(async move {
-        let (response, outcome) = match decide(request, client, deadline, &shared).await {
+        let (head, _) = request.into_parts();
+        let peer = endpoints.remote.ip();
+        let identity = forwarded::identify(peer, &head.headers, &shared.config.trusted_proxies);
+        let client = identity.as_ref().map_or(peer, |identity| identity.ip);
+        let decided = match identity {
+            Ok(identity) => decide(&head, endpoints, identity, deadline, &shared).await,
+            Err(refusal) => Err(refusal),
+        };
+        let (response, outcome) = match decided {
             Ok((response, accepted)) => (response, Answered::Accepted(Box::new(accepted))),
             Err(refusal) => {
                 refused(&shared, client, &refusal);
@@ -161,31 +176,41 @@ fn answer(
 
 /// Whether this client gets a session, and the application's side of it.
 async fn decide(
-    request: Request<Incoming>,
-    client: IpAddr,
+    head: &Parts,
+    endpoints: Endpoints,
+    identity: Identity,
     deadline: Instant,
     shared: &Arc<Shared>,
 ) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
-    let (head, _) = request.into_parts();
-    let handshake = handshake::check(&head)?;
+    let handshake = handshake::check(head)?;
+    origin::check(&head.headers, &shared.config.allowed_origins)?;
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }
-    let permit = shared.admission.try_admit(client, &shared.policy.limits()).map_err(|full| match full {
+    let limits = shared.policy.limits();
+    let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
-    })?;
+    });
+    proxy_hint::warn(shared, endpoints.remote.ip(), &head.headers, &limits);
+    let permit = admitted?;
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) = shared
         .application
-        .open(&head, &handshake, Client::new(client), &shared.config.messages, upstream_deadline)
+        .open(
+            head,
+            &handshake,
+            Client::new(identity, endpoints, Scheme::Http),
+            &shared.config.messages,
+            upstream_deadline,
+        )
         .await?;
-    Ok((switching_protocols(&handshake, protocol), Accepted { permit, application }))
+    Ok((switching_protocols(&handshake, protocol), Accepted { client: identity.ip, permit, application }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.
-fn refused(shared: &Shared, client: IpAddr, refusal: &Refusal) {
+pub(super) fn refused(shared: &Shared, client: IpAddr, refusal: &Refusal) {
     let reason = refusal.label();
     shared.metrics.handshake(reason);
     if let Some(left_out) = shared.log.admit(reason) {

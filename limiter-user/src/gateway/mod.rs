@@ -1,6 +1,7 @@
 //! The WebSocket server in front of the application.
 //!
-//! The way of a connection through it: `listen` accepts the socket, `connection` reads the HTTP head, `handshake`
+//! The way of a connection through it: `listen` accepts the socket, `arrival` takes what
+//! comes ahead of the request, `connection` reads the HTTP head, `handshake`
 //! says whether it asks for a WebSocket, `admission` whether there is room, `application` opens what stands behind,
 //! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
@@ -8,15 +9,20 @@
 mod admission;
 mod answer;
 mod application;
+mod arrival;
 mod close;
 mod connection;
 mod drain;
+mod forwarded;
 mod handshake;
 mod listen;
 mod liveness;
 mod messages;
 mod metrics;
+mod origin;
 mod peer;
+mod proxy_hint;
+mod proxy_protocol;
 mod relay;
 mod sampler;
 mod session;

@@ -29,7 +29,12 @@ use tokio_tungstenite::{
     },
 };
 
-use super::{answer::Refusal, handshake::Handshake};
+use super::{
+    answer::Refusal,
+    arrival::Endpoints,
+    forwarded::{Identity, Scheme, X_FORWARDED_FOR, X_FORWARDED_PROTO},
+    handshake::Handshake,
+};
 
 /// After how much silence the kernel asks whether the upstream's host is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -55,8 +60,7 @@ const NOT_PASSED_ON: [HeaderName; 14] = [
 /// The same, by how they begin.
 const NOT_PASSED_ON_PREFIXES: [&str; 3] = ["x-forwarded-", "x-limiter-", "proxy-"];
 
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// An upstream WebSocket server.
@@ -72,13 +76,24 @@ pub(super) struct Relay {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Client {
     ip: IpAddr,
+    scheme: Scheme,
+    /// The port that it connected to, if we know.
+    port: Option<u16>,
     /// Ties the upstream's log lines to ours.
     request_id: u128,
 }
 
 impl Client {
-    pub(super) fn new(ip: IpAddr) -> Self {
-        Self { ip, request_id: fastrand::u128(..) }
+    /// `own`: how whoever is at the other end of the connection speaks to us.
+    pub(super) fn new(identity: Identity, endpoints: Endpoints, own: Scheme) -> Self {
+        // Through an HTTP proxy, it is the proxy that connected to us.
+        let is_direct = identity.ip == endpoints.remote.ip();
+        Self {
+            ip: identity.ip,
+            scheme: identity.scheme.unwrap_or(own),
+            port: is_direct.then_some(endpoints.local.port()),
+            request_id: fastrand::u128(..),
+        }
     }
 }
 
@@ -167,7 +182,10 @@ impl Relay {
             }
         }
         headers.insert(X_FORWARDED_FOR, HeaderValue::from_str(&client.ip.to_string()).ok()?);
-        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
+        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.scheme.name()));
+        if let Some(port) = client.port {
+            headers.insert(X_FORWARDED_PORT, port.into());
+        }
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
         Some(request)
     }
@@ -285,7 +303,7 @@ mod tests {
             .unwrap()
             .into_parts();
         let handshake = Handshake { accept: String::new(), protocols: Some(HeaderValue::from_static("a, b")) };
-        let client = Client { ip: [192, 0, 2, 7].into(), request_id: 1 };
+        let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: Some(8080), request_id: 1 };
         let request = relay("ws://app").request(&head, &handshake, client, "key").unwrap();
 
         assert_eq!(request.uri(), "/chat?token=t");
@@ -295,6 +313,7 @@ mod tests {
         assert_eq!(header("cookie"), ["a=1", "b=2"]);
         assert_eq!(header("x-forwarded-for"), ["192.0.2.7"]);
         assert_eq!(header("x-forwarded-proto"), ["http"]);
+        assert_eq!(header("x-forwarded-port"), ["8080"]);
         assert_eq!(header("x-request-id"), ["00000000000000000000000000000001"]);
         assert_eq!(header("sec-websocket-protocol"), ["a, b"]);
         for gone in ["x-hop", "x-forwarded-host", "forwarded", "x-limiter-user", "sec-websocket-extensions"] {
@@ -306,7 +325,7 @@ mod tests {
     fn a_path_in_the_url_replaces_the_clients() {
         let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
         let handshake = Handshake { accept: String::new(), protocols: None };
-        let client = Client::new([192, 0, 2, 7].into());
+        let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: None, request_id: 1 };
         let request = relay("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
         assert_eq!(request.uri(), "/fixed");
     }

@@ -8,10 +8,10 @@ use std::{
 
 use tokio::time::Instant;
 
-/// How often one kind is written.
+/// How often one kind is written, unless told otherwise.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Lets one line of each kind pass per second, and counts the others.
+/// Lets one line of each kind pass per interval, which is a second for most, and counts the others.
 #[derive(Default)]
 pub(super) struct Sampler {
     kinds: Mutex<HashMap<&'static str, Kind>>,
@@ -25,14 +25,19 @@ struct Kind {
 impl Sampler {
     /// Whether to write a line of `kind` now; then with how many of it were left out since the last.
     pub(super) fn admit(&self, kind: &'static str) -> Option<u64> {
-        self.admit_at(kind, Instant::now())
+        self.admit_every(INTERVAL, kind)
     }
 
-    fn admit_at(&self, kind: &'static str, now: Instant) -> Option<u64> {
+    /// The same, with another interval.
+    pub(super) fn admit_every(&self, interval: Duration, kind: &'static str) -> Option<u64> {
+        self.admit_at(kind, interval, Instant::now())
+    }
+
+    fn admit_at(&self, kind: &'static str, interval: Duration, now: Instant) -> Option<u64> {
         // Nothing under the lock can panic half way.
         let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
         match kinds.get_mut(kind) {
-            Some(kind) if now.saturating_duration_since(kind.written) < INTERVAL => {
+            Some(kind) if now.saturating_duration_since(kind.written) < interval => {
                 kind.left_out += 1;
                 None
             }
@@ -56,11 +61,11 @@ mod tests {
     fn a_flood_is_one_line_a_second_with_a_count() {
         let sampler = Sampler::default();
         let start = Instant::now();
-        assert_eq!(sampler.admit_at("a", start), Some(0));
-        assert_eq!(sampler.admit_at("a", start + INTERVAL / 2), None);
-        assert_eq!(sampler.admit_at("a", start + INTERVAL / 2), None);
-        assert_eq!(sampler.admit_at("b", start + INTERVAL / 2), Some(0));
-        assert_eq!(sampler.admit_at("a", start + INTERVAL), Some(2));
-        assert_eq!(sampler.admit_at("a", start + 3 * INTERVAL), Some(0));
+        assert_eq!(sampler.admit_at("a", INTERVAL, start), Some(0));
+        assert_eq!(sampler.admit_at("a", INTERVAL, start + INTERVAL / 2), None);
+        assert_eq!(sampler.admit_at("a", INTERVAL, start + INTERVAL / 2), None);
+        assert_eq!(sampler.admit_at("b", INTERVAL, start + INTERVAL / 2), Some(0));
+        assert_eq!(sampler.admit_at("a", INTERVAL, start + INTERVAL), Some(2));
+        assert_eq!(sampler.admit_at("a", INTERVAL, start + 3 * INTERVAL), Some(0));
     }
 }

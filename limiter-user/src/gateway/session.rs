@@ -1,6 +1,6 @@
 //! A WebSocket session: messages one way and the other, until something ends it.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::{net::TcpStream, time::Instant};
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
@@ -18,9 +18,10 @@ use super::{
 };
 use crate::config::{Messages, OnViolation};
 
-/// Serves `client` to the end of the session and closes both sides.
+/// Serves `client`, which is at `address`, to the end of the session and closes both sides.
 pub(super) async fn run(
     client: WebSocketStream<Socket>,
+    address: IpAddr,
     application: Opened,
     permit: Permit,
     mut open: OpenSession<'_>,
@@ -48,7 +49,7 @@ pub(super) async fn run(
         end = served => end,
     };
     open.ends(end.label());
-    log(&end, &client, open.lasted(), shared);
+    log(&end, &client, address, open.lasted(), shared);
 
     let close_upstream = async {
         if let Some(upstream) = upstream {
@@ -66,14 +67,14 @@ pub(super) async fn run(
     tokio::join!(close_client, close_upstream);
 }
 
-fn log(end: &End, client: &Peer<Socket>, lasted: Duration, shared: &Shared) {
+fn log(end: &End, client: &Peer<Socket>, address: IpAddr, lasted: Duration, shared: &Shared) {
     let reason = end.label();
     let remote = client.transport(|socket| socket.connection().remote);
-    tracing::debug!(%remote, reason, ?lasted, "session ends");
+    tracing::debug!(client = %address, %remote, reason, ?lasted, "session ends");
     if end.is_abuse()
         && let Some(left_out) = shared.log.admit(reason)
     {
-        tracing::info!(%remote, reason, left_out, "session closed for what its client does");
+        tracing::info!(client = %address, %remote, reason, left_out, "session closed for what its client does");
     }
 }
 

@@ -62,6 +62,11 @@ impl Socket {
         &self.over.connection
     }
 
+    /// The TCP connection, ahead of what is spoken on it.
+    pub(super) fn tcp(&self) -> &TcpStream {
+        &self.stream
+    }
+
     /// When the client was last heard of: any byte counts.
     pub(super) fn last_read(&self) -> Instant {
         self.last_read

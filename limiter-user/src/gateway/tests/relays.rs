@@ -31,6 +31,18 @@ async fn relay_to<F>(
 where
     F: Future<Output = ()> + Send,
 {
+    relay_with(quiet(), path, act).await
+}
+
+/// The same, with other settings.
+async fn relay_with<F>(
+    config: config::Gateway,
+    path: &str,
+    act: impl FnOnce(Server) -> F + Send + 'static,
+) -> (Running, oneshot::Receiver<Request>)
+where
+    F: Future<Output = ()> + Send,
+{
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let (seen, request) = oneshot::channel();
@@ -46,7 +58,7 @@ where
         };
         act(tokio_tungstenite::accept_hdr_async(stream, look).await.unwrap()).await;
     });
-    (gateway_to(addr, path), request)
+    (start(&config::Gateway { upstream: Upstream::Relay(format!("ws://{addr}{path}")), ..config }), request)
 }
 
 fn gateway_to(addr: SocketAddr, path: &str) -> Running {
@@ -109,6 +121,41 @@ async fn the_upstream_sees_the_clients_request_and_who_it_is() {
     assert_eq!(header("x-forwarded-for"), "127.0.0.1");
     assert_eq!(header("x-forwarded-proto"), "http");
     assert_eq!(header("x-request-id").len(), 32);
+}
+
+#[tokio::test]
+async fn the_upstream_is_told_the_address_that_a_trusted_proxy_tells() {
+    let trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+    let (gateway, request) = relay_with(config::Gateway { trusted_proxies, ..quiet() }, "", echo).await;
+    let mut asked = gateway.url().into_client_request().unwrap();
+    let headers = [
+        ("x-forwarded-for", "203.0.113.9, 192.0.2.7:4711, 127.0.0.9"),
+        ("x-forwarded-proto", "https"),
+        ("x-real-ip", "1"),
+    ];
+    for (name, value) in headers {
+        asked.headers_mut().insert(name, value.parse().unwrap());
+    }
+    let (mut client, _) = tokio_tungstenite::connect_async(asked).await.unwrap();
+    echoes(&mut client, "hello").await;
+    let request = request.await.unwrap();
+    assert_eq!(request.headers()["x-forwarded-for"], "192.0.2.7");
+    assert_eq!(request.headers()["x-forwarded-proto"], "https");
+    assert!(!request.headers().contains_key("x-real-ip"));
+}
+
+#[tokio::test]
+async fn the_upstream_is_told_both_addresses_of_a_proxy_header() {
+    let trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+    let config = config::Gateway { proxy_protocol: true, trusted_proxies, ..quiet() };
+    let (gateway, request) = relay_with(config, "", echo).await;
+    let mut stream = TcpStream::connect(gateway.addr).await.unwrap();
+    let header = "PROXY TCP6 2001:db8::7 2001:db8::1 51234 443\r\n";
+    stream.write_all(format!("{header}{}", good_request("/")).as_bytes()).await.unwrap();
+    assert!(read_head(&mut stream).await.starts_with("HTTP/1.1 101 "));
+    let request = request.await.unwrap();
+    assert_eq!(request.headers()["x-forwarded-for"], "2001:db8::7");
+    assert_eq!(request.headers()["x-forwarded-port"], "443");
 }
 
 #[tokio::test]

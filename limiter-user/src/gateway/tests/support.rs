@@ -167,7 +167,8 @@ impl Running {
         stream.write_all(request).await.unwrap();
         let mut answer = Vec::new();
         timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer").unwrap();
-        String::from_utf8(answer).unwrap()
+        // Frames may follow the head.
+        String::from_utf8_lossy(&answer).into_owned()
     }
 }
 
