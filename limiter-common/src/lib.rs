@@ -17,6 +17,7 @@
 
 pub mod abi;
 pub mod address;
+pub mod bucket;
 pub mod control;
 pub mod event;
 pub mod ledger;

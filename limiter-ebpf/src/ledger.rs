@@ -11,7 +11,7 @@ use crate::{
     atomic,
     counters::{count, count_at},
     maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES},
-    sources,
+    rates, sources,
 };
 
 /// How often a step is tried again that met another CPU's half-done one.
@@ -43,6 +43,7 @@ pub fn reserve(
     now_ns: u64,
 ) -> Reserved {
     let mut reason = None;
+    let mut spent = false;
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     let Ok(held_by_source) = sources::add(&source, state) else {
         return full(service, policy);
@@ -53,6 +54,12 @@ pub fn reserve(
         reason = Some(DenyReason::SourceLimit);
     } else if at_limit(held_by_service, policy.connections_total) {
         reason = Some(DenyReason::ServiceLimit);
+    } else if policy.rate.is_limited() {
+        if rates::spend(&source, &policy.rate, now_ns) {
+            spent = true;
+        } else {
+            reason = Some(DenyReason::RateLimit);
+        }
     }
     if let Some(reason) = reason
         && !observe
@@ -70,6 +77,9 @@ pub fn reserve(
         Err(error) => {
             release_service(state);
             sources::subtract(&source, state);
+            if spent {
+                rates::give_back(&source, &policy.rate);
+            }
             // Another CPU has just made the same entry; or the key is that of a connection to another own address, and there
             // is no room for both.
             return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(service, policy) };

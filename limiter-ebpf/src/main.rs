@@ -24,6 +24,7 @@ mod handshake;
 mod ledger;
 mod maps;
 mod packet;
+mod rates;
 mod report;
 mod sockets;
 mod sources;

@@ -23,6 +23,18 @@ pub enum Action {
     Pass,
 }
 
+/// The programs' time, in nanoseconds of `CLOCK_MONOTONIC`.
+///
+/// # Panics
+/// If the kernel has no such clock; all have.
+pub fn now_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    assert_eq!(failed, 0, "this clock is always there");
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+}
+
 /// The XDP program with its maps.
 #[derive(Debug)]
 pub struct Program {
@@ -84,6 +96,16 @@ impl Program {
         state.sources += u64::from(first);
         states.set(u32::from(source.service), state, 0)?;
         Ok(())
+    }
+
+    /// Gives a source a bucket of new connections.
+    pub fn set_bucket(&mut self, source: &SourceKey, word: u64) -> Result<()> {
+        Ok(self.hash::<SourceKey, u64>(abi::MAP_RATES)?.insert(source, word, 0)?)
+    }
+
+    /// The word of a source's bucket of new connections, if it has one.
+    pub fn bucket(&mut self, source: &SourceKey) -> Result<Option<u64>> {
+        Ok(self.hash::<SourceKey, u64>(abi::MAP_RATES)?.get(source, 0).ok())
     }
 
     /// Every counter that is not zero.

@@ -11,6 +11,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::{
     ConnectionKey, Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    event::Stage,
     policy::{OnDeny, OnFull, at_limit},
 };
 
@@ -47,6 +48,10 @@ pub struct Admission {
     pub ledger: HashMap<ConnectionKey, SourceKey>,
     /// How many entries the ledger has room for.
     pub ledger_size: usize,
+    /// The word of the bucket of each source that has opened connections.
+    pub rates: HashMap<SourceKey, u64>,
+    /// The time, in nanoseconds.
+    pub now_ns: u64,
     /// What was counted.
     pub counters: HashMap<(u16, Counter), u64>,
 }
@@ -76,39 +81,22 @@ impl Admission {
 
     fn syn(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
-        let counter = match (self.reason(service, policy, key), observe) {
-            (None, _) => Counter::SynAdmitted,
-            (Some(DenyReason::ServiceLimit), false) => Counter::SynServiceLimit,
-            (Some(DenyReason::ServiceLimit), true) => Counter::SynObservedServiceLimit,
-            (Some(_), false) => Counter::SynSourceLimit,
-            (Some(_), true) => Counter::SynObservedSourceLimit,
+        let Some(reason) = self.reason(service, policy, key) else {
+            self.count(service, Counter::SynAdmitted);
+            return Verdict::Pass;
         };
-        self.count(service, counter);
-        match counter {
-            Counter::SynServiceLimit | Counter::SynSourceLimit => Verdict::Drop,
-            _ => Verdict::Pass,
-        }
+        self.count(service, Counter::of_refusal(reason, Stage::Syn, observe));
+        if observe { Verdict::Pass } else { Verdict::Drop }
     }
 
     fn handshake(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
         let reason = self.reason(service, policy, key);
-        let refused = match (reason, observe) {
-            (None, _) => None,
-            (Some(DenyReason::ServiceLimit), false) => Some(Counter::HandshakeServiceLimit),
-            (Some(_), false) => Some(Counter::HandshakeSourceLimit),
-            (Some(DenyReason::ServiceLimit), true) => {
-                self.count(service, Counter::HandshakeObservedServiceLimit);
-                None
+        if let Some(reason) = reason {
+            self.count(service, Counter::of_refusal(reason, Stage::Handshake, observe));
+            if !observe {
+                return Verdict::Reset;
             }
-            (Some(_), true) => {
-                self.count(service, Counter::HandshakeObservedSourceLimit);
-                None
-            }
-        };
-        if let Some(counter) = refused {
-            self.count(service, counter);
-            return Verdict::Reset;
         }
         if self.ledger.len() >= self.ledger_size {
             if policy.on_full == OnFull::Closed as u8 {
@@ -118,7 +106,12 @@ impl Admission {
             self.count(service, Counter::LedgerFull);
             return Verdict::Pass;
         }
-        self.ledger.insert(*key, source(service, policy, key));
+        let source = source(service, policy, key);
+        if reason.is_none() && policy.rate.is_limited() {
+            let word = self.rates.entry(source).or_default();
+            *word = policy.rate.spent(*word, self.now_ns);
+        }
+        self.ledger.insert(*key, source);
         self.count(service, Counter::OpenedReserved);
         Verdict::Pass
     }
@@ -132,6 +125,10 @@ impl Admission {
             Some(DenyReason::SourceLimit)
         } else if at_limit(held_by_service as u64, policy.connections_total) {
             Some(DenyReason::ServiceLimit)
+        } else if policy.rate.is_limited()
+            && self.rates.get(&source).is_some_and(|word| !policy.rate.has_token(*word, self.now_ns))
+        {
+            Some(DenyReason::RateLimit)
         } else {
             None
         }

@@ -7,6 +7,7 @@ use toml::de::DeTable;
 
 use super::{
     Admin, Config, ConfigError, Gateway, Kernel, Log, Messages, Service,
+    edit::GREATEST_CONNECTION_RATE,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
     value,
@@ -87,6 +88,12 @@ fn limits(section: &mut Section, limits: &mut Limits) {
     let count = |item: &Item| value::integer(item, 0..=u32::MAX, "connections; 0: any number");
     section.read("connections_per_source", &mut limits.connections_per_source, count);
     section.read("connections_total", &mut limits.connections_total, count);
+    section.read("connection_rate", &mut limits.connection_rate, |item| {
+        value::integer(item, 0..=GREATEST_CONNECTION_RATE, "new connections per second; 0: any number")
+    });
+    section.read("connection_burst", &mut limits.connection_burst, |item| {
+        value::integer(item, 1..=GREATEST_CONNECTION_RATE, "new connections at once")
+    });
     section.read("ipv4_prefix", &mut limits.ipv4_prefix, |item| value::integer(item, 1..=32, "bits"));
     section.read("ipv6_prefix", &mut limits.ipv6_prefix, |item| value::integer(item, 1..=128, "bits"));
 }

@@ -35,6 +35,8 @@ fn every_key_is_read() {
         debug_log = true
         [limits]
         connections_per_source = 0
+        connection_rate = 7
+        connection_burst = 1000000
         connections_total = 4294967295
         ipv4_prefix = 24
         ipv6_prefix = 128
@@ -68,7 +70,14 @@ fn every_key_is_read() {
         level = "info,limiter::gateway=debug"
         format = "json"
     "#;
-    let limits = Limits { connections_per_source: 0, connections_total: u32::MAX, ipv4_prefix: 24, ipv6_prefix: 128 };
+    let limits = Limits {
+        connections_per_source: 0,
+        connections_total: u32::MAX,
+        connection_rate: 7,
+        connection_burst: 1_000_000,
+        ipv4_prefix: 24,
+        ipv6_prefix: 128,
+    };
     let expected = Config {
         kernel: Kernel {
             interfaces: vec!["eth0".into(), "lo".into()],
@@ -85,7 +94,13 @@ fn every_key_is_read() {
             Service {
                 name: "quiet".into(),
                 ports: vec![9000],
-                limits: Limits { connections_per_source: 3, connections_total: 4, ipv4_prefix: 1, ipv6_prefix: 48 },
+                limits: Limits {
+                    connections_per_source: 3,
+                    connections_total: 4,
+                    ipv4_prefix: 1,
+                    ipv6_prefix: 48,
+                    ..limits
+                },
                 on_deny: OnDeny::Drop,
             },
         ],

@@ -35,6 +35,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, u64>(abi::MAP_COUNTERS, MapType::PerCpuArray, Some(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE)),
     shape::<(), ()>(abi::MAP_EVENTS, MapType::RingBuf, Some(abi::EVENTS_BYTES)),
     shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, Some(abi::MAX_RESERVATIONS)),
+    shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

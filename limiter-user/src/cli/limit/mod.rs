@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     Global, Usage, exit,
-    output::{Format, limit, ports, table},
+    output::{Format, limit, ports, rate, table},
 };
 use crate::{
     config::{LimitKey, prepare_limits},
@@ -32,7 +32,7 @@ pub(super) struct SetArgs {
     #[arg(
         required = true,
         value_name = "KEY=VALUE",
-        help = "What to change: connections_per_source, connections_total (0: any number), ipv4_prefix, ipv6_prefix",
+        help = "What to change: connections_per_source, connections_total, connection_rate (0: any number), connection_burst, ipv4_prefix, ipv6_prefix",
         value_parser = change::parse_assignment
     )]
     values: Vec<(LimitKey, u32)>,
@@ -82,13 +82,14 @@ fn show(format: Format, services: &[ServiceRow]) -> anyhow::Result<()> {
                 ports(&row.ports),
                 limit(row.limits.connections_per_source),
                 limit(row.limits.connections_total),
+                rate(&row.limits),
                 format!("/{}", row.limits.ipv4_prefix),
                 format!("/{}", row.limits.ipv6_prefix),
                 row.on_deny.to_owned(),
             ]
         });
-        let header = ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "IPV4 PREFIX", "IPV6 PREFIX", "ON DENY"];
-        table(header, &[2, 3, 4, 5], rows)
+        let header = ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "RATE", "IPV4 PREFIX", "IPV6 PREFIX", "ON DENY"];
+        table(header, &[2, 3, 5, 6], rows)
     })
 }
 
