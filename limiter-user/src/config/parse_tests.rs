@@ -142,7 +142,9 @@ fn each_problem_is_told_with_its_place() {
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
         ("[gateway.tls]\n", "1:10", "unknown key gateway.tls; known here: listen"),
         ("[[rule]]\ncidr = \"::/0\"", "1:3", "unknown key rule"),
-        ("[limits]\nconnection_rate = 10", "2:1", "unknown key limits.connection_rate"),
+        ("[limits]\nconnection_rte = 10", "2:1", "unknown key limits.connection_rte; did you mean connection_rate?"),
+        ("[limits]\nconnection_burst = 0", "2:20", "expected a whole number from 1 to 1000000 (new connections at once)"),
+        ("[limits]\nconnection_rate = 1000001", "2:19", "from 0 to 1000000"),
         (
             "[kernel]\nattach_mode = \"natve\"",
             "2:15",
