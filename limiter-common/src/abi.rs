@@ -29,9 +29,11 @@ pub const MAP_RESERVATIONS: &str = "RESERVATIONS";
 
 /// [`crate::SourceKey`] → the word of its [`crate::bucket`] of new connections; the least recently used give way.
 pub const MAP_RATES: &str = "RATES";
+/// [`crate::rule::RuleKey`] → [`crate::rule::RuleEntry`]: what holds for prefixes of addresses.
+pub const MAP_RULES: &str = "RULES";
 
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 9] = [
+pub const PINNED_MAPS: [&str; 10] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -41,6 +43,7 @@ pub const PINNED_MAPS: [&str; 9] = [
     MAP_EVENTS,
     MAP_RESERVATIONS,
     MAP_RATES,
+    MAP_RULES,
 ];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.
@@ -61,3 +64,5 @@ pub const MAX_RESERVATIONS: u32 = 65_536;
 /// How many sources' buckets of new connections are kept. Only one that is not full is worth keeping, and with the default
 /// rate it fills within two seconds.
 pub const MAX_RATES: u32 = 65_536;
+/// How many rules there may be. Memory is taken for those that there are.
+pub const MAX_RULES: u32 = 1 << 20;

@@ -24,6 +24,7 @@ pub mod ledger;
 #[cfg(any(test, feature = "user"))]
 pub mod model;
 pub mod policy;
+pub mod rule;
 pub mod source;
 pub mod verdict;
 

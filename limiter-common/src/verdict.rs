@@ -14,11 +14,13 @@ pub enum DenyReason {
     LedgerFull = 3,
     /// The source opens connections faster than it may.
     RateLimit = 4,
+    /// A rule denies it.
+    Rule = 5,
 }
 
 impl DenyReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 4] = [Self::SourceLimit, Self::ServiceLimit, Self::LedgerFull, Self::RateLimit];
+    pub const ALL: [Self; 5] = [Self::SourceLimit, Self::ServiceLimit, Self::LedgerFull, Self::RateLimit, Self::Rule];
 
     /// The name in metrics, logs and `--json`.
     pub const fn name(self) -> &'static str {
@@ -27,6 +29,7 @@ impl DenyReason {
             Self::ServiceLimit => "service_limit",
             Self::LedgerFull => "ledger_full",
             Self::RateLimit => "rate_limit",
+            Self::Rule => "rule",
         }
     }
 
@@ -37,6 +40,7 @@ impl DenyReason {
             2 => Some(Self::ServiceLimit),
             3 => Some(Self::LedgerFull),
             4 => Some(Self::RateLimit),
+            5 => Some(Self::Rule),
             _ => None,
         }
     }
@@ -91,11 +95,19 @@ pub enum Counter {
     HandshakeRateLimit = 20,
     /// Handshakes that would have been refused for their source's rate, and passed because the service only observes.
     HandshakeObservedRateLimit = 21,
+    /// SYNs refused: a rule denies their source.
+    SynRule = 22,
+    /// SYNs that a rule denies, and that passed because the service only observes.
+    SynObservedRule = 23,
+    /// Handshakes of sources that a rule denies, refused.
+    HandshakeRule = 24,
+    /// Handshakes of sources that a rule denies, and that passed because the service only observes.
+    HandshakeObservedRule = 25,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 26] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -118,6 +130,10 @@ impl Counter {
         Self::SynObservedRateLimit,
         Self::HandshakeRateLimit,
         Self::HandshakeObservedRateLimit,
+        Self::SynRule,
+        Self::SynObservedRule,
+        Self::HandshakeRule,
+        Self::HandshakeObservedRule,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -132,6 +148,10 @@ impl Counter {
             (Stage::Syn, DenyReason::ServiceLimit, true) => Self::SynObservedServiceLimit,
             (Stage::Syn, DenyReason::RateLimit, false) => Self::SynRateLimit,
             (Stage::Syn, DenyReason::RateLimit, true) => Self::SynObservedRateLimit,
+            (Stage::Syn, DenyReason::Rule, false) => Self::SynRule,
+            (Stage::Syn, DenyReason::Rule, true) => Self::SynObservedRule,
+            (Stage::Handshake, DenyReason::Rule, false) => Self::HandshakeRule,
+            (Stage::Handshake, DenyReason::Rule, true) => Self::HandshakeObservedRule,
             (Stage::Handshake, DenyReason::SourceLimit, false) => Self::HandshakeSourceLimit,
             (Stage::Handshake, DenyReason::SourceLimit, true) => Self::HandshakeObservedSourceLimit,
             (Stage::Handshake, DenyReason::ServiceLimit, false) => Self::HandshakeServiceLimit,
@@ -166,6 +186,10 @@ impl Counter {
             Self::SynObservedRateLimit => "syn_observed_rate_limit",
             Self::HandshakeRateLimit => "handshake_rate_limit",
             Self::HandshakeObservedRateLimit => "handshake_observed_rate_limit",
+            Self::SynRule => "syn_rule",
+            Self::SynObservedRule => "syn_observed_rule",
+            Self::HandshakeRule => "handshake_rule",
+            Self::HandshakeObservedRule => "handshake_observed_rule",
         }
     }
 }

@@ -8,6 +8,7 @@ use limiter_common::{
     event::Stage,
     ledger::EXPIRE_INTERVAL_NS,
     policy::{OnDeny, ServiceState, at_limit},
+    rule::Effective,
 };
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     packet::{self, ACK, FIN, RST, SYN, Segment},
     rates,
     report::{Refused, Sampler, report},
-    sources,
+    rules, sources,
 };
 
 /// How many reservations are looked through when a refusal gives the occasion.
@@ -93,23 +94,27 @@ fn refusal(
     policy: &ServicePolicy,
     state: *mut ServiceState,
 ) -> Option<(DenyReason, Sampler)> {
+    let limits = Effective::new(policy, rules::rule_for(&ends.remote));
     // An element of SOURCES that got another key after its look-up costs a wrong answer to one SYN.
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    if policy.connections_per_source != 0
+    if limits.denied {
+        return Some((DenyReason::Rule, sampler_of(&source, state)));
+    }
+    if limits.connections_per_source != 0
         && let Some(entry) = SOURCES.get_ptr_mut(&source)
-        && at_limit(sources::held(entry), policy.connections_per_source)
+        && at_limit(sources::held(entry), limits.connections_per_source)
     {
         return Some((DenyReason::SourceLimit, source_sampler(entry)));
     }
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held = unsafe { atomic::load(&raw const (*state).connections) };
-    if at_limit(held, policy.connections_total) {
+    if at_limit(held, limits.connections_total) {
         return Some((DenyReason::ServiceLimit, service_sampler(state)));
     }
-    if policy.rate.is_limited() {
+    if limits.rate.is_limited() {
         // SAFETY: the helper has no precondition.
         let now_ns = unsafe { bpf_ktime_get_ns() };
-        if !rates::allows(&source, &policy.rate, now_ns) {
+        if !rates::allows(&source, &limits.rate, now_ns) {
             return Some((DenyReason::RateLimit, sampler_of(&source, state)));
         }
     }
@@ -142,8 +147,9 @@ fn unknown(ctx: &XdpContext, segment: &Segment, ends: &Endpoints, service: u16) 
             break;
         }
     }
+    let limits = Effective::new(policy, rules::rule_for(&ends.remote));
     let observe = policy.on_deny == OnDeny::Observe as u8;
-    let (reason, observed) = match ledger::reserve(ends, service, policy, state, observe, now_ns) {
+    let (reason, observed) = match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
         Reserved::Yes | Reserved::Uncounted => return Verdict::Pass,
         Reserved::Observed(reason) => (reason, true),
         Reserved::Refused(reason) => (reason, false),
@@ -175,7 +181,7 @@ fn handshake_sampler(
     state: *mut ServiceState,
     reason: DenyReason,
 ) -> Sampler {
-    if matches!(reason, DenyReason::SourceLimit | DenyReason::RateLimit) {
+    if matches!(reason, DenyReason::SourceLimit | DenyReason::RateLimit | DenyReason::Rule) {
         return sampler_of(&SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix), state);
     }
     service_sampler(state)

@@ -5,6 +5,7 @@ use limiter_common::{
     ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
     ledger::{OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner},
     policy::{OnFull, ServiceState, at_limit},
+    rule::Effective,
 };
 
 use crate::{
@@ -38,6 +39,7 @@ pub fn reserve(
     ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
+    limits: &Effective,
     state: *mut ServiceState,
     observe: bool,
     now_ns: u64,
@@ -50,12 +52,14 @@ pub fn reserve(
     };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    if at_limit(held_by_source, policy.connections_per_source) {
+    if limits.denied {
+        reason = Some(DenyReason::Rule);
+    } else if at_limit(held_by_source, limits.connections_per_source) {
         reason = Some(DenyReason::SourceLimit);
-    } else if at_limit(held_by_service, policy.connections_total) {
+    } else if at_limit(held_by_service, limits.connections_total) {
         reason = Some(DenyReason::ServiceLimit);
-    } else if policy.rate.is_limited() {
-        if rates::spend(&source, &policy.rate, now_ns) {
+    } else if limits.rate.is_limited() {
+        if rates::spend(&source, &limits.rate, now_ns) {
             spent = true;
         } else {
             reason = Some(DenyReason::RateLimit);
@@ -78,7 +82,7 @@ pub fn reserve(
             release_service(state);
             sources::subtract(&source, state);
             if spent {
-                rates::give_back(&source, &policy.rate);
+                rates::give_back(&source, &limits.rate);
             }
             // Another CPU has just made the same entry; or the key is that of a connection to another own address, and there
             // is no room for both.

@@ -26,6 +26,7 @@ mod maps;
 mod packet;
 mod rates;
 mod report;
+mod rules;
 mod sockets;
 mod sources;
 

@@ -7,6 +7,7 @@ use limiter_common::{
     bucket::Rate,
     model::{Admission, Handshake, Verdict},
     policy::OnDeny,
+    rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
 use limiter_tests::{
     frame::{Extension, Frame},
@@ -36,6 +37,31 @@ fn services() -> [(u16, u16, ServicePolicy); 3] {
             },
         ),
     ]
+}
+
+/// Rules one in the other, some of which have ended.
+fn rules(now_ns: u64) -> Vec<((IpAddr, u8), RuleEntry)> {
+    let of = |action: RuleAction| RuleEntry { action: action as u8, ..RuleEntry::default() };
+    let own =
+        RuleEntry { own: OWN_CONNECTIONS | OWN_RATE, connections_per_source: 5, rate: RATE, ..of(RuleAction::Limit) };
+    let ended = |rule: RuleEntry| RuleEntry { expires_ns: now_ns, ..rule };
+    let later = |rule: RuleEntry| RuleEntry { expires_ns: now_ns + 3_600_000_000_000, ..rule };
+    [
+        ("198.51.100.0", 29, of(RuleAction::Allow)),
+        ("198.51.100.4", 30, own),
+        ("198.51.100.5", 32, ended(of(RuleAction::Deny))),
+        ("198.51.100.8", 30, later(of(RuleAction::Deny))),
+        ("198.51.100.9", 32, RuleEntry { own: OWN_CONNECTIONS, ..own }),
+        ("0.0.0.0", 0, ended(of(RuleAction::Deny))),
+        ("::", 0, of(RuleAction::Limit)),
+        ("2001:db8::", 62, own),
+        ("2001:db8:0:1::", 64, of(RuleAction::Allow)),
+        ("2001:db8:0:1::8", 125, of(RuleAction::Deny)),
+        ("2001:db8:0:1::8", 127, ended(of(RuleAction::Limit))),
+        ("2001:db8:0:1::8", 128, ended(of(RuleAction::Allow))),
+    ]
+    .map(|(network, prefix, rule)| ((network.parse().expect("an address"), prefix), rule))
+    .into()
 }
 
 /// Few addresses and ports, so that packets meet connections and limits.
@@ -111,6 +137,10 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
         model.ports.insert(port, index);
         model.policies.insert(index, policy);
     }
+    for (cidr, rule) in rules(model.now_ns) {
+        let rule = program.set_rule(cidr.0, cidr.1, rule).unwrap();
+        model.rules.insert(cidr, rule);
+    }
     let mut drops = 0;
     for number in 0..PACKETS {
         // Connections come by now and then, as the stack would confirm them.
@@ -151,6 +181,8 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
         }
     }
     assert_eq!(program.counters().unwrap(), model.counters, "seed {seed}");
-    assert!(model.counters.contains_key(&(1, Counter::SynRateLimit)), "no packet met an empty bucket");
+    for counter in [Counter::SynRateLimit, Counter::SynRule, Counter::SynSourceLimit] {
+        assert!(model.counters.contains_key(&(1, counter)), "no packet was refused for {}", counter.name());
+    }
     assert!((PACKETS / 100..PACKETS / 2).contains(&drops), "{drops} drops: the packets don't try the limits");
 }

@@ -3,12 +3,10 @@
 
 use std::net::SocketAddr;
 
-use limiter_common::{
-    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, bucket::Rate, event::Stage, policy::OnDeny,
-};
+use limiter_common::{Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, event::Stage, policy::OnDeny};
 use limiter_tests::{
     frame::{Extension, Frame},
-    program::{Action, Program, now_ns},
+    program::{Action, Program},
     segment::flags::{ACK, FIN, RST, SYN},
 };
 
@@ -249,51 +247,4 @@ fn a_spoofed_syn_stores_nothing_about_its_source() {
         assert_eq!(program.source(&source).unwrap(), None);
     }
     assert_eq!(program.state(0).unwrap().sources, 0);
-}
-
-#[test]
-fn a_source_without_a_token_is_refused_and_its_neighbours_are_not() {
-    let rate = Rate::new(1, 3600);
-    let policy = ServicePolicy { connections_per_source: 0, rate, ..policy() };
-    let mut program = program(&policy, &[], 0);
-    for (number, frame) in (1..).zip([v4(), v6()]) {
-        let source = SourceKey::new(0, &frame.source.ip().into(), 32, 64);
-        program.set_bucket(&source, now_ns() + rate.full_ns).unwrap();
-        assert_eq!(program.run(&frame.to_bytes()).unwrap().0, Action::Drop);
-        let refusal = program.refusals().unwrap().pop();
-        // Both hold no connection: the service's reports are one per second.
-        assert_eq!(refusal.map(|refusal| refusal.reason), (number == 1).then_some(DenyReason::RateLimit as u8));
-        assert_eq!(program.counters().unwrap()[&(0, Counter::SynRateLimit)], number);
-        // One token, and it may ask as often as it likes: asking spends nothing.
-        let word = now_ns() + rate.full_ns - rate.token_ns;
-        program.set_bucket(&source, word).unwrap();
-        for _ in 0..10 {
-            assert_eq!(program.run(&frame.to_bytes()).unwrap().0, Action::Pass);
-        }
-        assert_eq!(program.bucket(&source).unwrap(), Some(word));
-    }
-    let neighbour = Frame { source: "192.0.2.8:1".parse().unwrap(), ..v4() };
-    assert_eq!(program.run(&neighbour.to_bytes()).unwrap().0, Action::Pass);
-    let neighbour = SourceKey::new(0, &neighbour.source.ip().into(), 32, 64);
-    assert_eq!(program.bucket(&neighbour).unwrap(), None, "a SYN makes no bucket");
-}
-
-#[test]
-fn where_it_only_observes_a_source_without_a_token_passes() {
-    let rate = Rate::new(1, 3600);
-    let policy = ServicePolicy { connections_per_source: 0, on_deny: OnDeny::Observe as u8, rate, ..policy() };
-    let mut program = program(&policy, &[], 0);
-    program.set_bucket(&SourceKey::new(0, &v4().source.ip().into(), 32, 64), now_ns() + rate.full_ns).unwrap();
-    assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Pass);
-    assert_eq!(program.counters().unwrap(), [((0, Counter::SynObservedRateLimit), 1)].into());
-}
-
-#[test]
-fn a_debt_of_an_older_rate_is_forgiven() {
-    let policy = ServicePolicy { connections_per_source: 0, rate: Rate::new(1000, 1), ..policy() };
-    let mut program = program(&policy, &[], 0);
-    let source = SourceKey::new(0, &v4().source.ip().into(), 32, 64);
-    program.set_bucket(&source, now_ns() + 3_600_000_000_000).unwrap();
-    assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Drop);
-    assert!(program.bucket(&source).unwrap().unwrap() <= now_ns() + policy.rate.full_ns);
 }

@@ -1,17 +1,22 @@
 //! The XDP program by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, net::IpAddr};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Pod, TestRun as _,
-    maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf},
+    maps::{
+        Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{TestRunOptions, Xdp},
 };
 use limiter::{config::Kernel, kernel::Loaded};
 use limiter_common::{
-    ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, event::Refusal,
+    Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    event::Refusal,
     policy::ServiceState,
+    rule::{MAPPED_BITS, RuleEntry},
 };
 
 /// What the program made of a frame.
@@ -106,6 +111,16 @@ impl Program {
     /// The word of a source's bucket of new connections, if it has one.
     pub fn bucket(&mut self, source: &SourceKey) -> Result<Option<u64>> {
         Ok(self.hash::<SourceKey, u64>(abi::MAP_RATES)?.get(source, 0).ok())
+    }
+
+    /// Puts a rule in force for a prefix in its own family, and returns it as it lies in the map.
+    pub fn set_rule(&mut self, network: IpAddr, prefix: u8, rule: RuleEntry) -> Result<RuleEntry> {
+        let length = if network.is_ipv4() { prefix + MAPPED_BITS } else { prefix };
+        let mut rules: LpmTrie<&mut MapData, Address, RuleEntry> =
+            self.loaded.programs.map_mut(abi::MAP_RULES).context("no rules")?.try_into()?;
+        let rule = RuleEntry { length, ..rule };
+        rules.insert(&Key::new(length.into(), network.into()), rule, 0)?;
+        Ok(rule)
     }
 
     /// Every counter that is not zero.

@@ -17,8 +17,8 @@ use super::{
 /// Name of the service that stands for ports which the file gives no name.
 pub const DEFAULT_SERVICE: &str = "default";
 
-/// Longest file that is read; no real one comes near.
-const LONGEST_FILE_BYTES: u64 = 1 << 20;
+/// Longest file that is read: room for some hundred thousand rules.
+const LONGEST_FILE_BYTES: u64 = 1 << 25;
 
 /// What the command line and the environment say; each value takes the place of the file's.
 #[derive(Clone, Debug, Default, PartialEq)]

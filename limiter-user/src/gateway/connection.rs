@@ -171,7 +171,7 @@ async fn decide(
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }
-    let permit = shared.admission.try_admit(client, &shared.policy.limits()).map_err(|full| match full {
+    let permit = shared.admission.try_admit(client, &shared.policy.limits_for(client)).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
     })?;
