@@ -27,9 +27,24 @@ pub const MAP_EVENTS: &str = "EVENTS";
 /// Queue of [`crate::ledger::Reservation`]: slots that the stack has yet to confirm.
 pub const MAP_RESERVATIONS: &str = "RESERVATIONS";
 
+/// [`crate::SourceKey`] → the word of its [`crate::bucket`] of new connections; the least recently used give way.
+pub const MAP_RATES: &str = "RATES";
+/// [`crate::rule::RuleKey`] → [`crate::rule::RuleEntry`]: what holds for prefixes of addresses.
+pub const MAP_RULES: &str = "RULES";
+
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 8] =
-    [MAP_LEDGER, MAP_SOURCES, MAP_PORTS, MAP_SERVICES, MAP_SERVICE_STATE, MAP_COUNTERS, MAP_EVENTS, MAP_RESERVATIONS];
+pub const PINNED_MAPS: [&str; 10] = [
+    MAP_LEDGER,
+    MAP_SOURCES,
+    MAP_PORTS,
+    MAP_SERVICES,
+    MAP_SERVICE_STATE,
+    MAP_COUNTERS,
+    MAP_EVENTS,
+    MAP_RESERVATIONS,
+    MAP_RATES,
+    MAP_RULES,
+];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.
 pub const GLOBAL_SNT_ISN_OFFSET: &str = "SNT_ISN_OFFSET";
@@ -39,10 +54,15 @@ pub const GLOBAL_NETNS_COOKIE: &str = "NETNS_COOKIE";
 /// How many services there may be.
 pub const MAX_SERVICES: u32 = 64;
 /// Room for counters of one service; at least the number of [`crate::Counter`]s.
-pub const COUNTERS_PER_SERVICE: u32 = 32;
+pub const COUNTERS_PER_SERVICE: u32 = 64;
 /// Default size of the ledger, in connections.
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 262_144;
 /// Size of the ring buffer of events, in bytes.
 pub const EVENTS_BYTES: u32 = 256 * 1024;
 /// How many reservations can be waiting for the stack's confirmation.
 pub const MAX_RESERVATIONS: u32 = 65_536;
+/// How many sources' buckets of new connections are kept. Only one that is not full is worth keeping, and with the default
+/// rate it fills within two seconds.
+pub const MAX_RATES: u32 = 65_536;
+/// How many rules there may be. Memory is taken for those that there are.
+pub const MAX_RULES: u32 = 1 << 20;

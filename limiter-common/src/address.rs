@@ -83,6 +83,10 @@ mod host {
     use super::Address;
     use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+    // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
+    #[cfg(feature = "user")]
+    unsafe impl aya::Pod for Address {}
+
     impl From<IpAddr> for Address {
         fn from(ip: IpAddr) -> Self {
             let octets = match ip {

@@ -17,12 +17,14 @@
 
 pub mod abi;
 pub mod address;
+pub mod bucket;
 pub mod control;
 pub mod event;
 pub mod ledger;
 #[cfg(any(test, feature = "user"))]
 pub mod model;
 pub mod policy;
+pub mod rule;
 pub mod source;
 pub mod verdict;
 

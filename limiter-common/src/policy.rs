@@ -1,5 +1,7 @@
 //! Limits as the kernel programs read them.
 
+use crate::bucket::Rate;
+
 /// The limits of one service. Read by the kernel programs at every SYN and every handshake, written by user space at any
 /// time; each field is read once per decision.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,8 +19,14 @@ pub struct ServicePolicy {
     pub on_deny: u8,
     /// An [`OnFull`].
     pub on_full: u8,
+    /// New connections per second that one source may open; 0: any number. For user space; the programs go by `rate`.
+    pub connection_rate: u32,
+    /// How many of them it may open at once. For user space, like `connection_rate`.
+    pub connection_burst: u32,
     /// Always 0.
     pub reserved: u32,
+    /// The bucket of new connections of each source: [`Rate::new`] of the two above.
+    pub rate: Rate,
     /// The service's name in UTF-8, filled up with zeros; for user space alone. All zero: there is no such service.
     pub name: ServiceName,
 }

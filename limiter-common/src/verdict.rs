@@ -1,5 +1,7 @@
 //! Why something is refused, and what is counted. One list for the kernel, the command line, the logs and the metrics.
 
+use crate::event::Stage;
+
 /// Why a connection was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
@@ -10,11 +12,15 @@ pub enum DenyReason {
     ServiceLimit = 2,
     /// The ledger has no room, and the service is to refuse then.
     LedgerFull = 3,
+    /// The source opens connections faster than it may.
+    RateLimit = 4,
+    /// A rule denies it.
+    Rule = 5,
 }
 
 impl DenyReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 3] = [Self::SourceLimit, Self::ServiceLimit, Self::LedgerFull];
+    pub const ALL: [Self; 5] = [Self::SourceLimit, Self::ServiceLimit, Self::LedgerFull, Self::RateLimit, Self::Rule];
 
     /// The name in metrics, logs and `--json`.
     pub const fn name(self) -> &'static str {
@@ -22,6 +28,8 @@ impl DenyReason {
             Self::SourceLimit => "source_limit",
             Self::ServiceLimit => "service_limit",
             Self::LedgerFull => "ledger_full",
+            Self::RateLimit => "rate_limit",
+            Self::Rule => "rule",
         }
     }
 
@@ -31,6 +39,8 @@ impl DenyReason {
             1 => Some(Self::SourceLimit),
             2 => Some(Self::ServiceLimit),
             3 => Some(Self::LedgerFull),
+            4 => Some(Self::RateLimit),
+            5 => Some(Self::Rule),
             _ => None,
         }
     }
@@ -77,11 +87,27 @@ pub enum Counter {
     HandshakeObservedSourceLimit = 16,
     /// Handshakes that would have been refused because the service was full, and passed because it only observes.
     HandshakeObservedServiceLimit = 17,
+    /// SYNs refused: the source had opened connections too fast.
+    SynRateLimit = 18,
+    /// SYNs that would have been refused for their source's rate, and passed because the service only observes.
+    SynObservedRateLimit = 19,
+    /// Handshakes completed past the source's rate, and refused.
+    HandshakeRateLimit = 20,
+    /// Handshakes that would have been refused for their source's rate, and passed because the service only observes.
+    HandshakeObservedRateLimit = 21,
+    /// SYNs refused: a rule denies their source.
+    SynRule = 22,
+    /// SYNs that a rule denies, and that passed because the service only observes.
+    SynObservedRule = 23,
+    /// Handshakes of sources that a rule denies, refused.
+    HandshakeRule = 24,
+    /// Handshakes of sources that a rule denies, and that passed because the service only observes.
+    HandshakeObservedRule = 25,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 26] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -100,7 +126,40 @@ impl Counter {
         Self::EventsLost,
         Self::HandshakeObservedSourceLimit,
         Self::HandshakeObservedServiceLimit,
+        Self::SynRateLimit,
+        Self::SynObservedRateLimit,
+        Self::HandshakeRateLimit,
+        Self::HandshakeObservedRateLimit,
+        Self::SynRule,
+        Self::SynObservedRule,
+        Self::HandshakeRule,
+        Self::HandshakeObservedRule,
     ];
+
+    /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
+    #[inline(always)]
+    pub const fn of_refusal(reason: DenyReason, stage: Stage, observed: bool) -> Self {
+        match (stage, reason, observed) {
+            // The ledger is looked at when a handshake completes, and to observe is to let pass.
+            (_, DenyReason::LedgerFull, _) => Self::HandshakeLedgerFull,
+            (Stage::Syn, DenyReason::SourceLimit, false) => Self::SynSourceLimit,
+            (Stage::Syn, DenyReason::SourceLimit, true) => Self::SynObservedSourceLimit,
+            (Stage::Syn, DenyReason::ServiceLimit, false) => Self::SynServiceLimit,
+            (Stage::Syn, DenyReason::ServiceLimit, true) => Self::SynObservedServiceLimit,
+            (Stage::Syn, DenyReason::RateLimit, false) => Self::SynRateLimit,
+            (Stage::Syn, DenyReason::RateLimit, true) => Self::SynObservedRateLimit,
+            (Stage::Syn, DenyReason::Rule, false) => Self::SynRule,
+            (Stage::Syn, DenyReason::Rule, true) => Self::SynObservedRule,
+            (Stage::Handshake, DenyReason::Rule, false) => Self::HandshakeRule,
+            (Stage::Handshake, DenyReason::Rule, true) => Self::HandshakeObservedRule,
+            (Stage::Handshake, DenyReason::SourceLimit, false) => Self::HandshakeSourceLimit,
+            (Stage::Handshake, DenyReason::SourceLimit, true) => Self::HandshakeObservedSourceLimit,
+            (Stage::Handshake, DenyReason::ServiceLimit, false) => Self::HandshakeServiceLimit,
+            (Stage::Handshake, DenyReason::ServiceLimit, true) => Self::HandshakeObservedServiceLimit,
+            (Stage::Handshake, DenyReason::RateLimit, false) => Self::HandshakeRateLimit,
+            (Stage::Handshake, DenyReason::RateLimit, true) => Self::HandshakeObservedRateLimit,
+        }
+    }
 
     /// The name in metrics, logs and `--json`.
     pub const fn name(self) -> &'static str {
@@ -123,6 +182,14 @@ impl Counter {
             Self::EventsLost => "events_lost",
             Self::HandshakeObservedSourceLimit => "handshake_observed_source_limit",
             Self::HandshakeObservedServiceLimit => "handshake_observed_service_limit",
+            Self::SynRateLimit => "syn_rate_limit",
+            Self::SynObservedRateLimit => "syn_observed_rate_limit",
+            Self::HandshakeRateLimit => "handshake_rate_limit",
+            Self::HandshakeObservedRateLimit => "handshake_observed_rate_limit",
+            Self::SynRule => "syn_rule",
+            Self::SynObservedRule => "syn_observed_rule",
+            Self::HandshakeRule => "handshake_rule",
+            Self::HandshakeObservedRule => "handshake_observed_rule",
         }
     }
 }

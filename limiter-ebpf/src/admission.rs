@@ -4,10 +4,11 @@
 use aya_ebpf::{bindings::xdp_action, helpers::bpf_ktime_get_ns, programs::XdpContext};
 use aya_log_ebpf::debug;
 use limiter_common::{
-    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    Counter, DenyReason, Endpoints, ServicePolicy, SourceEntry, SourceKey,
     event::Stage,
     ledger::EXPIRE_INTERVAL_NS,
     policy::{OnDeny, ServiceState, at_limit},
+    rule::Effective,
 };
 
 use crate::{
@@ -17,8 +18,9 @@ use crate::{
     ledger::{self, Reserved},
     maps::{LEDGER, SERVICE_STATE, SERVICES, SOURCES, service_on},
     packet::{self, ACK, FIN, RST, SYN, Segment},
+    rates,
     report::{Refused, Sampler, report},
-    sources,
+    rules, sources,
 };
 
 /// How many reservations are looked through when a refusal gives the occasion.
@@ -74,15 +76,7 @@ fn syn(ctx: &XdpContext, ends: &Endpoints, service: u16, policy: &ServicePolicy,
         return Verdict::Pass;
     };
     let observed = policy.on_deny == OnDeny::Observe as u8;
-    count(
-        service,
-        match (reason, observed) {
-            (DenyReason::ServiceLimit, false) => Counter::SynServiceLimit,
-            (DenyReason::ServiceLimit, true) => Counter::SynObservedServiceLimit,
-            (_, false) => Counter::SynSourceLimit,
-            (_, true) => Counter::SynObservedSourceLimit,
-        },
-    );
+    count(service, Counter::of_refusal(reason, Stage::Syn, observed));
     report(sampler, &Refused { connection: *ends, service, reason, stage: Stage::Syn, observed });
     debug!(ctx, "service {}: SYN refused, reason {}", service, reason as u8);
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
@@ -100,22 +94,29 @@ fn refusal(
     policy: &ServicePolicy,
     state: *mut ServiceState,
 ) -> Option<(DenyReason, Sampler)> {
-    // SAFETY of the dereferences: the pointers come from look-ups; array elements stay, and an element of SOURCES that got
-    // another key meanwhile costs a wrong answer to one SYN.
+    let limits = Effective::new(policy, rules::rule_for(&ends.remote));
+    // An element of SOURCES that got another key after its look-up costs a wrong answer to one SYN.
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    if policy.connections_per_source != 0
-        && let Some(entry) = SOURCES.get_ptr_mut(&source)
-        && at_limit(sources::held(entry), policy.connections_per_source)
-    {
-        // SAFETY: see above.
-        let sampler =
-            unsafe { Sampler { reported_ns: &raw mut (*entry).reported_ns, unreported: &raw mut (*entry).unreported } };
-        return Some((DenyReason::SourceLimit, sampler));
+    if limits.denied {
+        return Some((DenyReason::Rule, sampler_of(&source, state)));
     }
-    // SAFETY: see above.
+    if limits.connections_per_source != 0
+        && let Some(entry) = SOURCES.get_ptr_mut(&source)
+        && at_limit(sources::held(entry), limits.connections_per_source)
+    {
+        return Some((DenyReason::SourceLimit, source_sampler(entry)));
+    }
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held = unsafe { atomic::load(&raw const (*state).connections) };
-    if at_limit(held, policy.connections_total) {
+    if at_limit(held, limits.connections_total) {
         return Some((DenyReason::ServiceLimit, service_sampler(state)));
+    }
+    if limits.rate.is_limited() {
+        // SAFETY: the helper has no precondition.
+        let now_ns = unsafe { bpf_ktime_get_ns() };
+        if !rates::allows(&source, &limits.rate, now_ns) {
+            return Some((DenyReason::RateLimit, sampler_of(&source, state)));
+        }
     }
     None
 }
@@ -146,22 +147,14 @@ fn unknown(ctx: &XdpContext, segment: &Segment, ends: &Endpoints, service: u16) 
             break;
         }
     }
+    let limits = Effective::new(policy, rules::rule_for(&ends.remote));
     let observe = policy.on_deny == OnDeny::Observe as u8;
-    let (reason, observed) = match ledger::reserve(ends, service, policy, state, observe, now_ns) {
+    let (reason, observed) = match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
         Reserved::Yes | Reserved::Uncounted => return Verdict::Pass,
         Reserved::Observed(reason) => (reason, true),
         Reserved::Refused(reason) => (reason, false),
     };
-    count(
-        service,
-        match (reason, observed) {
-            (DenyReason::SourceLimit, false) => Counter::HandshakeSourceLimit,
-            (DenyReason::SourceLimit, true) => Counter::HandshakeObservedSourceLimit,
-            (DenyReason::ServiceLimit, false) => Counter::HandshakeServiceLimit,
-            (DenyReason::ServiceLimit, true) => Counter::HandshakeObservedServiceLimit,
-            (DenyReason::LedgerFull, _) => Counter::HandshakeLedgerFull,
-        },
-    );
+    count(service, Counter::of_refusal(reason, Stage::Handshake, observed));
     report(
         handshake_sampler(ends, service, policy, state, reason),
         &Refused { connection: *ends, service, reason, stage: Stage::Handshake, observed },
@@ -188,16 +181,25 @@ fn handshake_sampler(
     state: *mut ServiceState,
     reason: DenyReason,
 ) -> Sampler {
-    if matches!(reason, DenyReason::SourceLimit) {
-        let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-        if let Some(entry) = SOURCES.get_ptr_mut(&source) {
-            // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile costs a report.
-            return unsafe {
-                Sampler { reported_ns: &raw mut (*entry).reported_ns, unreported: &raw mut (*entry).unreported }
-            };
-        }
+    if matches!(reason, DenyReason::SourceLimit | DenyReason::RateLimit | DenyReason::Rule) {
+        return sampler_of(&SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix), state);
     }
     service_sampler(state)
+}
+
+/// That of a source; of the service if the source holds no connection, and so has no entry.
+#[inline(always)]
+fn sampler_of(source: &SourceKey, state: *mut ServiceState) -> Sampler {
+    match SOURCES.get_ptr_mut(source) {
+        Some(entry) => source_sampler(entry),
+        None => service_sampler(state),
+    }
+}
+
+#[inline(always)]
+fn source_sampler(entry: *mut SourceEntry) -> Sampler {
+    // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile costs a report.
+    unsafe { Sampler { reported_ns: &raw mut (*entry).reported_ns, unreported: &raw mut (*entry).unreported } }
 }
 
 #[inline(always)]

@@ -5,13 +5,14 @@ use limiter_common::{
     ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
     ledger::{OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner},
     policy::{OnFull, ServiceState, at_limit},
+    rule::Effective,
 };
 
 use crate::{
     atomic,
     counters::{count, count_at},
     maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES},
-    sources,
+    rates, sources,
 };
 
 /// How often a step is tried again that met another CPU's half-done one.
@@ -38,21 +39,31 @@ pub fn reserve(
     ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
+    limits: &Effective,
     state: *mut ServiceState,
     observe: bool,
     now_ns: u64,
 ) -> Reserved {
     let mut reason = None;
+    let mut spent = false;
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     let Ok(held_by_source) = sources::add(&source, state) else {
         return full(service, policy);
     };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    if at_limit(held_by_source, policy.connections_per_source) {
+    if limits.denied {
+        reason = Some(DenyReason::Rule);
+    } else if at_limit(held_by_source, limits.connections_per_source) {
         reason = Some(DenyReason::SourceLimit);
-    } else if at_limit(held_by_service, policy.connections_total) {
+    } else if at_limit(held_by_service, limits.connections_total) {
         reason = Some(DenyReason::ServiceLimit);
+    } else if limits.rate.is_limited() {
+        if rates::spend(&source, &limits.rate, now_ns) {
+            spent = true;
+        } else {
+            reason = Some(DenyReason::RateLimit);
+        }
     }
     if let Some(reason) = reason
         && !observe
@@ -70,6 +81,9 @@ pub fn reserve(
         Err(error) => {
             release_service(state);
             sources::subtract(&source, state);
+            if spent {
+                rates::give_back(&source, &limits.rate);
+            }
             // Another CPU has just made the same entry; or the key is that of a connection to another own address, and there
             // is no room for both.
             return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(service, policy) };

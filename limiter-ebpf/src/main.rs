@@ -24,7 +24,9 @@ mod handshake;
 mod ledger;
 mod maps;
 mod packet;
+mod rates;
 mod report;
+mod rules;
 mod sockets;
 mod sources;
 

@@ -3,10 +3,11 @@
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, Queue, RingBuf},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use limiter_common::{
-    ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, ledger::Reservation, policy::ServiceState,
+    Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, ledger::Reservation,
+    policy::ServiceState, rule::RuleEntry,
 };
 
 #[map]
@@ -32,6 +33,12 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 
 #[map]
 pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MAX_RESERVATIONS, 0);
+
+#[map]
+pub static RATES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(abi::MAX_RATES, 0);
+
+#[map]
+pub static RULES: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
 
 /// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.
 #[unsafe(no_mangle)]

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::Result;
-use limiter_common::{Endpoints, ServicePolicy, SourceKey};
+use limiter_common::{Endpoints, ServicePolicy, SourceKey, bucket::Rate};
 use limiter_tests::{
     bare::{Answer, BareXdp},
     frame::Frame,
@@ -20,6 +20,7 @@ pub fn run() -> Result<()> {
     let policy = ServicePolicy {
         connections_per_source: 1,
         connections_total: 10_000,
+        rate: Rate::new(10, 20),
         ipv4_prefix: 32,
         ipv6_prefix: 64,
         ..ServicePolicy::default()

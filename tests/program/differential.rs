@@ -3,29 +3,65 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use limiter_common::{
-    Endpoints, ServicePolicy, SourceKey,
+    Counter, Endpoints, ServicePolicy, SourceKey,
+    bucket::Rate,
     model::{Admission, Handshake, Verdict},
     policy::OnDeny,
+    rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
 use limiter_tests::{
     frame::{Extension, Frame},
-    program::{Action, Program},
+    program::{Action, Program, now_ns},
 };
 
 const PACKETS: u64 = 100_000;
+
+/// So slow that no token comes back while the test runs.
+const RATE: Rate = Rate { token_ns: 3_600_000_000_000, full_ns: 7_200_000_000_000 };
 
 /// Three services with different limits, prefixes and manners.
 fn services() -> [(u16, u16, ServicePolicy); 3] {
     let base = ServicePolicy { ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() };
     [
         (0, 8080, ServicePolicy { connections_per_source: 2, connections_total: 60, ..base }),
-        (1, 443, ServicePolicy { connections_per_source: 3, ipv4_prefix: 28, ipv6_prefix: 120, ..base }),
+        (1, 443, ServicePolicy { connections_per_source: 3, rate: RATE, ipv4_prefix: 28, ipv6_prefix: 120, ..base }),
         (
             2,
             9000,
-            ServicePolicy { connections_per_source: 1, connections_total: 12, on_deny: OnDeny::Observe as u8, ..base },
+            ServicePolicy {
+                connections_per_source: 1,
+                connections_total: 12,
+                rate: RATE,
+                on_deny: OnDeny::Observe as u8,
+                ..base
+            },
         ),
     ]
+}
+
+/// Rules one in the other, some of which have ended.
+fn rules(now_ns: u64) -> Vec<((IpAddr, u8), RuleEntry)> {
+    let of = |action: RuleAction| RuleEntry { action: action as u8, ..RuleEntry::default() };
+    let own =
+        RuleEntry { own: OWN_CONNECTIONS | OWN_RATE, connections_per_source: 5, rate: RATE, ..of(RuleAction::Limit) };
+    let ended = |rule: RuleEntry| RuleEntry { expires_ns: now_ns, ..rule };
+    let later = |rule: RuleEntry| RuleEntry { expires_ns: now_ns + 3_600_000_000_000, ..rule };
+    [
+        ("198.51.100.0", 29, of(RuleAction::Allow)),
+        ("198.51.100.4", 30, own),
+        ("198.51.100.5", 32, ended(of(RuleAction::Deny))),
+        ("198.51.100.8", 30, later(of(RuleAction::Deny))),
+        ("198.51.100.9", 32, RuleEntry { own: OWN_CONNECTIONS, ..own }),
+        ("0.0.0.0", 0, ended(of(RuleAction::Deny))),
+        ("::", 0, of(RuleAction::Limit)),
+        ("2001:db8::", 62, own),
+        ("2001:db8:0:1::", 64, of(RuleAction::Allow)),
+        ("2001:db8:0:1::8", 125, of(RuleAction::Deny)),
+        ("2001:db8:0:1::8", 127, ended(of(RuleAction::Limit))),
+        ("2001:db8:0:1::8", 128, ended(of(RuleAction::Allow))),
+    ]
+    .map(|(network, prefix, rule)| ((network.parse().expect("an address"), prefix), rule))
+    .into()
 }
 
 /// Few addresses and ports, so that packets meet connections and limits.
@@ -95,11 +131,15 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
         std::env::var("LIMITER_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     let mut random = fastrand::Rng::with_seed(seed);
     let mut program = Program::load().unwrap();
-    let mut model = Admission { ledger_size: 1024, ..Admission::default() };
+    let mut model = Admission { ledger_size: 1024, now_ns: now_ns(), ..Admission::default() };
     for (index, port, policy) in services() {
         program.set_service(index, port, &policy).unwrap();
         model.ports.insert(port, index);
         model.policies.insert(index, policy);
+    }
+    for (cidr, rule) in rules(model.now_ns) {
+        let rule = program.set_rule(cidr.0, cidr.1, rule).unwrap();
+        model.rules.insert(cidr, rule);
     }
     let mut drops = 0;
     for number in 0..PACKETS {
@@ -117,6 +157,12 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
                 if model.ledger.insert(key.key(), source).is_none() {
                     program.add_connection(&key, &source).unwrap();
                 }
+                // And somebody has opened one, two or more of them just now.
+                let someone = address(&mut random, number % 2000 == 0).into();
+                let source = SourceKey::new(index, &someone, policy.ipv4_prefix, policy.ipv6_prefix);
+                let word = model.now_ns + RATE.token_ns * random.u64(1..4);
+                model.rates.insert(source, word.min(model.now_ns + RATE.full_ns));
+                program.set_bucket(&source, word).unwrap();
             }
         }
         let frame = frame(&mut random);
@@ -135,5 +181,8 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
         }
     }
     assert_eq!(program.counters().unwrap(), model.counters, "seed {seed}");
+    for counter in [Counter::SynRateLimit, Counter::SynRule, Counter::SynSourceLimit] {
+        assert!(model.counters.contains_key(&(1, counter)), "no packet was refused for {}", counter.name());
+    }
     assert!((PACKETS / 100..PACKETS / 2).contains(&drops), "{drops} drops: the packets don't try the limits");
 }

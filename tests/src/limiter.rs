@@ -109,11 +109,15 @@ impl<'lab> Limiter<'lab> {
         Ok(())
     }
 
-    /// `limiter attach` to every interface of the lab's server, for its one service, with a limit per source.
+    /// `limiter attach` to every interface of the lab's server, for its one service, with a limit per source and, unless
+    /// `more` says otherwise, none on how fast connections are opened.
     pub fn protect(&self, lab: &Lab, connections_per_source: u32, more: &[&str]) -> Result<()> {
         let mut arguments = lab.interface_flags();
         arguments.extend(["--port".into(), PORT.to_string()]);
         arguments.extend(["--connections-per-source".into(), connections_per_source.to_string()]);
+        if !more.contains(&"--connection-rate") {
+            arguments.extend(["--connection-rate".into(), "0".into()]);
+        }
         arguments.extend(more.iter().map(|&argument| argument.to_owned()));
         self.attach(arguments)
     }

@@ -1,17 +1,22 @@
 //! The XDP program by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, net::IpAddr};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Pod, TestRun as _,
-    maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf},
+    maps::{
+        Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{TestRunOptions, Xdp},
 };
 use limiter::{config::Kernel, kernel::Loaded};
 use limiter_common::{
-    ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, event::Refusal,
+    Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    event::Refusal,
     policy::ServiceState,
+    rule::{MAPPED_BITS, RuleEntry},
 };
 
 /// What the program made of a frame.
@@ -21,6 +26,18 @@ pub enum Action {
     Drop,
     /// `XDP_PASS`
     Pass,
+}
+
+/// The programs' time, in nanoseconds of `CLOCK_MONOTONIC`.
+///
+/// # Panics
+/// If the kernel has no such clock; all have.
+pub fn now_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    assert_eq!(failed, 0, "this clock is always there");
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
 /// The XDP program with its maps.
@@ -84,6 +101,26 @@ impl Program {
         state.sources += u64::from(first);
         states.set(u32::from(source.service), state, 0)?;
         Ok(())
+    }
+
+    /// Gives a source a bucket of new connections.
+    pub fn set_bucket(&mut self, source: &SourceKey, word: u64) -> Result<()> {
+        Ok(self.hash::<SourceKey, u64>(abi::MAP_RATES)?.insert(source, word, 0)?)
+    }
+
+    /// The word of a source's bucket of new connections, if it has one.
+    pub fn bucket(&mut self, source: &SourceKey) -> Result<Option<u64>> {
+        Ok(self.hash::<SourceKey, u64>(abi::MAP_RATES)?.get(source, 0).ok())
+    }
+
+    /// Puts a rule in force for a prefix in its own family, and returns it as it lies in the map.
+    pub fn set_rule(&mut self, network: IpAddr, prefix: u8, rule: RuleEntry) -> Result<RuleEntry> {
+        let length = if network.is_ipv4() { prefix + MAPPED_BITS } else { prefix };
+        let mut rules: LpmTrie<&mut MapData, Address, RuleEntry> =
+            self.loaded.programs.map_mut(abi::MAP_RULES).context("no rules")?.try_into()?;
+        let rule = RuleEntry { length, ..rule };
+        rules.insert(&Key::new(length.into(), network.into()), rule, 0)?;
+        Ok(rule)
     }
 
     /// Every counter that is not zero.

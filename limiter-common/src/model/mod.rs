@@ -7,11 +7,17 @@ mod packet;
 
 pub use packet::Segment;
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
 
 use crate::{
     ConnectionKey, Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    bucket::Rate,
+    event::Stage,
     policy::{OnDeny, OnFull, at_limit},
+    rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
 
 /// What becomes of a packet.
@@ -47,6 +53,12 @@ pub struct Admission {
     pub ledger: HashMap<ConnectionKey, SourceKey>,
     /// How many entries the ledger has room for.
     pub ledger_size: usize,
+    /// The word of the bucket of each source that has opened connections.
+    pub rates: HashMap<SourceKey, u64>,
+    /// Rules by prefix: an address and how many bits of it count, in its own family.
+    pub rules: HashMap<(IpAddr, u8), RuleEntry>,
+    /// The time, in nanoseconds.
+    pub now_ns: u64,
     /// What was counted.
     pub counters: HashMap<(u16, Counter), u64>,
 }
@@ -76,39 +88,22 @@ impl Admission {
 
     fn syn(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
-        let counter = match (self.reason(service, policy, key), observe) {
-            (None, _) => Counter::SynAdmitted,
-            (Some(DenyReason::ServiceLimit), false) => Counter::SynServiceLimit,
-            (Some(DenyReason::ServiceLimit), true) => Counter::SynObservedServiceLimit,
-            (Some(_), false) => Counter::SynSourceLimit,
-            (Some(_), true) => Counter::SynObservedSourceLimit,
+        let Some(reason) = self.reason(service, policy, key) else {
+            self.count(service, Counter::SynAdmitted);
+            return Verdict::Pass;
         };
-        self.count(service, counter);
-        match counter {
-            Counter::SynServiceLimit | Counter::SynSourceLimit => Verdict::Drop,
-            _ => Verdict::Pass,
-        }
+        self.count(service, Counter::of_refusal(reason, Stage::Syn, observe));
+        if observe { Verdict::Pass } else { Verdict::Drop }
     }
 
     fn handshake(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
         let reason = self.reason(service, policy, key);
-        let refused = match (reason, observe) {
-            (None, _) => None,
-            (Some(DenyReason::ServiceLimit), false) => Some(Counter::HandshakeServiceLimit),
-            (Some(_), false) => Some(Counter::HandshakeSourceLimit),
-            (Some(DenyReason::ServiceLimit), true) => {
-                self.count(service, Counter::HandshakeObservedServiceLimit);
-                None
+        if let Some(reason) = reason {
+            self.count(service, Counter::of_refusal(reason, Stage::Handshake, observe));
+            if !observe {
+                return Verdict::Reset;
             }
-            (Some(_), true) => {
-                self.count(service, Counter::HandshakeObservedSourceLimit);
-                None
-            }
-        };
-        if let Some(counter) = refused {
-            self.count(service, counter);
-            return Verdict::Reset;
         }
         if self.ledger.len() >= self.ledger_size {
             if policy.on_full == OnFull::Closed as u8 {
@@ -118,23 +113,62 @@ impl Admission {
             self.count(service, Counter::LedgerFull);
             return Verdict::Pass;
         }
-        self.ledger.insert(*key, source(service, policy, key));
+        let source = source(service, policy, key);
+        if let (None, Some(limits)) = (reason, self.limits(policy, key))
+            && limits.rate.is_limited()
+        {
+            let word = self.rates.entry(source).or_default();
+            *word = limits.rate.spent(*word, self.now_ns);
+        }
+        self.ledger.insert(*key, source);
         self.count(service, Counter::OpenedReserved);
         Verdict::Pass
     }
 
     /// Why one more connection would be one too many, if it would.
     fn reason(&self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Option<DenyReason> {
+        let Some(limits) = self.limits(policy, key) else { return Some(DenyReason::Rule) };
         let source = source(service, policy, key);
         let held_by_source = self.ledger.values().filter(|other| **other == source).count();
         let held_by_service = self.ledger.values().filter(|other| other.service == service).count();
-        if at_limit(held_by_source as u64, policy.connections_per_source) {
+        if at_limit(held_by_source as u64, limits.per_source) {
             Some(DenyReason::SourceLimit)
-        } else if at_limit(held_by_service as u64, policy.connections_total) {
+        } else if at_limit(held_by_service as u64, limits.total) {
             Some(DenyReason::ServiceLimit)
+        } else if limits.rate.is_limited()
+            && self.rates.get(&source).is_some_and(|word| !limits.rate.has_token(*word, self.now_ns))
+        {
+            Some(DenyReason::RateLimit)
         } else {
             None
         }
+    }
+
+    /// The limits that hold for a client; `None` if a rule denies it.
+    fn limits(&self, policy: &ServicePolicy, key: &ConnectionKey) -> Option<Limits> {
+        let service =
+            Limits { per_source: policy.connections_per_source, total: policy.connections_total, rate: policy.rate };
+        let ip = key.remote.into();
+        let longest = self
+            .rules
+            .iter()
+            .filter(|((address, prefix), rule)| {
+                (rule.expires_ns == 0 || self.now_ns < rule.expires_ns) && contains(*address, *prefix, ip)
+            })
+            .max_by_key(|((_, prefix), _)| *prefix);
+        let Some((_, rule)) = longest else { return Some(service) };
+        if rule.action == RuleAction::Deny as u8 {
+            return None;
+        }
+        if rule.action == RuleAction::Allow as u8 {
+            return Some(Limits { per_source: 0, total: 0, rate: Rate::default() });
+        }
+        let own = |bit| rule.own & bit != 0;
+        Some(Limits {
+            per_source: if own(OWN_CONNECTIONS) { rule.connections_per_source } else { service.per_source },
+            rate: if own(OWN_RATE) { rule.rate } else { service.rate },
+            ..service
+        })
     }
 
     /// The sources that hold a connection.
@@ -144,6 +178,23 @@ impl Admission {
 
     fn count(&mut self, service: u16, counter: Counter) {
         *self.counters.entry((service, counter)).or_default() += 1;
+    }
+}
+
+/// The limits of one service, as they hold for one client.
+struct Limits {
+    per_source: u32,
+    total: u32,
+    rate: Rate,
+}
+
+/// Whether an address is in a prefix of its own family.
+fn contains(network: IpAddr, prefix: u8, ip: IpAddr) -> bool {
+    let same = |difference: u128, bits: u8| difference.checked_shr(u32::from(bits - prefix)).unwrap_or(0) == 0;
+    match (network, ip) {
+        (IpAddr::V4(network), IpAddr::V4(ip)) => same((network.to_bits() ^ ip.to_bits()).into(), 32),
+        (IpAddr::V6(network), IpAddr::V6(ip)) => same(network.to_bits() ^ ip.to_bits(), 128),
+        _ => false,
     }
 }
 

@@ -56,21 +56,29 @@ type Label<'a> = (&'static str, &'a str);
 /// How a refused, observed or admitted packet is labelled: verdict and reason.
 type Outcome = (Counter, &'static str, &'static str);
 
-const SYNS: [Outcome; 5] = [
+const SYNS: [Outcome; 9] = [
     (Counter::SynAdmitted, "admitted", ""),
     (Counter::SynSourceLimit, "denied", "source_limit"),
     (Counter::SynServiceLimit, "denied", "service_limit"),
+    (Counter::SynRateLimit, "denied", "rate_limit"),
+    (Counter::SynRule, "denied", "rule"),
     (Counter::SynObservedSourceLimit, "observed", "source_limit"),
     (Counter::SynObservedServiceLimit, "observed", "service_limit"),
+    (Counter::SynObservedRateLimit, "observed", "rate_limit"),
+    (Counter::SynObservedRule, "observed", "rule"),
 ];
 
 /// What completed handshakes came to. Those that were admitted are `connections_opened_total`.
-const ACKS: [Outcome; 6] = [
+const ACKS: [Outcome; 10] = [
     (Counter::HandshakeSourceLimit, "denied", "source_limit"),
     (Counter::HandshakeServiceLimit, "denied", "service_limit"),
+    (Counter::HandshakeRateLimit, "denied", "rate_limit"),
+    (Counter::HandshakeRule, "denied", "rule"),
     (Counter::HandshakeLedgerFull, "denied", "ledger_full"),
     (Counter::HandshakeObservedSourceLimit, "observed", "source_limit"),
     (Counter::HandshakeObservedServiceLimit, "observed", "service_limit"),
+    (Counter::HandshakeObservedRateLimit, "observed", "rate_limit"),
+    (Counter::HandshakeObservedRule, "observed", "rule"),
     (Counter::HandshakeUnproven, "passed", "unproven"),
 ];
 

@@ -22,7 +22,7 @@ pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
     let config = settings::for_attach(global, args.kernel)?;
     logging::start(&config.log)?;
     // Dropped with the process, which leaves everything pinned and in force.
-    let (_attached, report) = Attached::attach(&config.kernel, &config.services)?;
+    let (_attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
     for remark in remarks(&report) {
         exit::complain(&remark);
     }

@@ -10,6 +10,7 @@ mod exit;
 mod limit;
 mod logging;
 mod output;
+mod rules;
 mod run;
 mod settings;
 mod sources;
@@ -81,6 +82,14 @@ enum Command {
     Sources(sources::Args),
     /// Show the connections in the ledger, oldest first
     Connections(connections::Args),
+    /// Show the rules: what holds for some addresses, whatever the limits are
+    Rules(rules::RulesArgs),
+    /// Let an address or a prefix past all limits
+    Allow(rules::AllowArgs),
+    /// Keep an address or a prefix out; connections that are open stay open
+    Deny(rules::DenyArgs),
+    /// Take the rule of an address or a prefix away
+    Forget(rules::ForgetArgs),
     /// Show or change the limits in force
     #[command(subcommand)]
     Limit(limit::Command),
@@ -110,6 +119,10 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Status(args) => status::run(&global, &args),
         Command::Sources(args) => sources::run(&global, &args),
         Command::Connections(args) => connections::run(&global, &args),
+        Command::Rules(args) => rules::rules(&global, &args),
+        Command::Allow(args) => rules::allow(&global, &args),
+        Command::Deny(args) => rules::deny(&global, &args),
+        Command::Forget(args) => rules::forget(&global, &args),
         Command::Limit(command) => limit::run(&global, command),
         Command::Config(command) => config::run(&command),
         Command::Doctor(args) => doctor::run(&global, &args),

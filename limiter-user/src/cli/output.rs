@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
+use crate::policy::Limits;
+
 /// How data is printed.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub(super) struct Format {
@@ -58,6 +60,15 @@ pub(super) fn table<const N: usize>(
 /// A limit for people: 0 stands for none.
 pub(super) fn limit(limit: u32) -> String {
     if limit == 0 { "unlimited".to_owned() } else { limit.to_string() }
+}
+
+/// A connection rate for people.
+pub(super) fn rate(limits: &Limits) -> String {
+    if limits.connection_rate == 0 {
+        "unlimited".to_owned()
+    } else {
+        format!("{}/s, {} at once", limits.connection_rate, limits.connection_burst)
+    }
 }
 
 /// Ports, separated by commas.

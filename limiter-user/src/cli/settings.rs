@@ -27,6 +27,15 @@ pub(super) struct KernelSettings {
     /// Connections that a service may hold in all; 0: any number [default: 10000]
     #[arg(long, value_name = "COUNT", env = "LIMITER_CONNECTIONS_TOTAL", allow_negative_numbers = true)]
     connections_total: Option<u32>,
+    /// New connections per second that one source may open; 0: any number [default: 10]
+    #[arg(
+        long,
+        value_name = "COUNT",
+        env = "LIMITER_CONNECTION_RATE",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u32).range(..=1_000_000)
+    )]
+    connection_rate: Option<u32>,
     /// What the SYN of a source at its limit gets [default: drop]
     #[arg(long, value_enum, value_name = "ACTION", env = "LIMITER_ON_DENY")]
     on_deny: Option<OnDeny>,
@@ -93,6 +102,7 @@ fn overrides(global: &Global, kernel: KernelSettings) -> Overrides {
         ports: kernel.ports,
         connections_per_source: kernel.connections_per_source,
         connections_total: kernel.connections_total,
+        connection_rate: kernel.connection_rate,
         on_deny: kernel.on_deny,
         attach_mode: kernel.attach_mode,
         pin_path: global.pin_path.as_deref().map(Path::to_owned),
@@ -130,6 +140,8 @@ mod tests {
             "1",
             "--connections-total",
             "2",
+            "--connection-rate",
+            "3",
             "--on-deny",
             "observe",
             "--attach-mode",
@@ -144,6 +156,7 @@ mod tests {
         let service = &config.services[0];
         assert_eq!(service.ports, [81]);
         assert_eq!((service.limits.connections_per_source, service.limits.connections_total), (1, 2));
+        assert_eq!(service.limits.connection_rate, 3);
         assert_eq!(service.on_deny, OnDeny::Observe);
         assert_eq!(config.kernel.attach_mode, AttachMode::Generic);
         assert_eq!(config.kernel.pin_path, Path::new("/p"));

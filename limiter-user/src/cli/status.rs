@@ -6,7 +6,7 @@ use limiter_common::Counter;
 
 use super::{
     Global,
-    output::{Format, limit, ports, table},
+    output::{Format, limit, ports, rate, table},
 };
 use crate::kernel::{AttachedInterface, Pinned, ServiceRow, Status};
 
@@ -30,7 +30,7 @@ fn text(status: &Status) -> String {
     let interfaces = status.interfaces.iter().map(interface);
     text += &table(["INTERFACE", "INDEX", "MODE"], &[1], interfaces);
     text.push('\n');
-    let header = ["SERVICE", "PORTS", "ON DENY", "CONNECTIONS", "TOTAL LIMIT", "PER SOURCE", "SOURCE IS"];
+    let header = ["SERVICE", "PORTS", "ON DENY", "CONNECTIONS", "TOTAL LIMIT", "PER SOURCE", "RATE", "SOURCE IS"];
     text += &table(header, &[3, 4, 5], status.services.iter().map(service));
 
     let counted: Vec<[String; 3]> = status.services.iter().flat_map(counters).collect();
@@ -54,7 +54,7 @@ fn interface(interface: &AttachedInterface) -> [String; 3] {
     [name, interface.index.to_string(), interface.mode.to_owned()]
 }
 
-fn service(service: &ServiceRow) -> [String; 7] {
+fn service(service: &ServiceRow) -> [String; 8] {
     let limits = &service.limits;
     [
         service.name.clone(),
@@ -63,6 +63,7 @@ fn service(service: &ServiceRow) -> [String; 7] {
         service.connections.to_string(),
         limit(limits.connections_total),
         limit(limits.connections_per_source),
+        rate(limits),
         format!("/{} and /{}", limits.ipv4_prefix, limits.ipv6_prefix),
     ]
 }
@@ -119,8 +120,8 @@ INTERFACE                        INDEX  MODE
 eth0                                 2  native
 (gone, or in another namespace)     77  generic
 
-SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  SOURCE IS
-chat     8080,8443  drop               3    unlimited          20  /32 and /64
+SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  RATE              SOURCE IS
+chat     8080,8443  drop               3    unlimited          20  10/s, 20 at once  /32 and /64
 
 SERVICE  COUNTER       VALUE
 chat     syn_admitted      5

@@ -13,6 +13,9 @@ use toml_edit::{DocumentMut, InlineTable, Item, Table, TableLike, Value};
 use super::{ConfigError, DEFAULT_SERVICE, parse, resolve};
 use crate::policy::Limits;
 
+/// Largest `connection_rate` and `connection_burst`; far above what one source can do.
+pub(crate) const GREATEST_CONNECTION_RATE: u32 = 1_000_000;
+
 /// A limit that can be changed while the limiter runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LimitKey {
@@ -20,6 +23,10 @@ pub enum LimitKey {
     ConnectionsPerSource,
     /// Connections that the service may hold in all.
     ConnectionsTotal,
+    /// New connections per second that one source may open.
+    ConnectionRate,
+    /// How many of them it may open at once.
+    ConnectionBurst,
     /// Length of the prefix that makes a source of an IPv4 address.
     Ipv4Prefix,
     /// Length of the prefix that makes a source of an IPv6 address.
@@ -28,13 +35,22 @@ pub enum LimitKey {
 
 impl LimitKey {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 4] = [Self::ConnectionsPerSource, Self::ConnectionsTotal, Self::Ipv4Prefix, Self::Ipv6Prefix];
+    pub const ALL: [Self; 6] = [
+        Self::ConnectionsPerSource,
+        Self::ConnectionsTotal,
+        Self::ConnectionRate,
+        Self::ConnectionBurst,
+        Self::Ipv4Prefix,
+        Self::Ipv6Prefix,
+    ];
 
     /// Its name in the file, on the command line and in `--json`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::ConnectionsPerSource => "connections_per_source",
             Self::ConnectionsTotal => "connections_total",
+            Self::ConnectionRate => "connection_rate",
+            Self::ConnectionBurst => "connection_burst",
             Self::Ipv4Prefix => "ipv4_prefix",
             Self::Ipv6Prefix => "ipv6_prefix",
         }
@@ -44,6 +60,8 @@ impl LimitKey {
     pub const fn range(self) -> (u32, u32) {
         match self {
             Self::ConnectionsPerSource | Self::ConnectionsTotal => (0, u32::MAX),
+            Self::ConnectionRate => (0, GREATEST_CONNECTION_RATE),
+            Self::ConnectionBurst => (1, GREATEST_CONNECTION_RATE),
             Self::Ipv4Prefix => (1, 32),
             Self::Ipv6Prefix => (1, 128),
         }
@@ -54,6 +72,8 @@ impl LimitKey {
         match self {
             Self::ConnectionsPerSource => limits.connections_per_source,
             Self::ConnectionsTotal => limits.connections_total,
+            Self::ConnectionRate => limits.connection_rate,
+            Self::ConnectionBurst => limits.connection_burst,
             Self::Ipv4Prefix => limits.ipv4_prefix.into(),
             Self::Ipv6Prefix => limits.ipv6_prefix.into(),
         }
@@ -68,6 +88,8 @@ impl LimitKey {
         match self {
             Self::ConnectionsPerSource => limits.connections_per_source = value,
             Self::ConnectionsTotal => limits.connections_total = value,
+            Self::ConnectionRate => limits.connection_rate = value,
+            Self::ConnectionBurst => limits.connection_burst = value,
             Self::Ipv4Prefix => limits.ipv4_prefix = u8::try_from(value).ok()?,
             Self::Ipv6Prefix => limits.ipv6_prefix = u8::try_from(value).ok()?,
         }

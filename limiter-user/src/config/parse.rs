@@ -6,12 +6,13 @@ use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
 use toml::de::DeTable;
 
 use super::{
-    Admin, Config, ConfigError, Gateway, Kernel, Log, Messages, Service,
+    Admin, Config, ConfigError, Gateway, Kernel, Log, Messages, RuleAction, Service,
+    edit::GREATEST_CONNECTION_RATE,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
     value,
 };
-use crate::policy::Limits;
+use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 
 /// Most connections that a ledger may hold: about 2 GiB of kernel memory.
 pub(super) const LARGEST_LEDGER: u32 = 1 << 24;
@@ -52,6 +53,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     let base =
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
+    config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
     let listen = gateway(root.section("gateway"), &mut config.gateway);
     let admin_listen = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
@@ -84,9 +86,10 @@ fn kernel(mut section: Section, kernel: &mut Kernel) {
 }
 
 fn limits(section: &mut Section, limits: &mut Limits) {
-    let count = |item: &Item| value::integer(item, 0..=u32::MAX, "connections; 0: any number");
-    section.read("connections_per_source", &mut limits.connections_per_source, count);
-    section.read("connections_total", &mut limits.connections_total, count);
+    section.read("connections_per_source", &mut limits.connections_per_source, connections);
+    section.read("connections_total", &mut limits.connections_total, connections);
+    section.read("connection_rate", &mut limits.connection_rate, connection_rate);
+    section.read("connection_burst", &mut limits.connection_burst, connection_burst);
     section.read("ipv4_prefix", &mut limits.ipv4_prefix, |item| value::integer(item, 1..=32, "bits"));
     section.read("ipv6_prefix", &mut limits.ipv6_prefix, |item| value::integer(item, 1..=128, "bits"));
 }
@@ -125,6 +128,64 @@ fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Serv
         services.push(service);
     }
     services
+}
+
+/// `burst`: how many connections at once where a rule says only how many per second.
+fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32) -> Vec<Rule> {
+    let mut rules = Vec::with_capacity(sections.len());
+    let mut seen: HashMap<Cidr, usize> = HashMap::with_capacity(sections.len());
+    for (span, mut section) in sections {
+        if section.item("cidr").is_none() {
+            report.add(&span, "rule.cidr: every [[rule]] needs a cidr");
+        }
+        let (mut cidr, mut action) = (None, None);
+        let mut own = OwnLimits::default();
+        let (mut own_rate, mut own_burst) = (None, None);
+        let place = section.read("cidr", &mut cidr, |item| value::cidr(item).map(Some));
+        let action_at = section.read("action", &mut action, |item| value::choice::<RuleAction>(item).map(Some));
+        section.read("connections_per_source", &mut own.connections_per_source, |item| connections(item).map(Some));
+        section.read("connection_rate", &mut own_rate, |item| connection_rate(item).map(Some));
+        let burst_at = section.read("connection_burst", &mut own_burst, |item| connection_burst(item).map(Some));
+        let given = ["action", "connections_per_source", "connection_rate", "connection_burst"]
+            .map(|key| section.item(key).is_some());
+        section.finish();
+
+        let [acts, limits @ ..] = given;
+        if let (Some(at), true) = (&action_at, limits.contains(&true)) {
+            report.add(at, "rule.action: whom it allows or denies has no limits: leave out the one or the other");
+        }
+        if !acts && !limits.contains(&true) {
+            report.add(&span, r#"rule: it says nothing; give it action = "allow" or "deny", or a limit"#);
+        }
+        if let (Some(at), None) = (&burst_at, own_rate) {
+            report.add(at, "rule.connection_burst: it goes with a connection_rate");
+        }
+        own.rate = own_rate.map(|rate| (rate, own_burst.unwrap_or(burst)));
+        let Some(cidr) = cidr else { continue };
+        if let (Some(at), Some(other)) = (place, seen.insert(cidr, span.start)) {
+            let line = report.line(other);
+            report.add(&at, format!("rule.cidr: line {line} has a rule for {cidr} already"));
+        }
+        let action = match action {
+            Some(RuleAction::Allow) => Action::Allow,
+            Some(RuleAction::Deny) => Action::Deny,
+            None => Action::Limit(own),
+        };
+        rules.push(Rule { cidr, action });
+    }
+    rules
+}
+
+fn connections(item: &Item) -> Result<u32, Fault> {
+    value::integer(item, 0..=u32::MAX, "connections; 0: any number")
+}
+
+fn connection_rate(item: &Item) -> Result<u32, Fault> {
+    value::integer(item, 0..=GREATEST_CONNECTION_RATE, "new connections per second; 0: any number")
+}
+
+fn connection_burst(item: &Item) -> Result<u32, Fault> {
+    value::integer(item, 1..=GREATEST_CONNECTION_RATE, "new connections at once")
 }
 
 fn service_name(item: &Item) -> Result<String, Fault> {

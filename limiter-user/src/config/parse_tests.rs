@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{AttachMode, EXAMPLE, LogFormat, OnDeny, OnFull, OnViolation, Overrides, Purpose, Upstream};
+use crate::policy::{Action, OwnLimits, Rule};
 
 fn good(text: &str) -> Config {
     parse(Path::new("limiter.toml"), text).unwrap().config
@@ -35,6 +36,8 @@ fn every_key_is_read() {
         debug_log = true
         [limits]
         connections_per_source = 0
+        connection_rate = 7
+        connection_burst = 1000000
         connections_total = 4294967295
         ipv4_prefix = 24
         ipv6_prefix = 128
@@ -49,6 +52,16 @@ fn every_key_is_read() {
         ipv4_prefix = 1
         ipv6_prefix = 48
         on_deny = "drop"
+        [[rule]]
+        cidr = "192.0.2.0/24"
+        action = "deny"
+        [[rule]]
+        cidr = "2001:db8::7"
+        action = "allow"
+        [[rule]]
+        cidr = "100.64.0.0/10"
+        connections_per_source = 500
+        connection_rate = 9
         [gateway]
         listen = ["[::]:8080"]
         upstream = "ws://127.0.0.1:9000"
@@ -71,7 +84,14 @@ fn every_key_is_read() {
         level = "info,limiter::gateway=debug"
         format = "json"
     "#;
-    let limits = Limits { connections_per_source: 0, connections_total: u32::MAX, ipv4_prefix: 24, ipv6_prefix: 128 };
+    let limits = Limits {
+        connections_per_source: 0,
+        connections_total: u32::MAX,
+        connection_rate: 7,
+        connection_burst: 1_000_000,
+        ipv4_prefix: 24,
+        ipv6_prefix: 128,
+    };
     let expected = Config {
         kernel: Kernel {
             interfaces: vec!["eth0".into(), "lo".into()],
@@ -88,8 +108,22 @@ fn every_key_is_read() {
             Service {
                 name: "quiet".into(),
                 ports: vec![9000],
-                limits: Limits { connections_per_source: 3, connections_total: 4, ipv4_prefix: 1, ipv6_prefix: 48 },
+                limits: Limits {
+                    connections_per_source: 3,
+                    connections_total: 4,
+                    ipv4_prefix: 1,
+                    ipv6_prefix: 48,
+                    ..limits
+                },
                 on_deny: OnDeny::Drop,
+            },
+        ],
+        rules: vec![
+            Rule { cidr: "192.0.2.0/24".parse().unwrap(), action: Action::Deny },
+            Rule { cidr: "2001:db8::7/128".parse().unwrap(), action: Action::Allow },
+            Rule {
+                cidr: "100.64.0.0/10".parse().unwrap(),
+                action: Action::Limit(OwnLimits { connections_per_source: Some(500), rate: Some((9, 1_000_000)) }),
             },
         ],
         gateway: Gateway {
@@ -137,7 +171,25 @@ fn each_problem_is_told_with_its_place() {
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
         ("[gateway.tls]\n", "1:10", "unknown key gateway.tls; known here: listen"),
         ("[[rule]]\ncidr = \"::/0\"", "1:3", "unknown key rule"),
-        ("[limits]\nconnection_rate = 10", "2:1", "unknown key limits.connection_rate"),
+        ("[[rule]]\naction = \"deny\"", "1:1", "every [[rule]] needs a cidr"),
+        ("[[rule]]\ncidr = \"192.0.2.0/24\"", "1:1", "it says nothing"),
+        ("[[rule]]\ncidr = \"192.0.2.7/24\"\naction = \"deny\"", "2:8", "did you mean 192.0.2.0/24?"),
+        ("[[rule]]\ncidr = \"all\"\naction = \"deny\"", "2:8", "expected an address or a prefix"),
+        ("[[rule]]\ncidr = \"::/0\"\naction = \"drop\"", "3:10", "expected one of allow, deny"),
+        ("[[rule]]\ncidr = \"::/0\"\naction = \"deny\"\nconnection_rate = 1", "3:10", "has no limits"),
+        ("[[rule]]\ncidr = \"::/0\"\nconnection_burst = 1", "3:20", "it goes with a connection_rate"),
+        (
+            "[[rule]]\ncidr = \"192.0.2.7\"\naction = \"deny\"\n[[rule]]\ncidr = \"192.0.2.7/32\"\naction = \"allow\"",
+            "5:8",
+            "line 1 has a rule for 192.0.2.7/32 already",
+        ),
+        ("[limits]\nconnection_rte = 10", "2:1", "unknown key limits.connection_rte; did you mean connection_rate?"),
+        (
+            "[limits]\nconnection_burst = 0",
+            "2:20",
+            "expected a whole number from 1 to 1000000 (new connections at once)",
+        ),
+        ("[limits]\nconnection_rate = 1000001", "2:19", "from 0 to 1000000"),
         (
             "[kernel]\nattach_mode = \"natve\"",
             "2:15",
@@ -268,6 +320,7 @@ fn example_in_full() -> String {
     EXAMPLE
         .lines()
         .map(|line| match line.strip_prefix("# ") {
+            Some("[[rule]]") => "[[rule]]",
             Some(rest) if rest.split_once(" = ").is_some_and(|(key, _)| !key.contains(' ')) => rest,
             _ => line,
         })
@@ -279,7 +332,9 @@ fn example_in_full() -> String {
 fn the_example_is_the_defaults() {
     let defaults = Config::resolve(None, &Overrides::default(), Purpose::Run).unwrap();
     assert_eq!(good(EXAMPLE), defaults);
-    assert_eq!(good(&example_in_full()), defaults);
+    let full = good(&example_in_full());
+    assert_eq!(full.rules.len(), 2, "the rules are examples, not defaults");
+    assert_eq!(Config { rules: Vec::new(), ..full }, defaults);
 }
 
 #[test]
@@ -292,11 +347,19 @@ fn the_example_has_every_key() {
     for key in report.keys() {
         let mut value = &document;
         for part in key.split('.') {
-            let next = value.get(part).unwrap_or_else(|| panic!("the example lacks {key}"));
-            value = next.get(0).filter(|_| part == "service").unwrap_or(next);
+            // Of several tables of one name, any may have it.
+            let next = match value.as_array().filter(|tables| tables.iter().any(toml::Value::is_table)) {
+                Some(tables) => tables.iter().find_map(|table| table.get(part)),
+                None => value.get(part),
+            };
+            value = next.unwrap_or_else(|| panic!("the example lacks {key}"));
         }
     }
-    assert!(report.keys().contains("service.on_deny") && report.keys().contains("gateway.messages.window"));
+    assert!(
+        report.keys().contains("service.on_deny")
+            && report.keys().contains("rule.action")
+            && report.keys().contains("gateway.messages.window")
+    );
 }
 
 proptest! {

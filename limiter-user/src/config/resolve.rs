@@ -17,8 +17,8 @@ use super::{
 /// Name of the service that stands for ports which the file gives no name.
 pub const DEFAULT_SERVICE: &str = "default";
 
-/// Longest file that is read; no real one comes near.
-const LONGEST_FILE_BYTES: u64 = 1 << 20;
+/// Longest file that is read: room for some hundred thousand rules.
+const LONGEST_FILE_BYTES: u64 = 1 << 25;
 
 /// What the command line and the environment say; each value takes the place of the file's.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -35,6 +35,8 @@ pub struct Overrides {
     pub connections_per_source: Option<u32>,
     /// In place of `connections_total` in `[limits]` and in every `[[service]]`.
     pub connections_total: Option<u32>,
+    /// In place of `connection_rate` in `[limits]` and in every `[[service]]`.
+    pub connection_rate: Option<u32>,
     /// In place of `on_deny` in `[kernel]` and in every `[[service]]`.
     pub on_deny: Option<OnDeny>,
     /// In place of `kernel.attach_mode`.
@@ -108,6 +110,7 @@ fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, 
     let set_limits = |limits: &mut crate::policy::Limits| {
         limits.connections_per_source = given.connections_per_source.unwrap_or(limits.connections_per_source);
         limits.connections_total = given.connections_total.unwrap_or(limits.connections_total);
+        limits.connection_rate = given.connection_rate.unwrap_or(limits.connection_rate);
     };
 
     let kernel = &mut config.kernel;

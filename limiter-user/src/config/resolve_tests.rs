@@ -30,6 +30,7 @@ fn flags_take_the_place_of_the_file_in_every_service() {
         listen: Some(vec!["127.0.0.1:81".parse().unwrap()]),
         upstream: Some(Upstream::Relay("ws://h".into())),
         connections_per_source: Some(1),
+        connection_rate: Some(8),
         connections_total: Some(2),
         on_deny: Some(OnDeny::Observe),
         attach_mode: Some(AttachMode::Native),
@@ -46,7 +47,7 @@ fn flags_take_the_place_of_the_file_in_every_service() {
     let service = &config.services[0];
     assert_eq!((service.name.as_str(), service.ports.as_slice()), ("a", &[81][..]));
     for limits in [service.limits, config.limits] {
-        assert_eq!((limits.connections_per_source, limits.connections_total), (1, 2));
+        assert_eq!((limits.connections_per_source, limits.connections_total, limits.connection_rate), (1, 2, 8));
     }
     assert_eq!((service.on_deny, config.kernel.on_deny), (OnDeny::Observe, OnDeny::Observe));
 }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use ipnet::IpNet;
 
 use super::AllowedOrigin;
-use crate::policy::Limits;
+use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -16,6 +16,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[[service]]`
     pub services: Vec<Service>,
+    /// `[[rule]]`
+    pub rules: Vec<Rule>,
     /// `[gateway]`
     pub gateway: Gateway,
     /// `[admin]`
@@ -97,6 +99,15 @@ pub struct Service {
     pub limits: Limits,
     /// What a refused SYN gets, where it differs from `[kernel]`.
     pub on_deny: OnDeny,
+}
+
+/// What a `[[rule]]` without limits of its own does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RuleAction {
+    /// No limit holds.
+    Allow,
+    /// Nobody gets in.
+    Deny,
 }
 
 /// `[gateway]`: the WebSocket server in front of the application.

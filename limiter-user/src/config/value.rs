@@ -20,6 +20,7 @@ use super::{
     read::{Fault, Item, nearest},
     schema::Upstream,
 };
+use crate::policy::{Cidr, InvalidCidr};
 
 /// Longest duration that is taken, so that no deadline overflows.
 pub(super) const LONGEST: Duration = Duration::from_hours(365 * 24);
@@ -135,6 +136,13 @@ pub(super) fn ports(item: &Item) -> Result<Vec<u16>, Fault> {
     }
     let ports = list(item, port, "TCP ports")?;
     if ports.is_empty() { Err(expected(item, "at least one TCP port")) } else { Ok(ports) }
+}
+
+/// A prefix of addresses, or an address.
+pub(super) fn cidr(item: &Item) -> Result<Cidr, Fault> {
+    text(item, "a prefix of addresses, such as \"192.0.2.0/24\"")?
+        .parse()
+        .map_err(|error: InvalidCidr| Fault::new(item, format!("found {}: {error}", kind(item))))
 }
 
 pub(super) fn interface(item: &Item) -> Result<String, Fault> {

@@ -187,7 +187,7 @@ async fn decide(
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }
-    let limits = shared.policy.limits();
+    let limits = shared.policy.limits_for(identity.ip);
     let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,

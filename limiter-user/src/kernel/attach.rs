@@ -28,8 +28,12 @@ use super::{
     load::{Loaded, load, program},
     maps::{ServiceEntry, Services},
     pins::{Lock, Pins, XdpMode, XdpPin},
+    rules::Rules,
 };
-use crate::config::{AttachMode, Kernel, OnFull, Service};
+use crate::{
+    config::{AttachMode, Kernel, OnFull, Service},
+    policy::Rule,
+};
 
 /// The programs, attached and pinned. Dropping this leaves them in force.
 #[derive(Debug)]
@@ -66,13 +70,13 @@ pub struct InterfaceReport {
 }
 
 impl Attached {
-    /// Attaches to every interface of the configuration, for these services.
+    /// Attaches to every interface of the configuration, for these services and with these rules.
     ///
     /// # Errors
     ///
     /// [`KernelError`] says which of the preconditions does not hold; nothing is left behind then that was not there
     /// before.
-    pub fn attach(config: &Kernel, services: &[Service]) -> Result<(Self, AttachReport), KernelError> {
+    pub fn attach(config: &Kernel, services: &[Service], rules: &[Rule]) -> Result<(Self, AttachReport), KernelError> {
         if services.len() > abi::MAX_SERVICES as usize {
             return Err(KernelError::TooManyServices { count: services.len() });
         }
@@ -89,7 +93,8 @@ impl Attached {
         let lock = pins.lock()?;
         layout::check_version(&pins)?;
         let taken_over = pins.exist();
-        let result = Attach { config, pins: &pins, netns_cookie, taken_over }.run(&cgroup, &interfaces, services);
+        let result =
+            Attach { config, pins: &pins, netns_cookie, taken_over }.run(&cgroup, &interfaces, services, rules);
         match result {
             Ok((services, mut loaded, events, report)) => {
                 let debug_log = loaded.debug_log.take();
@@ -148,7 +153,13 @@ struct Attach<'a> {
 type Parts = (Vec<(u32, Service)>, Loaded, Events, AttachReport);
 
 impl Attach<'_> {
-    fn run(&self, cgroup: &fs::File, interfaces: &[(String, u32)], services: &[Service]) -> Result<Parts, KernelError> {
+    fn run(
+        &self,
+        cgroup: &fs::File,
+        interfaces: &[(String, u32)],
+        services: &[Service],
+        rules: &[Rule],
+    ) -> Result<Parts, KernelError> {
         let mut warnings = Vec::new();
         if self.taken_over {
             let size = layout::check(self.pins)?;
@@ -177,6 +188,7 @@ impl Attach<'_> {
         let events = Events::open(self.pins)?;
 
         // Nothing is left that can be refused: from here on it stays.
+        Rules::open(self.pins)?.set_from_file(rules)?;
         let services = put_in_force(self.pins, services, self.config.on_full)?;
         self.pin_sock_ops(sock_ops)?;
         let mut reports = Vec::new();

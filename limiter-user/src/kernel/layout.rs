@@ -8,7 +8,10 @@ use std::{io, mem};
 
 use aya::maps::{MapData, MapType};
 use limiter_common::{
-    ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, ledger::Reservation, policy::ServiceState,
+    ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    ledger::Reservation,
+    policy::ServiceState,
+    rule::{RuleEntry, RuleKey},
 };
 
 use super::{KernelError, pins::Pins};
@@ -35,6 +38,8 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, u64>(abi::MAP_COUNTERS, MapType::PerCpuArray, Some(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE)),
     shape::<(), ()>(abi::MAP_EVENTS, MapType::RingBuf, Some(abi::EVENTS_BYTES)),
     shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, Some(abi::MAX_RESERVATIONS)),
+    shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
+    shape::<RuleKey, RuleEntry>(abi::MAP_RULES, MapType::LpmTrie, Some(abi::MAX_RULES)),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

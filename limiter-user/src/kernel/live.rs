@@ -1,15 +1,25 @@
 //! The policy that the gateway asks when the kernel's part is attached: the limits are those in the kernel's maps, and
 //! connections that the gateway gives up leave the ledger.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use super::{KernelError, control::Control, maps::Services, pins::Pins};
+use super::{
+    KernelError,
+    control::Control,
+    maps::Services,
+    pins::Pins,
+    rules::{Rules, apply},
+};
 use crate::policy::{Connection, Limits, Policy};
 
 /// One service's policy, read anew at every question.
 #[derive(Debug)]
 pub struct LivePolicy {
     services: Services,
+    rules: Rules,
     index: u32,
     control: Arc<Control>,
     /// What to go by should the map not be readable.
@@ -19,7 +29,13 @@ pub struct LivePolicy {
 impl LivePolicy {
     /// The policy of the service of that index, which has these limits now.
     pub(super) fn new(pins: &Pins, index: u32, limits: Limits, control: Arc<Control>) -> Result<Self, KernelError> {
-        Ok(Self { services: Services::open(pins)?, index, control, last: Mutex::new(limits) })
+        Ok(Self {
+            services: Services::open(pins)?,
+            rules: Rules::open(pins)?,
+            index,
+            control,
+            last: Mutex::new(limits),
+        })
     }
 }
 
@@ -32,6 +48,16 @@ impl Policy for LivePolicy {
             Err(error) => tracing::warn!(%error, "can't read the limits in force; going by the last ones"),
         }
         *last
+    }
+
+    fn limits_for(&self, client: IpAddr) -> Limits {
+        let mut limits = self.limits();
+        match self.rules.holding(client) {
+            Ok(Some((_, rule))) => apply(&rule, &mut limits),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "can't look up the rule for a client; going by the service's limits"),
+        }
+        limits
     }
 
     fn closed(&self, connection: &Connection) {

@@ -5,6 +5,7 @@ use std::{fmt, path::Path};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use limiter_common::{
     ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    bucket::Rate,
     policy::{ServiceName, ServiceState},
 };
 
@@ -32,6 +33,9 @@ impl ServiceEntry {
         Some(ServicePolicy {
             connections_per_source: self.limits.connections_per_source,
             connections_total: self.limits.connections_total,
+            connection_rate: self.limits.connection_rate,
+            connection_burst: self.limits.connection_burst,
+            rate: Rate::new(self.limits.connection_rate, self.limits.connection_burst),
             ipv4_prefix: self.limits.ipv4_prefix,
             ipv6_prefix: self.limits.ipv6_prefix,
             on_deny: match self.on_deny {
@@ -53,6 +57,8 @@ impl ServiceEntry {
             limits: Limits {
                 connections_per_source: policy.connections_per_source,
                 connections_total: policy.connections_total,
+                connection_rate: policy.connection_rate,
+                connection_burst: policy.connection_burst,
                 ipv4_prefix: policy.ipv4_prefix,
                 ipv6_prefix: policy.ipv6_prefix,
             },

@@ -15,6 +15,7 @@ mod maps;
 mod pinned;
 mod pins;
 mod report;
+mod rules;
 
 pub use attach::{AttachReport, Attached, InterfaceReport};
 pub use control::Control;
@@ -27,3 +28,4 @@ pub use maps::{Ledger, ServiceEntry, Services, Sources};
 pub use pinned::{Pinned, detach};
 pub use pins::XdpMode;
 pub use report::{AttachedInterface, ConnectionRow, Counters, ServiceRow, SourceRow, Status};
+pub use rules::{RuleInForce, Rules};

@@ -8,6 +8,7 @@ use super::{
     AttachedInterface, ConnectionRow, KernelError, ServiceRow, SourceRow, Status, host, layout,
     maps::{Ledger, ServiceEntry, Services, Sources},
     pins::Pins,
+    rules::{self, Rules},
 };
 use crate::{config::OnDeny, policy::Limits};
 
@@ -112,18 +113,23 @@ impl Pinned {
         let mut sources = Sources::open(&self.pins)?.entries()?;
         sources.retain(|(_, entry)| entry.connections != 0 && !is_gone(entry.connections));
         sources.sort_by_key(|(key, entry)| (std::cmp::Reverse(entry.connections), key.service, key.to_string()));
-        Ok(sources
+        let rules = Rules::open(&self.pins)?;
+        sources
             .into_iter()
             .map(|(key, entry)| {
                 let service = services.get(&u32::from(key.service));
-                SourceRow {
+                let mut limits = service.map(|service| service.limits);
+                if let (Some(limits), Some((_, rule))) = (&mut limits, rules.holding(key.address.into())?) {
+                    rules::apply(&rule, limits);
+                }
+                Ok(SourceRow {
                     service: service_name(service, &key),
                     source: key.to_string(),
                     connections: entry.connections,
-                    limit: service.map_or(0, |service| service.limits.connections_per_source),
-                }
+                    limit: limits.map_or(0, |limits| limits.connections_per_source),
+                })
             })
-            .collect())
+            .collect()
     }
 
     /// Every connection in the ledger, oldest first.
@@ -153,6 +159,11 @@ impl Pinned {
             source: "it was taken away meanwhile".into(),
         })?;
         maps.set(service, &ServiceEntry { limits: *limits, ..entry })
+    }
+
+    /// The rules.
+    pub fn rules(&self) -> Result<Rules, KernelError> {
+        Rules::open(&self.pins)
     }
 
     fn names(&self) -> Result<HashMap<u32, ServiceEntry>, KernelError> {

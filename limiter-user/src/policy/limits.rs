@@ -13,6 +13,10 @@ pub struct Limits {
     pub connections_per_source: u32,
     /// Connections that the service may hold in all; 0: any number.
     pub connections_total: u32,
+    /// New connections per second that one source may open; 0: any number.
+    pub connection_rate: u32,
+    /// How many new connections a source that was quiet may open at once, at least 1.
+    pub connection_burst: u32,
     /// Length of the prefix that makes a source of an IPv4 address, 1 to 32.
     pub ipv4_prefix: u8,
     /// Length of the prefix that makes a source of an IPv6 address, 1 to 128.
@@ -21,7 +25,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections_per_source: 20, connections_total: 10_000, ipv4_prefix: 32, ipv6_prefix: 64 }
+        Self {
+            connections_per_source: 20,
+            connections_total: 10_000,
+            connection_rate: 10,
+            connection_burst: 20,
+            ipv4_prefix: 32,
+            ipv6_prefix: 64,
+        }
     }
 }
 

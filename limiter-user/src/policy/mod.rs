@@ -1,10 +1,12 @@
 //! Limits as data, and who to ask for them.
 
 mod limits;
+mod rule;
 
 pub use limits::{Limits, Source};
+pub use rule::{Action, Cidr, InvalidCidr, OwnLimits, Rule};
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// The limits in force for one service, and the place where the ends of its connections are told.
 ///
@@ -13,6 +15,12 @@ use std::net::SocketAddr;
 pub trait Policy: Send + Sync + 'static {
     /// The limits at this moment. Called for every handshake, so it must be cheap (a map lookup).
     fn limits(&self) -> Limits;
+
+    /// The limits that hold for a client at this moment, rules and all.
+    fn limits_for(&self, client: IpAddr) -> Limits {
+        let _ = client;
+        self.limits()
+    }
 
     /// The gateway is done with a connection: whatever state the kernel's socket is in, it counts no more. Called exactly
     /// once for every accepted connection, before its descriptor is closed.

@@ -6,12 +6,13 @@ use serde::Serialize;
 
 use super::{
     Global, Usage, exit,
-    output::{Format, limit, ports, table},
+    output::{Format, limit, ports, rate, table},
+    rules,
 };
 use crate::{
     config::{LimitKey, prepare_limits},
     kernel::{Pinned, ServiceRow},
-    policy::Limits,
+    policy::{Action, Cidr, Limits},
 };
 use change::Change;
 
@@ -32,13 +33,16 @@ pub(super) struct SetArgs {
     #[arg(
         required = true,
         value_name = "KEY=VALUE",
-        help = "What to change: connections_per_source, connections_total (0: any number), ipv4_prefix, ipv6_prefix",
+        help = "What to change: connections_per_source, connections_total, connection_rate (0: any number), connection_burst, ipv4_prefix, ipv6_prefix",
         value_parser = change::parse_assignment
     )]
     values: Vec<(LimitKey, u32)>,
     /// Only for this service; without, for all
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
+    /// For this address or prefix, in every service: a rule
+    #[arg(long, value_name = "CIDR", conflicts_with_all = ["service", "save"])]
+    rule: Option<Cidr>,
     /// Write it into the configuration file too (--config), comments kept
     #[arg(long)]
     save: bool,
@@ -82,13 +86,14 @@ fn show(format: Format, services: &[ServiceRow]) -> anyhow::Result<()> {
                 ports(&row.ports),
                 limit(row.limits.connections_per_source),
                 limit(row.limits.connections_total),
+                rate(&row.limits),
                 format!("/{}", row.limits.ipv4_prefix),
                 format!("/{}", row.limits.ipv6_prefix),
                 row.on_deny.to_owned(),
             ]
         });
-        let header = ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "IPV4 PREFIX", "IPV6 PREFIX", "ON DENY"];
-        table(header, &[2, 3, 4, 5], rows)
+        let header = ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "RATE", "IPV4 PREFIX", "IPV6 PREFIX", "ON DENY"];
+        table(header, &[2, 3, 5, 6], rows)
     })
 }
 
@@ -102,6 +107,9 @@ struct SetDocument {
 /// if a later step fails.
 fn set(global: &Global, args: &SetArgs) -> anyhow::Result<()> {
     let values = change::once_each(&args.values)?;
+    if let Some(cidr) = args.rule {
+        return set_rule(global, cidr, &values, args.format);
+    }
     let file = match (args.save, global.config()) {
         (true, Some(path)) => Some(path),
         (true, None) => return Err(Usage("--save needs --config: the file to write into".into()).into()),
@@ -123,5 +131,45 @@ fn set(global: &Global, args: &SetArgs) -> anyhow::Result<()> {
     args.format.print(&document, || {
         let lines: Vec<_> = document.changes.iter().map(ToString::to_string).collect();
         lines.join("\n") + "\n"
+    })
+}
+
+#[derive(Serialize)]
+struct RuleDocument {
+    rule: String,
+    connections_per_source: Option<u32>,
+    connection_rate: Option<u32>,
+    connection_burst: Option<u32>,
+}
+
+/// Gives a rule limits of its own, and makes it if there is none.
+fn set_rule(global: &Global, cidr: Cidr, values: &[(LimitKey, u32)], format: Format) -> anyhow::Result<()> {
+    let of_rules = [LimitKey::ConnectionsPerSource, LimitKey::ConnectionRate, LimitKey::ConnectionBurst];
+    if let Some((key, _)) = values.iter().find(|(key, _)| !of_rules.contains(key)) {
+        let names = of_rules.map(LimitKey::name).join(", ");
+        return Err(Usage(format!("a rule has no {}; it may have {names}", key.name())).into());
+    }
+    let value = |wanted| values.iter().find(|(key, _)| *key == wanted).map(|(_, value)| *value);
+    let pinned = Pinned::open(&global.pin_path()?)?;
+    let [connections, rate, burst] = of_rules.map(value);
+    let own = match rules::set_own(&pinned, cidr, connections, rate, burst)?.rule.action {
+        Action::Limit(own) => own,
+        // It gives limits and nothing else.
+        Action::Allow | Action::Deny => crate::policy::OwnLimits::default(),
+    };
+    let document = RuleDocument {
+        rule: cidr.to_string(),
+        connections_per_source: own.connections_per_source,
+        connection_rate: own.rate.map(|(rate, _)| rate),
+        connection_burst: own.rate.map(|(_, burst)| burst),
+    };
+    format.print(&document, || {
+        let named = [
+            ("connections_per_source", document.connections_per_source),
+            ("connection_rate", document.connection_rate),
+            ("connection_burst", document.connection_burst),
+        ];
+        let lines = named.into_iter().filter_map(|(name, value)| Some(format!("{cidr}: {name} {}\n", value?)));
+        lines.collect()
     })
 }

@@ -50,7 +50,7 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
         return addresses.open(policies, None)?.run(signals).await;
     }
 
-    let (mut attached, report) = Attached::attach(&config.kernel, &config.services)?;
+    let (mut attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
     super::attach::log(&report);
     match open_attached(config, addresses, &mut attached) {
         // Held until the end: it keeps other daemons off.

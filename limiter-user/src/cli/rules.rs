@@ -1,0 +1,222 @@
+//! `limiter rules`, `allow`, `deny` and `forget`.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{
+    Global, Usage,
+    output::{Format, limit, print, table},
+};
+use crate::{
+    kernel::{KernelError, Pinned, RuleInForce},
+    policy::{Action, Cidr, Rule},
+};
+
+/// Longest time that a rule can be made for; longer is for ever.
+const LONGEST: Duration = Duration::from_hours(365 * 24);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct RulesArgs {
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct AllowArgs {
+    /// The address or the prefix
+    cidr: Cidr,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct DenyArgs {
+    /// The address or the prefix
+    cidr: Cidr,
+    /// How long, such as 10m; without, until it is forgotten
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_time)]
+    time: Option<Duration>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ForgetArgs {
+    /// The prefix of the rule
+    cidr: Cidr,
+}
+
+pub(super) fn rules(global: &Global, args: &RulesArgs) -> anyhow::Result<()> {
+    let rules: Vec<Row> = Pinned::open(&global.pin_path()?)?.rules()?.all()?.iter().map(Row::new).collect();
+    let document = Document { rules };
+    args.format.print(&document, || text(&document.rules))
+}
+
+pub(super) fn allow(global: &Global, args: &AllowArgs) -> anyhow::Result<()> {
+    set(global, Rule { cidr: args.cidr, action: Action::Allow }, None)
+}
+
+pub(super) fn deny(global: &Global, args: &DenyArgs) -> anyhow::Result<()> {
+    set(global, Rule { cidr: args.cidr, action: Action::Deny }, args.time)
+}
+
+pub(super) fn forget(global: &Global, args: &ForgetArgs) -> anyhow::Result<()> {
+    let mut rules = Pinned::open(&global.pin_path()?)?.rules()?;
+    if !rules.remove(args.cidr)? {
+        let source = "a rule is forgotten by its own prefix; `limiter rules` shows them".into();
+        return Err(KernelError::Failed { what: format!("there is no rule for {}", args.cidr), source }.into());
+    }
+    rules.remove_ended()?;
+    print(&format!("forgotten: {}\n", args.cidr))
+}
+
+fn set(global: &Global, rule: Rule, time: Option<Duration>) -> anyhow::Result<()> {
+    let mut rules = Pinned::open(&global.pin_path()?)?.rules()?;
+    let before = rules.get(rule.cidr)?;
+    rules.set(&rule, time, false)?;
+    rules.remove_ended()?;
+    let verb = if rule.action == Action::Allow { "allowed" } else { "denied" };
+    let time = time.map_or_else(String::new, |time| format!(" for {}", humantime::format_duration(time)));
+    let instead = before.map_or_else(String::new, |before| format!(", instead of: {}", before.rule.action.name()));
+    print(&format!("{verb}: {}{time}{instead}\n", rule.cidr))
+}
+
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|_| "expected a time with its unit, such as 10m or 1h")?;
+    if time < Duration::from_secs(1) || time > LONGEST {
+        return Err("expected a time from 1s to 365days".to_owned());
+    }
+    Ok(time)
+}
+
+#[derive(Serialize)]
+struct Document {
+    rules: Vec<Row>,
+}
+
+/// A rule, with the keys of the configuration. `null`: as the service has it; for ever.
+#[derive(Serialize)]
+struct Row {
+    cidr: String,
+    action: &'static str,
+    connections_per_source: Option<u32>,
+    connection_rate: Option<u32>,
+    connection_burst: Option<u32>,
+    seconds_left: Option<u64>,
+    from: &'static str,
+}
+
+impl Row {
+    fn new(rule: &RuleInForce) -> Self {
+        let own = match rule.rule.action {
+            Action::Limit(own) => own,
+            Action::Allow | Action::Deny => crate::policy::OwnLimits::default(),
+        };
+        Self {
+            cidr: rule.rule.cidr.to_string(),
+            action: rule.rule.action.name(),
+            connections_per_source: own.connections_per_source,
+            connection_rate: own.rate.map(|(rate, _)| rate),
+            connection_burst: own.rate.map(|(_, burst)| burst),
+            // A rule that has half a second left is not one that has ended.
+            seconds_left: rule.left.map(|left| left.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)),
+            from: if rule.from_file { "file" } else { "command" },
+        }
+    }
+}
+
+fn text(rules: &[Row]) -> String {
+    let rows = rules.iter().map(|row| {
+        let as_service = || "-".to_owned();
+        let rate = match (row.connection_rate, row.connection_burst) {
+            (Some(0), _) => limit(0),
+            (Some(rate), Some(burst)) => format!("{rate}/s, {burst} at once"),
+            _ => as_service(),
+        };
+        let left = |seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string();
+        [
+            row.cidr.clone(),
+            row.action.to_owned(),
+            row.connections_per_source.map_or_else(as_service, limit),
+            rate,
+            row.seconds_left.map_or_else(|| "-".to_owned(), left),
+            row.from.to_owned(),
+        ]
+    });
+    table(["CIDR", "ACTION", "PER SOURCE", "RATE", "LEFT", "FROM"], &[2], rows)
+}
+
+/// `limit set --rule`: gives a rule limits of its own. Gives what they are now.
+pub(super) fn set_own(
+    pinned: &Pinned,
+    cidr: Cidr,
+    connections_per_source: Option<u32>,
+    rate: Option<u32>,
+    burst: Option<u32>,
+) -> anyhow::Result<RuleInForce> {
+    let mut rules = pinned.rules()?;
+    let before = rules.get(cidr)?;
+    let mut own = match before.map(|before| before.rule.action) {
+        None => crate::policy::OwnLimits::default(),
+        Some(Action::Limit(own)) => own,
+        Some(action) => {
+            let action = action.name();
+            return Err(Usage(format!("the rule for {cidr} is {action}: `limiter forget {cidr}` comes first")).into());
+        }
+    };
+    own.connections_per_source = connections_per_source.or(own.connections_per_source);
+    own.rate = match (rate, burst, own.rate) {
+        (None, None, rate) => rate,
+        (None, Some(_), None) => {
+            return Err(
+                Usage("connection_burst goes with a connection_rate, which this rule has none of".into()).into()
+            );
+        }
+        (None, Some(burst), Some((rate, _))) => Some((rate, burst)),
+        (Some(rate), burst, old) => {
+            let default = crate::policy::Limits::default().connection_burst;
+            Some((rate, burst.or(old.map(|(_, burst)| burst)).unwrap_or(default)))
+        }
+    };
+    let rule = Rule { cidr, action: Action::Limit(own) };
+    let (left, from_file) = before.map_or((None, false), |before| (before.left, before.from_file));
+    rules.set(&rule, left, from_file)?;
+    Ok(RuleInForce { rule, left, from_file })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::OwnLimits;
+
+    #[test]
+    fn rules_are_a_table_or_a_document() {
+        let own = OwnLimits { connections_per_source: Some(500), rate: Some((9, 20)) };
+        let rules: Vec<_> = [
+            ("192.0.2.0/24", Action::Deny, Some(Duration::from_millis(599_500)), false),
+            ("2001:db8::/32", Action::Allow, None, false),
+            ("100.64.0.0/10", Action::Limit(own), None, true),
+        ]
+        .into_iter()
+        .map(|(cidr, action, left, from_file)| {
+            Row::new(&RuleInForce { rule: Rule { cidr: cidr.parse().unwrap(), action }, left, from_file })
+        })
+        .collect();
+        let expected = "\
+CIDR           ACTION  PER SOURCE  RATE             LEFT  FROM
+192.0.2.0/24   deny             -  -                10m   command
+2001:db8::/32  allow            -  -                -     command
+100.64.0.0/10  limit          500  9/s, 20 at once  -     file
+";
+        assert_eq!(text(&rules), expected);
+        let document = serde_json::to_value(Document { rules }).unwrap();
+        assert_eq!(document["rules"][0]["seconds_left"], 600);
+        assert_eq!(document["rules"][1]["connections_per_source"], serde_json::Value::Null);
+        assert_eq!(document["rules"][2]["connection_rate"], 9);
+    }
+
+    #[test]
+    fn a_time_needs_a_unit_and_a_bound() {
+        assert_eq!(parse_time("10m"), Ok(Duration::from_mins(10)));
+        for text in ["10", "0s", "", "400days"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
+}

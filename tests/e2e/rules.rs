@@ -1,0 +1,233 @@
+//! Rules by prefix: whom they deny, whom they allow, whose limits they change, and for how long.
+
+use std::{
+    fmt::Write as _,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use limiter_tests::{
+    both_families,
+    lab::{Family, Lab, PORT},
+    limiter::Limiter,
+    raw::RawClient,
+    tcp::{Crowd, PlainServer, connect_served},
+    wait::{SOON, eventually, eventually_equal},
+};
+use serde_json::Value;
+
+both_families!(
+    whom_a_rule_denies_gets_no_answer_and_keeps_what_is_open,
+    a_rule_ends_by_itself,
+    a_handshake_under_way_is_refused,
+    whom_a_rule_allows_is_counted_and_not_limited,
+    a_rule_has_limits_of_its_own,
+    rules_of_the_file_come_and_go_with_it,
+);
+
+/// How long a client that should get no answer waits for one.
+const NO_ANSWER: Duration = Duration::from_millis(300);
+
+fn whom_a_rule_denies_gets_no_answer_and_keeps_what_is_open(family: Family) -> Result<()> {
+    let lab = Lab::new(2)?;
+    let (client, other) = (&lab.clients[0], &lab.clients[1]);
+    let server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 5, &[])?;
+    let before = connect_served(&client.namespace, client.service(family), SOON)?;
+    let cidr = client.address(family).to_string();
+
+    assert_eq!(limiter.output(["deny", &cidr])?, format!("denied: {}\n", host(client.address(family))));
+    let denied = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(denied.unanswered.len(), 1, "no answer");
+    assert!(limiter.counter("syn_rule")? >= 1);
+    assert_eq!(server.seen(client.address(family)).open, 1, "what was open stays open");
+    connect_served(&other.namespace, other.service(family), SOON).context("nobody else is denied")?;
+
+    limiter.output(["forget", &cidr])?;
+    let after = connect_served(&client.namespace, client.service(family), SOON)?;
+    let again = limiter.outcome(["forget", &cidr])?;
+    assert_eq!(again.status.code(), Some(1));
+    assert!(again.stderr.contains("there is no rule for"), "{}", again.stderr);
+    drop((before, denied, after));
+    limiter.wait_empty()
+}
+
+fn a_rule_ends_by_itself(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 5, &[])?;
+    let around = wide(client.address(family), family);
+    limiter.output(["allow", &around])?;
+    let begin = Instant::now();
+    limiter.output(["deny", &client.address(family).to_string(), "--for", "2s"])?;
+    let listed = limiter.json("rules")?;
+    let rule = listed["rules"].as_array().context("a list")?.iter().find(|rule| rule["action"] == "deny");
+    let left = rule.context("the rule is listed")?["seconds_left"].as_u64().context("it has an end")?;
+    assert!((1..=2).contains(&left), "{left}");
+    let denied = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(denied.unanswered.len(), 1);
+    drop(denied);
+    // No daemon is there to end it.
+    eventually(SOON, "it has ended", || {
+        Ok(Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?.served.len() == 1)
+    })?;
+    assert!(begin.elapsed() >= Duration::from_secs(2), "and not before its time: {:?}", begin.elapsed());
+    assert_eq!(limiter.json("rules")?["rules"].as_array().map(Vec::len), Some(1), "the one around it is left");
+    limiter.wait_empty()
+}
+
+/// Denied between its SYN and its ACK.
+fn a_handshake_under_way_is_refused(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 5, &[])?;
+    let mut raw = RawClient::new(&lab.clients[0], family)?;
+    let mut connections = raw.half_open(3)?;
+    limiter.output(["deny", &raw.address().to_string()])?;
+    raw.complete(&connections)?;
+    eventually_equal(SOON, "every ACK is refused", &3, || limiter.counter("handshake_rule"))?;
+    assert_eq!(raw.reset_when_sending(&mut connections, 3)?, 3, "told that they are not connected");
+    assert_eq!(server.seen(raw.address()).accepted, 0);
+    limiter.wait_empty()
+}
+
+fn whom_a_rule_allows_is_counted_and_not_limited(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 2, &["--connections-total", "3", "--connection-rate", "1"])?;
+    limiter.output(["allow", &wide(client.address(family), family)])?;
+    let crowd = Crowd::connect(&client.namespace, client.service(family), 40, SOON)?;
+    assert_eq!(crowd.served.len(), 40);
+    limiter.wait_held(client.address(family), 40)?;
+    drop(crowd);
+    limiter.wait_empty()
+}
+
+fn a_rule_has_limits_of_its_own(family: Family) -> Result<()> {
+    let lab = Lab::new(2)?;
+    let (client, other) = (&lab.clients[0], &lab.clients[1]);
+    let server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 2, &[])?;
+    let cidr = Family::source(client.address(family));
+    let set = |value: &str| limiter.output(["limit", "set", value, "--rule", &cidr]);
+    assert_eq!(set("connections_per_source=4")?, format!("{cidr}: connections_per_source 4\n"));
+    let crowd = Crowd::connect(&client.namespace, client.service(family), 10, NO_ANSWER)?;
+    assert_eq!(crowd.served.len(), 4);
+    let elsewhere = Crowd::connect(&other.namespace, other.service(family), 10, NO_ANSWER)?;
+    assert_eq!(elsewhere.served.len(), 2, "of a source without a rule");
+    let sources = limiter.json("sources")?;
+    let held = sources["sources"].as_array().context("a list")?;
+    assert!(held.iter().any(|row| row["source"] == Family::source(client.address(family)) && row["limit"] == 4));
+
+    set("connections_per_source=0")?;
+    limiter.output(["limit", "set", "connection_rate=1", "connection_burst=3", "--rule", &cidr])?;
+    drop(crowd.unanswered);
+    let before = server.seen(client.address(family)).accepted;
+    let more = Crowd::connect(&client.namespace, client.service(family), 10, NO_ANSWER)?;
+    let accepted = server.seen(client.address(family)).accepted - before;
+    assert!((3..=4).contains(&accepted), "{accepted} with a burst of three");
+    for (arguments, complaint) in [
+        (vec!["limit", "set", "connections_total=1", "--rule", &cidr], "a rule has no connections_total"),
+        (vec!["limit", "set", "connection_burst=1", "--rule", "203.0.113.9"], "goes with a connection_rate"),
+        (vec!["limit", "set", "connection_rate=1", "--rule", &cidr, "--save"], "--save"),
+        (vec!["deny", "192.0.2.7/24"], "did you mean 192.0.2.0/24?"),
+        (vec!["deny", "192.0.2.7", "--for", "10"], "with its unit"),
+    ] {
+        let outcome = limiter.outcome(&arguments)?;
+        assert_eq!(outcome.status.code(), Some(2), "{arguments:?}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains(complaint), "{arguments:?}: {}", outcome.stderr);
+    }
+    drop((crowd.served, elsewhere, more));
+    limiter.wait_empty()
+}
+
+fn rules_of_the_file_come_and_go_with_it(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let own = host(client.address(family));
+    let file = |rules: &str| {
+        Limiter::config_file(&format!(
+            "[kernel]\ninterfaces = [\"{}\"]\n[[service]]\nname = \"chat\"\nport = {PORT}\n{rules}",
+            client.server_interface()
+        ))
+    };
+    let attach = |rules: &str| -> Result<()> {
+        let file = file(rules)?;
+        limiter.attach(["--config".as_ref(), file.path().as_os_str()])
+    };
+    let denied = format!("[[rule]]\ncidr = \"{own}\"\naction = \"deny\"\n");
+    attach(&denied)?;
+    let refused = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(refused.unanswered.len(), 1);
+    limiter.output(["allow", "203.0.113.0/24"])?;
+
+    // A bad file leaves the old one in force.
+    assert!(attach("[[rule]]\ncidr = \"x\"\naction = \"deny\"\n").is_err());
+    let still = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(still.unanswered.len(), 1);
+
+    attach("")?;
+    connect_served(&client.namespace, client.service(family), SOON)?;
+    let rules = limiter.json("rules")?;
+    let left: Vec<_> = rules["rules"].as_array().context("a list")?.iter().map(|rule| &rule["cidr"]).collect();
+    assert_eq!(left, [&Value::from("203.0.113.0/24")], "that of the command stays");
+    drop((refused, still));
+    limiter.wait_empty()
+}
+
+#[test]
+fn a_hundred_thousand_rules_load_in_seconds_and_hold() -> Result<()> {
+    const RULES: u32 = 100_000;
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, Family::V4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let mut text = format!(
+        "[kernel]\ninterfaces = [\"{}\"]\n[[service]]\nname = \"chat\"\nport = {PORT}\n",
+        client.server_interface()
+    );
+    for number in 0..RULES {
+        let network = std::net::Ipv4Addr::from_bits(10 << 24 | number << 6);
+        writeln!(text, "[[rule]]\ncidr = \"{network}/26\"\naction = \"deny\"")?;
+    }
+    writeln!(text, "[[rule]]\ncidr = \"{}\"\nconnections_per_source = 2", client.address(Family::V4))?;
+    let file = Limiter::config_file(&text)?;
+    let begin = Instant::now();
+    limiter.attach(["--config".as_ref(), file.path().as_os_str()])?;
+    let taken = begin.elapsed();
+    // The debug build parses ten times slower than what is shipped.
+    assert!(taken < Duration::from_secs(20), "{taken:?}");
+    let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 5, NO_ANSWER)?;
+    assert_eq!(crowd.served.len(), 2);
+    let rules = limiter.json("rules")?;
+    assert_eq!(rules["rules"].as_array().map(Vec::len), Some(RULES as usize + 1));
+    eprintln!("{RULES} rules were attached in {taken:?}");
+    drop(crowd);
+    limiter.wait_empty()
+}
+
+/// An address as limiter writes the prefix that is it alone.
+fn host(address: IpAddr) -> String {
+    format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 })
+}
+
+/// A prefix around an address.
+fn wide(address: IpAddr, family: Family) -> String {
+    match (family, address) {
+        (Family::V4, IpAddr::V4(address)) => {
+            let [a, b, ..] = address.octets();
+            format!("{a}.{b}.0.0/16")
+        }
+        _ => "2001:db8::/32".to_owned(),
+    }
+}

@@ -1,0 +1,206 @@
+//! The XDP program's verdict by connection rates and rules.
+#![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use limiter_common::{
+    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    bucket::Rate,
+    policy::OnDeny,
+    rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
+};
+use limiter_tests::{
+    frame::Frame,
+    program::{Action, Program, now_ns},
+};
+
+const PORT: u16 = 8080;
+const LIMIT: u16 = 2;
+
+fn v4() -> Frame {
+    Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap())
+}
+
+fn v6() -> Frame {
+    Frame::syn("[2001:db8::7]:40000".parse().unwrap(), "[2001:db8::1]:8080".parse().unwrap())
+}
+
+fn policy() -> ServicePolicy {
+    ServicePolicy { connections_per_source: LIMIT.into(), ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() }
+}
+
+/// A program whose one service has sources with so many connections each.
+fn program(policy: &ServicePolicy, sources: &[&str], connections: u16) -> Program {
+    let mut program = Program::load().unwrap();
+    program.set_service(0, PORT, policy).unwrap();
+    for source in sources {
+        for port in 1..=connections {
+            let remote = SocketAddr::new(source.parse().unwrap(), port);
+            let local = if remote.is_ipv4() { v4().destination } else { v6().destination };
+            let ends = Endpoints::new(remote, local);
+            let source = SourceKey::new(0, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+            program.add_connection(&ends, &source).unwrap();
+        }
+    }
+    program
+}
+
+fn rule(action: RuleAction) -> RuleEntry {
+    RuleEntry { action: action as u8, ..RuleEntry::default() }
+}
+
+fn set(program: &mut Program, cidr: &str, rule: RuleEntry) {
+    let (network, prefix) = cidr.split_once('/').unwrap();
+    program.set_rule(network.parse().unwrap(), prefix.parse().unwrap(), rule).unwrap();
+}
+
+/// What becomes of a SYN from an address.
+fn syn(program: &mut Program, source: &str) -> Action {
+    let source: IpAddr = source.parse().unwrap();
+    let frame = Frame { source: SocketAddr::new(source, 50_000), ..if source.is_ipv4() { v4() } else { v6() } };
+    program.run(&frame.to_bytes()).unwrap().0
+}
+
+#[test]
+fn of_several_rules_the_longest_prefix_holds() {
+    let mut program = program(&policy(), &[], 0);
+    set(&mut program, "192.0.0.0/8", rule(RuleAction::Deny));
+    set(&mut program, "192.0.2.0/24", rule(RuleAction::Allow));
+    set(&mut program, "192.0.2.128/25", rule(RuleAction::Deny));
+    set(&mut program, "192.0.2.200/32", rule(RuleAction::Limit));
+    set(&mut program, "2001:db8::/32", rule(RuleAction::Deny));
+    set(&mut program, "2001:db8:0:1::/64", rule(RuleAction::Allow));
+    for (source, action) in [
+        ("192.0.3.1", Action::Drop),
+        ("192.0.2.7", Action::Pass),
+        ("192.0.2.129", Action::Drop),
+        ("192.0.2.200", Action::Pass),
+        ("193.0.0.1", Action::Pass),
+        ("2001:db8::1", Action::Drop),
+        ("2001:db8:0:1::1", Action::Pass),
+        ("2001:db9::1", Action::Pass),
+    ] {
+        assert_eq!(syn(&mut program, source), action, "{source}");
+    }
+    assert_eq!(program.counters().unwrap()[&(0, Counter::SynRule)], 3);
+    assert_eq!(program.refusals().unwrap()[0].reason, DenyReason::Rule as u8);
+}
+
+#[test]
+fn a_rule_for_all_of_ipv6_is_not_one_for_ipv4() {
+    let mut program = program(&policy(), &[], 0);
+    set(&mut program, "::/0", rule(RuleAction::Deny));
+    assert_eq!(syn(&mut program, "2001:db8::7"), Action::Drop);
+    assert_eq!(syn(&mut program, "192.0.2.7"), Action::Pass);
+    set(&mut program, "0.0.0.0/0", rule(RuleAction::Deny));
+    assert_eq!(syn(&mut program, "192.0.2.7"), Action::Drop);
+}
+
+#[test]
+fn whom_a_rule_allows_is_past_every_limit() {
+    let rate = Rate::new(1, 3600);
+    let policy = ServicePolicy { connections_total: 1, rate, ..policy() };
+    let mut program = program(&policy, &["192.0.2.7", "2001:db8::7"], LIMIT);
+    let source = SourceKey::new(0, &v4().source.ip().into(), 32, 64);
+    program.set_bucket(&source, now_ns() + rate.full_ns).unwrap();
+    for (source, cidr) in [("192.0.2.7", "192.0.2.7/32"), ("2001:db8::7", "2001:db8::/64")] {
+        assert_eq!(syn(&mut program, source), Action::Drop);
+        set(&mut program, cidr, rule(RuleAction::Allow));
+        assert_eq!(syn(&mut program, source), Action::Pass);
+    }
+}
+
+#[test]
+fn a_rule_with_limits_of_its_own_takes_the_place_of_the_services() {
+    let mut program = program(&policy(), &["192.0.2.7"], LIMIT);
+    let own =
+        |connections_per_source| RuleEntry { own: OWN_CONNECTIONS, connections_per_source, ..rule(RuleAction::Limit) };
+    for (limit, action) in [(3, Action::Pass), (2, Action::Drop), (1, Action::Drop), (0, Action::Pass)] {
+        set(&mut program, "192.0.2.0/24", own(limit));
+        assert_eq!(syn(&mut program, "192.0.2.7"), action, "a limit of {limit}");
+    }
+    // Only a rate: the service's limit holds still.
+    let rate = Rate::new(1, 3600);
+    set(&mut program, "192.0.2.0/24", RuleEntry { own: OWN_RATE, rate, ..rule(RuleAction::Limit) });
+    assert_eq!(syn(&mut program, "192.0.2.7"), Action::Drop);
+    assert_eq!(syn(&mut program, "192.0.2.8"), Action::Pass);
+    program
+        .set_bucket(
+            &SourceKey::new(0, &Endpoints::new("192.0.2.8:1".parse().unwrap(), v4().destination).remote, 32, 64),
+            now_ns() + rate.full_ns,
+        )
+        .unwrap();
+    assert_eq!(syn(&mut program, "192.0.2.8"), Action::Drop);
+    assert_eq!(program.counters().unwrap()[&(0, Counter::SynRateLimit)], 1);
+}
+
+#[test]
+fn a_rule_that_has_ended_leaves_the_one_around_it() {
+    let mut program = program(&policy(), &[], 0);
+    set(&mut program, "192.0.0.0/8", rule(RuleAction::Deny));
+    let ended = RuleEntry { expires_ns: 1, ..rule(RuleAction::Allow) };
+    for cidr in ["192.0.2.0/24", "192.0.2.0/28", "192.0.2.7/32"] {
+        set(&mut program, cidr, ended);
+    }
+    assert_eq!(syn(&mut program, "192.0.2.7"), Action::Drop);
+    let hour_ns = 3_600_000_000_000;
+    set(&mut program, "192.0.2.0/28", RuleEntry { expires_ns: now_ns() + hour_ns, ..ended });
+    assert_eq!(syn(&mut program, "192.0.2.7"), Action::Pass);
+    set(&mut program, "0.0.0.0/0", RuleEntry { expires_ns: 1, ..rule(RuleAction::Deny) });
+    assert_eq!(syn(&mut program, "198.51.100.1"), Action::Pass);
+}
+
+#[test]
+fn where_it_only_observes_whom_a_rule_denies_passes() {
+    let mut program = program(&ServicePolicy { on_deny: OnDeny::Observe as u8, ..policy() }, &[], 0);
+    set(&mut program, "192.0.2.7/32", rule(RuleAction::Deny));
+    assert_eq!(syn(&mut program, "192.0.2.7"), Action::Pass);
+    assert_eq!(program.counters().unwrap(), [((0, Counter::SynObservedRule), 1)].into());
+}
+
+#[test]
+fn a_source_without_a_token_is_refused_and_its_neighbours_are_not() {
+    let rate = Rate::new(1, 3600);
+    let policy = ServicePolicy { connections_per_source: 0, rate, ..policy() };
+    let mut program = program(&policy, &[], 0);
+    for (number, frame) in (1..).zip([v4(), v6()]) {
+        let source = SourceKey::new(0, &frame.source.ip().into(), 32, 64);
+        program.set_bucket(&source, now_ns() + rate.full_ns).unwrap();
+        assert_eq!(program.run(&frame.to_bytes()).unwrap().0, Action::Drop);
+        let refusal = program.refusals().unwrap().pop();
+        // Both hold no connection: the service's reports are one per second.
+        assert_eq!(refusal.map(|refusal| refusal.reason), (number == 1).then_some(DenyReason::RateLimit as u8));
+        assert_eq!(program.counters().unwrap()[&(0, Counter::SynRateLimit)], number);
+        // One token, and it may ask as often as it likes: asking spends nothing.
+        let word = now_ns() + rate.full_ns - rate.token_ns;
+        program.set_bucket(&source, word).unwrap();
+        for _ in 0..10 {
+            assert_eq!(program.run(&frame.to_bytes()).unwrap().0, Action::Pass);
+        }
+        assert_eq!(program.bucket(&source).unwrap(), Some(word));
+    }
+    let neighbour = Frame { source: "192.0.2.8:1".parse().unwrap(), ..v4() };
+    assert_eq!(program.run(&neighbour.to_bytes()).unwrap().0, Action::Pass);
+    let neighbour = SourceKey::new(0, &neighbour.source.ip().into(), 32, 64);
+    assert_eq!(program.bucket(&neighbour).unwrap(), None, "a SYN makes no bucket");
+}
+
+#[test]
+fn where_it_only_observes_a_source_without_a_token_passes() {
+    let rate = Rate::new(1, 3600);
+    let policy = ServicePolicy { connections_per_source: 0, on_deny: OnDeny::Observe as u8, rate, ..policy() };
+    let mut program = program(&policy, &[], 0);
+    program.set_bucket(&SourceKey::new(0, &v4().source.ip().into(), 32, 64), now_ns() + rate.full_ns).unwrap();
+    assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Pass);
+    assert_eq!(program.counters().unwrap(), [((0, Counter::SynObservedRateLimit), 1)].into());
+}
+
+#[test]
+fn a_debt_of_an_older_rate_is_forgiven() {
+    let policy = ServicePolicy { connections_per_source: 0, rate: Rate::new(1000, 1), ..policy() };
+    let mut program = program(&policy, &[], 0);
+    let source = SourceKey::new(0, &v4().source.ip().into(), 32, 64);
+    program.set_bucket(&source, now_ns() + 3_600_000_000_000).unwrap();
+    assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Drop);
+    assert!(program.bucket(&source).unwrap().unwrap() <= now_ns() + policy.rate.full_ns);
+}
