@@ -97,14 +97,17 @@ impl RuleEntry {
 }
 
 /// The limits that hold for one address, the service's and the rule's together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct Effective {
-    /// Nobody gets in.
-    pub denied: bool,
+    /// Not 0: nobody gets in. A number, because the programs hand it from one to the other.
+    pub denied: u32,
     /// Connections that its source may hold; 0: any number.
     pub connections_per_source: u32,
     /// Connections that the service may hold in all for it to get in; 0: any number.
     pub connections_total: u32,
+    /// Always 0.
+    pub reserved: u32,
     /// The bucket of new connections of its source.
     pub rate: Rate,
 }
@@ -114,9 +117,10 @@ impl Effective {
     #[inline(always)]
     pub const fn new(policy: &ServicePolicy, rule: Option<&RuleEntry>) -> Self {
         let mut limits = Self {
-            denied: false,
+            denied: 0,
             connections_per_source: policy.connections_per_source,
             connections_total: policy.connections_total,
+            reserved: 0,
             rate: policy.rate,
         };
         if let Some(rule) = rule {
@@ -125,7 +129,7 @@ impl Effective {
                 limits.connections_total = 0;
                 limits.rate.token_ns = 0;
             } else if rule.action == RuleAction::Deny as u8 {
-                limits.denied = true;
+                limits.denied = 1;
             } else {
                 if rule.own & OWN_CONNECTIONS != 0 {
                     limits.connections_per_source = rule.connections_per_source;

@@ -8,7 +8,6 @@ use limiter_common::{
     event::Stage,
     ledger::EXPIRE_INTERVAL_NS,
     policy::{OnDeny, ServiceState, at_limit},
-    rule::Effective,
 };
 
 use crate::{
@@ -94,10 +93,10 @@ fn refusal(
     policy: &ServicePolicy,
     state: *mut ServiceState,
 ) -> Option<(DenyReason, Sampler)> {
-    let limits = Effective::new(policy, rules::rule_for(&ends.remote));
+    let limits = rules::limits_for(&ends.remote, policy);
     // An element of SOURCES that got another key after its look-up costs a wrong answer to one SYN.
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    if limits.denied {
+    if limits.denied != 0 {
         return Some((DenyReason::Rule, sampler_of(&source, state)));
     }
     if limits.connections_per_source != 0
@@ -147,7 +146,7 @@ fn unknown(ctx: &XdpContext, segment: &Segment, ends: &Endpoints, service: u16) 
             break;
         }
     }
-    let limits = Effective::new(policy, rules::rule_for(&ends.remote));
+    let limits = rules::limits_for(&ends.remote, policy);
     let observe = policy.on_deny == OnDeny::Observe as u8;
     let (reason, observed) = match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
         Reserved::Yes | Reserved::Uncounted => return Verdict::Pass,

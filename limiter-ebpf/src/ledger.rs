@@ -52,7 +52,7 @@ pub fn reserve(
     };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    if limits.denied {
+    if limits.denied != 0 {
         reason = Some(DenyReason::Rule);
     } else if at_limit(held_by_source, limits.connections_per_source) {
         reason = Some(DenyReason::SourceLimit);

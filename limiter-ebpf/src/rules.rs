@@ -2,8 +2,8 @@
 
 use aya_ebpf::{helpers::bpf_ktime_get_ns, maps::lpm_trie::Key};
 use limiter_common::{
-    Address,
-    rule::{RuleEntry, RuleKey},
+    Address, ServicePolicy,
+    rule::{Effective, RuleEntry, RuleKey},
 };
 
 use crate::maps::RULES;
@@ -12,9 +12,34 @@ use crate::maps::RULES;
 /// have.
 const ATTEMPTS: usize = 4;
 
-/// The rule with the longest prefix around an address, of those that have not ended.
+/// The limits of a service as they hold for an address.
 #[inline(always)]
-pub fn rule_for(address: &Address) -> Option<&'static RuleEntry> {
+pub fn limits_for(address: &Address, policy: &ServicePolicy) -> Effective {
+    let mut limits = Effective::default();
+    limiter_limits(&raw const *address, &raw const *policy, &raw mut limits);
+    limits
+}
+
+/// Writes the limits of a service as they hold for an address. Returns 0; the kernel wants a number.
+///
+/// A global function, like [`crate::packet::limiter_locate`]: inlined, the verifier would follow what comes afterwards once
+/// for each way through the rules. (With pointers to memory: kernel 5.13.)
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_limits(address: *const Address, policy: *const ServicePolicy, limits: *mut Effective) -> u32 {
+    if address.is_null() || policy.is_null() || limits.is_null() {
+        return 0;
+    }
+    // SAFETY: the verifier has checked that this is what is behind the pointers.
+    unsafe {
+        let address = *address;
+        *limits = Effective::new(&*policy, find(&address));
+    }
+    0
+}
+
+#[inline(always)]
+fn find(address: &Address) -> Option<&'static RuleEntry> {
     let mut key = RuleKey::of(*address);
     for _ in 0..ATTEMPTS {
         // SAFETY: the two types are the same five words; the map's is packed, and so takes any alignment.

@@ -61,6 +61,13 @@ fn syn(program: &mut Program, source: &str) -> Action {
     program.run(&frame.to_bytes()).unwrap().0
 }
 
+/// The verifier takes a million at most; and the more it looks at, the longer `attach` takes.
+#[test]
+fn the_verifier_has_little_to_look_at() {
+    let looked_at = Program::load().unwrap().verified_instructions().unwrap();
+    assert!(looked_at < 200_000, "{looked_at} instructions");
+}
+
 #[test]
 fn of_several_rules_the_longest_prefix_holds() {
     let mut program = program(&policy(), &[], 0);

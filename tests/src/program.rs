@@ -80,6 +80,12 @@ impl Program {
         Ok(result.duration.as_nanos())
     }
 
+    /// How many instructions the verifier has looked at before it took the program.
+    pub fn verified_instructions(&self) -> Result<u32> {
+        let program: &Xdp = self.loaded.programs.program(abi::PROGRAM_XDP).context("no XDP program")?.try_into()?;
+        program.info()?.verified_instruction_count().context("this kernel does not tell (5.16)")
+    }
+
     /// Puts a service on a port.
     pub fn set_service(&mut self, index: u16, port: u16, policy: &ServicePolicy) -> Result<()> {
         self.array::<ServicePolicy>(abi::MAP_SERVICES)?.set(u32::from(index), policy, 0)?;

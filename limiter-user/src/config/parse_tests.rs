@@ -166,7 +166,7 @@ fn services_take_the_limits_wherever_they_stand() {
 fn each_problem_is_told_with_its_place() {
     // The text and what must be in its only complaint, which begins with the place.
     let cases: &[(&str, &str, &str)] = &[
-        ("x = 1", "1:1", "unknown key x; known here: kernel, limits, service, gateway, admin, log"),
+        ("x = 1", "1:1", "unknown key x; known here: kernel, limits, service, rule, gateway, admin, log"),
         ("[kernel]\ninterface = [\"lo\"]", "2:1", "unknown key kernel.interface; did you mean interfaces?"),
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
         ("[gateway.tls]\n", "1:10", "unknown key gateway.tls; known here: listen"),
