@@ -10,6 +10,10 @@ pub const PROGRAM_SOCK_OPS: &str = "limiter_sockops";
 /// The program by which user space takes entries out of the ledger (run by `BPF_PROG_TEST_RUN`, never attached).
 pub const PROGRAM_CONTROL: &str = "limiter_control";
 
+/// The program that has the stack tell of the connections which were open before the limiter was attached (run by reading
+/// a `bpf_iter` of TCP sockets).
+pub const PROGRAM_WATCH: &str = "limiter_watch";
+
 /// [`crate::ConnectionKey`] → [`crate::LedgerEntry`]: every connection that is counted.
 pub const MAP_LEDGER: &str = "LEDGER";
 /// [`crate::SourceKey`] → [`crate::SourceEntry`]: every source that holds a connection.
@@ -32,8 +36,11 @@ pub const MAP_RATES: &str = "RATES";
 /// [`crate::rule::RuleKey`] → [`crate::rule::RuleEntry`]: what holds for prefixes of addresses.
 pub const MAP_RULES: &str = "RULES";
 
+/// Service index → [`crate::audit::AuditReport`]: what the last audit found.
+pub const MAP_AUDIT: &str = "AUDIT";
+
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 10] = [
+pub const PINNED_MAPS: [&str; 11] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -44,6 +51,7 @@ pub const PINNED_MAPS: [&str; 10] = [
     MAP_RESERVATIONS,
     MAP_RATES,
     MAP_RULES,
+    MAP_AUDIT,
 ];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.

@@ -2,7 +2,7 @@
 //!
 //! User space can't change a count and the ledger in one step; a program can. So user space never writes to either map.
 
-use crate::ConnectionKey;
+use crate::Endpoints;
 
 /// A request to the control program.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -10,12 +10,14 @@ use crate::ConnectionKey;
 pub struct Request {
     /// One of [`op`].
     pub op: u32,
-    /// With [`op::RELEASE`]: the [`crate::Counter`] to count a removal in.
+    /// The [`crate::Counter`] to count it in.
     pub counter: u32,
-    /// With [`op::RELEASE`]: the entry's owner, which is the socket's cookie or that of a reservation.
+    /// The entry's owner: the socket's cookie, or (with [`op::RELEASE`]) that of a reservation.
     pub owner: u64,
-    /// With [`op::RELEASE`]: the connection.
-    pub key: ConnectionKey,
+    /// The connection.
+    pub connection: Endpoints,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// What a [`Request`] asks for.
@@ -25,6 +27,12 @@ pub mod op {
     /// Look through reservations, oldest first, and take out those that the stack did not confirm in time. One request
     /// looks at [`super::EXPIRE_BATCH`] at most.
     pub const EXPIRE: u32 = 2;
+    /// Enter a connection that is open already, whatever the limits say; it is no mistake if it is there already. Counted
+    /// as [`crate::Counter::OpenedAdopted`], it is never cut; as [`crate::Counter::OpenedAudit`], it is marked if it is past
+    /// its limits.
+    pub const ADOPT: u32 = 3;
+    /// Only count, for the service that has the connection's local port.
+    pub const COUNT: u32 = 4;
 }
 
 /// How many reservations one [`op::EXPIRE`] looks at.
@@ -32,16 +40,28 @@ pub const EXPIRE_BATCH: u32 = 64;
 
 /// What the control program answers.
 pub mod answer {
-    /// The entry was removed; every reservation that was due was looked at.
+    /// The entry was removed, or made; every reservation that was due was looked at; it was counted.
     pub const DONE: u32 = 0;
-    /// There is no such entry, or it has another owner.
+    /// There is no such entry, or it has another owner; no service has the port.
     pub const NOT_THERE: u32 = 1;
     /// There may be more to do: ask again.
     pub const AGAIN: u32 = 2;
     /// The request was not understood.
     pub const MALFORMED: u32 = 3;
+    /// There is an entry for that connection already.
+    pub const THERE_ALREADY: u32 = 4;
+    /// The ledger has no room.
+    pub const FULL: u32 = 5;
+}
+
+/// What the watching program writes for each socket of a service, one byte each.
+pub mod watch {
+    /// The stack will tell of the socket's end.
+    pub const WATCHED: u8 = b'+';
+    /// The kernel can't do that for a socket that is open already (before 6.12).
+    pub const REFUSED: u8 = b'-';
 }
 
 #[cfg(feature = "user")]
-// SAFETY: repr(C), integers only, no padding.
+// SAFETY: repr(C), integers only, padding spelled out.
 unsafe impl bytemuck::NoUninit for Request {}

@@ -2,7 +2,8 @@
 
 use crate::Endpoints;
 
-/// A refusal, as it is reported to user space: the first of each source in each [`crate::source::REPORT_INTERVAL_NS`].
+/// A refusal, as it is reported to user space: the first of each source in each [`crate::source::REPORT_INTERVAL_NS`], and
+/// every one at [`Stage::Open`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Refusal {
@@ -33,6 +34,29 @@ pub enum Stage {
     Syn = 0,
     /// At the segment that completed the handshake; its source address is proven.
     Handshake = 1,
+    /// When the stack had opened the connection already, on a way that XDP doesn't see. A daemon cuts it.
+    Open = 2,
+}
+
+impl Stage {
+    /// The name in logs and `--json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Syn => "syn",
+            Self::Handshake => "handshake",
+            Self::Open => "open",
+        }
+    }
+
+    /// The stage of that number, if there is one.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Syn),
+            1 => Some(Self::Handshake),
+            2 => Some(Self::Open),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(feature = "user")]

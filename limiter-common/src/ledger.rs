@@ -76,11 +76,17 @@ pub struct LedgerEntry {
     pub opened_ns: u64,
     /// The source that it counts against. Kept here, because the prefix lengths can change while it is open.
     pub source: SourceKey,
-    /// Always 0.
-    pub reserved: u32,
+    /// [`FLAG_ADOPTED`], [`FLAG_PAST_LIMIT`]; set when the entry is made.
+    pub flags: u32,
     /// The address that the client connected to.
     pub local: Address,
 }
+
+/// In [`LedgerEntry::flags`]: the connection was open before the limiter was attached. It is never cut.
+pub const FLAG_ADOPTED: u32 = 1;
+
+/// In [`LedgerEntry::flags`]: the connection got past XDP and past its limits, and is to be cut.
+pub const FLAG_PAST_LIMIT: u32 = 2;
 
 /// A slot that was reserved when a handshake completed and that the stack has yet to confirm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

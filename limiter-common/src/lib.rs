@@ -17,6 +17,7 @@
 
 pub mod abi;
 pub mod address;
+pub mod audit;
 pub mod bucket;
 pub mod control;
 pub mod event;

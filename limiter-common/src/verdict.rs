@@ -103,11 +103,19 @@ pub enum Counter {
     HandshakeRule = 24,
     /// Handshakes of sources that a rule denies, and that passed because the service only observes.
     HandshakeObservedRule = 25,
+    /// Ledger entries made for connections that were open before the limiter was attached.
+    OpenedAdopted = 26,
+    /// Ledger entries that were missing, and that the audit made.
+    OpenedAudit = 27,
+    /// Ledger entries of sockets that were gone, which the audit removed.
+    ClosedAudit = 28,
+    /// Connections cut because they had got past XDP and past their limits.
+    CutPastLimit = 29,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 30] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -134,6 +142,10 @@ impl Counter {
         Self::SynObservedRule,
         Self::HandshakeRule,
         Self::HandshakeObservedRule,
+        Self::OpenedAdopted,
+        Self::OpenedAudit,
+        Self::ClosedAudit,
+        Self::CutPastLimit,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -150,14 +162,14 @@ impl Counter {
             (Stage::Syn, DenyReason::RateLimit, true) => Self::SynObservedRateLimit,
             (Stage::Syn, DenyReason::Rule, false) => Self::SynRule,
             (Stage::Syn, DenyReason::Rule, true) => Self::SynObservedRule,
-            (Stage::Handshake, DenyReason::Rule, false) => Self::HandshakeRule,
-            (Stage::Handshake, DenyReason::Rule, true) => Self::HandshakeObservedRule,
-            (Stage::Handshake, DenyReason::SourceLimit, false) => Self::HandshakeSourceLimit,
-            (Stage::Handshake, DenyReason::SourceLimit, true) => Self::HandshakeObservedSourceLimit,
-            (Stage::Handshake, DenyReason::ServiceLimit, false) => Self::HandshakeServiceLimit,
-            (Stage::Handshake, DenyReason::ServiceLimit, true) => Self::HandshakeObservedServiceLimit,
-            (Stage::Handshake, DenyReason::RateLimit, false) => Self::HandshakeRateLimit,
-            (Stage::Handshake, DenyReason::RateLimit, true) => Self::HandshakeObservedRateLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::Rule, false) => Self::HandshakeRule,
+            (Stage::Handshake | Stage::Open, DenyReason::Rule, true) => Self::HandshakeObservedRule,
+            (Stage::Handshake | Stage::Open, DenyReason::SourceLimit, false) => Self::HandshakeSourceLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::SourceLimit, true) => Self::HandshakeObservedSourceLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::ServiceLimit, false) => Self::HandshakeServiceLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::ServiceLimit, true) => Self::HandshakeObservedServiceLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::RateLimit, false) => Self::HandshakeRateLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::RateLimit, true) => Self::HandshakeObservedRateLimit,
         }
     }
 
@@ -190,6 +202,10 @@ impl Counter {
             Self::SynObservedRule => "syn_observed_rule",
             Self::HandshakeRule => "handshake_rule",
             Self::HandshakeObservedRule => "handshake_observed_rule",
+            Self::OpenedAdopted => "opened_adopted",
+            Self::OpenedAudit => "opened_audit",
+            Self::ClosedAudit => "closed_audit",
+            Self::CutPastLimit => "cut_past_limit",
         }
     }
 }

@@ -8,7 +8,11 @@ use limiter_common::{
     control::{EXPIRE_BATCH, Request, answer, op},
 };
 
-use crate::ledger;
+use crate::{
+    counters::count_at,
+    ledger::{self, Entered},
+    maps::service_on,
+};
 
 /// Serves one request.
 #[inline(always)]
@@ -22,7 +26,11 @@ pub fn serve(ctx: &XdpContext) -> u32 {
     let request = unsafe { &*(start as *const Request) };
     match request.op {
         op::RELEASE if request.counter < Counter::ALL.len() as u32 => {
-            if ledger::release(&request.key, request.owner, request.counter) { answer::DONE } else { answer::NOT_THERE }
+            if ledger::release(&request.connection.key(), request.owner, request.counter) {
+                answer::DONE
+            } else {
+                answer::NOT_THERE
+            }
         }
         op::EXPIRE => {
             // SAFETY: the helper has no precondition.
@@ -33,6 +41,26 @@ pub fn serve(ctx: &XdpContext) -> u32 {
                 }
             }
             answer::AGAIN
+        }
+        op::ADOPT => {
+            let counter = match request.counter {
+                number if number == Counter::OpenedAdopted as u32 => Counter::OpenedAdopted,
+                number if number == Counter::OpenedAudit as u32 => Counter::OpenedAudit,
+                _ => return answer::MALFORMED,
+            };
+            let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
+            // SAFETY: the helper has no precondition.
+            let now_ns = unsafe { bpf_ktime_get_ns() };
+            match ledger::adopt(&request.connection, service, request.owner, counter, now_ns) {
+                Entered::Yes => answer::DONE,
+                Entered::ThereAlready => answer::THERE_ALREADY,
+                Entered::Full => answer::FULL,
+            }
+        }
+        op::COUNT if request.counter < Counter::ALL.len() as u32 => {
+            let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
+            count_at(service, request.counter);
+            answer::DONE
         }
         _ => answer::MALFORMED,
     }

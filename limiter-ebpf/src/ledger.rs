@@ -2,9 +2,12 @@
 
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
-    ledger::{OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner},
-    policy::{OnFull, ServiceState, at_limit},
+    Address, ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
+    event::Stage,
+    ledger::{
+        FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner,
+    },
+    policy::{OnDeny, OnFull, ServiceState, at_limit},
     rule::Effective,
 };
 
@@ -12,7 +15,10 @@ use crate::{
     atomic,
     counters::{count, count_at},
     maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES},
-    rates, sources,
+    rates,
+    report::{Refused, report_each},
+    rules::rule_for,
+    sources,
 };
 
 /// How often a step is tried again that met another CPU's half-done one.
@@ -75,7 +81,7 @@ pub fn reserve(
 
     let owner = reservation_owner(now_ns);
     let key = ends.key();
-    let entry = LedgerEntry { owner, opened_ns: now_ns, source, reserved: 0, local: ends.local };
+    let entry = LedgerEntry { owner, opened_ns: now_ns, source, flags: 0, local: ends.local };
     match insert(&key, &entry) {
         Ok(()) => {}
         Err(error) => {
@@ -110,24 +116,31 @@ pub fn confirm(ends: &Endpoints, service: u16, cookie: u64, now_ns: u64) {
     else {
         return;
     };
+    // Once is enough: who is faster here is about the same socket, and has confirmed it.
+    if !own(ends, service, state, cookie)
+        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+        && let Entered::ThereAlready = enter(ends, service, unsafe { &*policy }, state, cookie, Counter::OpenedUnseen, now_ns)
+    {
+        own(ends, service, state, cookie);
+    }
+}
+
+/// Makes a socket the owner of its connection's entry. `false` if there is no entry.
+#[inline(always)]
+fn own(ends: &Endpoints, service: u16, state: *mut ServiceState, cookie: u64) -> bool {
     let key = ends.key();
     // SAFETY: the pointers come from look-ups in these maps; the fields are aligned.
     unsafe {
         for _ in 0..ATTEMPTS {
-            let Some(entry) = LEDGER.get_ptr_mut(&key) else {
-                if enter(ends, service, &*policy, state, cookie, now_ns) {
-                    return;
-                }
-                continue;
-            };
+            let Some(entry) = LEDGER.get_ptr_mut(&key) else { return false };
             if (*entry).local != ends.local {
                 count(service, Counter::LedgerFull);
-                return;
+                return true;
             }
             let owner = atomic::load(&raw const (*entry).owner);
             // Another instance of this program has been here already (during an upgrade there are two).
             if owner == cookie {
-                return;
+                return true;
             }
             // An owner that is neither a reservation nor on its way out is an older socket of the same addresses, whose
             // end nobody told: its slot goes to the new one.
@@ -135,13 +148,40 @@ pub fn confirm(ends: &Endpoints, service: u16, cookie: u64, now_ns: u64) {
                 if is_reservation(owner) {
                     atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
                 }
-                return;
+                return true;
             }
         }
     }
+    false
 }
 
-/// Enters a connection that is open already, whatever the limits say. `false` if somebody else was faster.
+/// What came of entering a connection that is open already.
+pub enum Entered {
+    /// There is an entry now.
+    Yes,
+    /// Somebody else was faster.
+    ThereAlready,
+    /// The ledger has no room for it.
+    Full,
+}
+
+/// Enters a connection that is open already on behalf of user space.
+#[inline(always)]
+pub fn adopt(ends: &Endpoints, service: u16, cookie: u64, counter: Counter, now_ns: u64) -> Entered {
+    let (Some(policy), Some(state)) =
+        (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
+    else {
+        return Entered::Full;
+    };
+    if LEDGER.get_ptr(&ends.key()).is_some() {
+        return Entered::ThereAlready;
+    }
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    enter(ends, service, unsafe { &*policy }, state, cookie, counter, now_ns)
+}
+
+/// Enters a connection that is open already, whatever the limits say. One that is past them is marked and reported, so that
+/// it is cut; but not one that was open before there were limits.
 #[inline(always)]
 fn enter(
     ends: &Endpoints,
@@ -149,29 +189,78 @@ fn enter(
     policy: &ServicePolicy,
     state: *mut ServiceState,
     cookie: u64,
+    counter: Counter,
     now_ns: u64,
-) -> bool {
+) -> Entered {
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    if sources::add(&source, state).is_err() {
+    let Ok(held_by_source) = sources::add(&source, state) else {
         count(service, Counter::LedgerFull);
-        return true;
+        return Entered::Full;
+    };
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
+    let [first, second, third, fourth] = ends.remote.words();
+    let halves = [u64::from(first) | u64::from(second) << 32, u64::from(third) | u64::from(fourth) << 32];
+    let past = if matches!(counter, Counter::OpenedAdopted) {
+        None
+    } else {
+        let reason = limiter_past_limit(u32::from(service), halves[0], halves[1], held_by_source, held_by_service);
+        DenyReason::from_number(reason as u8)
+    };
+    let flags = match (counter, past) {
+        (Counter::OpenedAdopted, _) => FLAG_ADOPTED,
+        (_, Some(_)) => FLAG_PAST_LIMIT,
+        (_, None) => 0,
+    };
+    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, flags, local: ends.local };
+    if let Err(error) = insert(&ends.key(), &entry) {
+        release_service(state);
+        sources::subtract(&source, state);
+        if error == -EEXIST {
+            return Entered::ThereAlready;
+        }
+        count(service, Counter::LedgerFull);
+        return Entered::Full;
     }
-    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, reserved: 0, local: ends.local };
-    match insert(&ends.key(), &entry) {
-        Ok(()) => {
-            // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-            unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-            count(service, Counter::OpenedUnseen);
-            true
-        }
-        Err(error) => {
-            sources::subtract(&source, state);
-            if error == -EEXIST {
-                return false;
-            }
-            count(service, Counter::LedgerFull);
-            true
-        }
+    count(service, counter);
+    if flags & FLAG_PAST_LIMIT != 0
+        && let Some(reason) = past
+    {
+        report_each(&Refused { connection: *ends, service, reason, stage: Stage::Open, observed: false });
+    }
+    Entered::Yes
+}
+
+/// Which limit a connection is past that is open already, where limits are kept: a [`DenyReason`], or 0. How fast it
+/// followed others is not looked at: what is open costs by being open.
+///
+/// A global function, which is verified once and apart from its callers: with the look-up of rules in it, what comes before
+/// and after would be gone through for every way through here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_past_limit(
+    service: u32,
+    remote_first: u64,
+    remote_second: u64,
+    held_by_source: u64,
+    held_by_service: u64,
+) -> u32 {
+    let Some(policy) = SERVICES.get_ptr(service) else { return 0 };
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let policy = unsafe { &*policy };
+    if policy.on_deny == OnDeny::Observe as u8 {
+        return 0;
+    }
+    let words = [remote_first as u32, (remote_first >> 32) as u32, remote_second as u32, (remote_second >> 32) as u32];
+    let limits = Effective::new(policy, rule_for(&Address::from_v6_words(words)));
+    if limits.denied {
+        DenyReason::Rule as u32
+    } else if at_limit(held_by_source, limits.connections_per_source) {
+        DenyReason::SourceLimit as u32
+    } else if at_limit(held_by_service, limits.connections_total) {
+        DenyReason::ServiceLimit as u32
+    } else {
+        0
     }
 }
 

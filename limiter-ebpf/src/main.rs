@@ -4,7 +4,8 @@
 //!   limit, and reserves a slot in the ledger when a segment proves that it completes a handshake.
 //! - `limiter_sockops` ([`sockets`]) is told by the TCP stack of connections that opened and closed, and confirms and
 //!   removes their entries.
-//! - `limiter_control` ([`control`]) is run by user space, and removes entries on its behalf.
+//! - `limiter_control` ([`control`]) is run by user space, and makes and removes entries on its behalf.
+//! - `limiter_watch` ([`watch`]) goes through the sockets that are open already, and has the stack tell of their end.
 //!
 //! They meet in the maps of [`maps`]; what changes a count goes through [`ledger`].
 #![no_std]
@@ -29,6 +30,7 @@ mod report;
 mod rules;
 mod sockets;
 mod sources;
+mod watch;
 
 use aya_ebpf::{
     macros::{sock_ops, xdp},
@@ -50,6 +52,13 @@ pub fn limiter_sockops(ctx: SockOpsContext) -> u32 {
 #[xdp]
 pub fn limiter_control(ctx: XdpContext) -> u32 {
     control::serve(&ctx)
+}
+
+// There is no macro for iterators.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+extern "C" fn limiter_watch(ctx: *const watch::Context) -> i32 {
+    watch::watch(ctx)
 }
 
 #[panic_handler]

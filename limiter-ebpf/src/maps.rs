@@ -6,8 +6,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use limiter_common::{
-    Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, ledger::Reservation,
-    policy::ServiceState, rule::RuleEntry,
+    Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, audit::AuditReport,
+    ledger::Reservation, policy::ServiceState, rule::RuleEntry,
 };
 
 #[map]
@@ -39,6 +39,10 @@ pub static RATES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(abi:
 
 #[map]
 pub static RULES: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
+
+// No program reads it: it is a place for user space to leave its findings, and pinned with the rest.
+#[map]
+pub static AUDIT: Array<AuditReport> = Array::with_max_entries(abi::MAX_SERVICES, 0);
 
 /// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.
 #[unsafe(no_mangle)]

@@ -59,3 +59,24 @@ pub fn report(sampler: Sampler, refused: &Refused) {
         record.submit(0);
     }
 }
+
+/// Reports a refusal whatever came before: somebody has to act on each of them.
+#[inline(always)]
+pub fn report_each(refused: &Refused) {
+    let Some(mut record) = EVENTS.reserve::<Refusal>(0) else {
+        count(refused.service, Counter::EventsLost);
+        return;
+    };
+    record.write(Refusal {
+        // SAFETY: the helper has no precondition.
+        time_ns: unsafe { bpf_ktime_get_coarse_ns() },
+        unreported: 0,
+        connection: refused.connection,
+        service: refused.service,
+        reason: refused.reason as u8,
+        stage: refused.stage as u8,
+        observed: u8::from(refused.observed),
+        reserved: [0; 7],
+    });
+    record.submit(0);
+}

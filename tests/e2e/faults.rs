@@ -32,6 +32,7 @@ fn nothing_attached_is_said_by_every_command() -> Result<()> {
         &["status", "--json"],
         &["sources"],
         &["connections"],
+        &["kick", "192.0.2.7"],
         &["limit", "show"],
         &["limit", "set", "connections_per_source=5"],
         &["detach"],

@@ -16,6 +16,7 @@ pub mod process;
 pub mod program;
 pub mod raw;
 pub mod segment;
+pub mod state;
 pub mod tcp;
 pub mod wait;
 pub mod websocket;

@@ -95,7 +95,7 @@ impl Program {
 
     /// Puts a connection into the ledger, with everything that counts it.
     pub fn add_connection(&mut self, ends: &Endpoints, source: &SourceKey) -> Result<()> {
-        let entry = LedgerEntry { owner: 1, opened_ns: 1, source: *source, reserved: 0, local: ends.local };
+        let entry = LedgerEntry { owner: 1, opened_ns: 1, source: *source, flags: 0, local: ends.local };
         self.hash::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER)?.insert(ends.key(), entry, 0)?;
         let mut sources = self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?;
         let known = sources.get(source, 0).unwrap_or(SourceEntry { key: *source, ..SourceEntry::default() });

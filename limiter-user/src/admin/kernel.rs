@@ -9,7 +9,7 @@ use prometheus_client::{
     metrics::MetricType,
 };
 
-use crate::kernel::{KernelError, Pinned, ServiceRow, Status};
+use crate::kernel::{KernelError, Pinned, REPAIRS, ServiceRow, Status};
 
 /// Where the state of the kernel is read from at a scrape.
 pub trait KernelState: fmt::Debug + Send + Sync + 'static {
@@ -82,10 +82,19 @@ const ACKS: [Outcome; 10] = [
     (Counter::HandshakeUnproven, "passed", "unproven"),
 ];
 
-const OPENED: [(Counter, &str); 2] = [(Counter::OpenedReserved, "xdp"), (Counter::OpenedUnseen, "sock_ops")];
+const OPENED: [(Counter, &str); 4] = [
+    (Counter::OpenedReserved, "xdp"),
+    (Counter::OpenedUnseen, "sock_ops"),
+    (Counter::OpenedAdopted, "adopted"),
+    (Counter::OpenedAudit, "audit"),
+];
 
-const CLOSED: [(Counter, &str); 3] =
-    [(Counter::ClosedSocket, "socket"), (Counter::ClosedGateway, "gateway"), (Counter::ClosedExpired, "expired")];
+const CLOSED: [(Counter, &str); 4] = [
+    (Counter::ClosedSocket, "socket"),
+    (Counter::ClosedGateway, "gateway"),
+    (Counter::ClosedExpired, "expired"),
+    (Counter::ClosedAudit, "audit"),
+];
 
 fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
     let services = || status.services.iter();
@@ -123,7 +132,7 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
     )?;
     writer.counter(
         "connections_opened",
-        "Ledger entries made, by the program that made them",
+        "Ledger entries made, by what made them",
         services().flat_map(|row| {
             OPENED.map(|(counter, by)| ([("service", row.name.as_str()), ("by", by)], row.counters.get(counter)))
         }),
@@ -135,6 +144,23 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
             CLOSED.map(|(counter, reason)| {
                 ([("service", row.name.as_str()), ("reason", reason)], row.counters.get(counter))
             })
+        }),
+    )?;
+    writer.counter(
+        "connections_cut",
+        "Connections closed because they had got past XDP and past their limits",
+        services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::CutPastLimit))),
+    )?;
+    writer.gauge(
+        "ledger_drift",
+        "By how much counts and ledger entries differed at the last audit; should be 0",
+        [(&[][..], status.drift)],
+    )?;
+    writer.counter(
+        "ledger_repairs",
+        "Ledger entries that the audit has made or removed; should be 0",
+        services().flat_map(|row| {
+            REPAIRS.map(|(counter, kind)| ([("service", row.name.as_str()), ("kind", kind)], row.counters.get(counter)))
         }),
     )?;
     writer.counter(

@@ -79,11 +79,15 @@ fn status() -> Status {
                 ("syn_source_limit", 7),
                 ("handshake_unproven", 2),
                 ("closed_gateway", 4),
+                ("closed_audit", 1),
             ])),
         }],
         ledger_entries: 3,
         ledger_size: 1000,
         sources: 2,
+        audited: None,
+        drift: 6,
+        repairs: 1,
     }
 }
 
@@ -111,6 +115,9 @@ async fn metrics_of_the_kernel_and_the_process_are_openmetrics() {
         "limiter_ack_total{service=\"ch\\\"at\",verdict=\"passed\",reason=\"unproven\"} 2",
         "limiter_connections_opened_total{service=\"ch\\\"at\",by=\"xdp\"} 0",
         "limiter_connections_closed_total{service=\"ch\\\"at\",reason=\"gateway\"} 4",
+        "limiter_ledger_drift 6",
+        "limiter_ledger_repairs_total{service=\"ch\\\"at\",kind=\"removed\"} 1",
+        "limiter_connections_cut_total{service=\"ch\\\"at\"} 0",
         "limiter_ledger_full_total{service=\"ch\\\"at\"} 0",
         "limiter_events_lost_total{service=\"ch\\\"at\"} 0",
     ] {

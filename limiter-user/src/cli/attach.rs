@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::Service,
-    kernel::{AttachReport, Attached},
+    kernel::{AdoptedOpen, AttachReport, Attached},
 };
 
 #[derive(Debug, clap::Args)]
@@ -22,11 +22,63 @@ pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
     let config = settings::for_attach(global, args.kernel)?;
     logging::start(&config.log)?;
     // Dropped with the process, which leaves everything pinned and in force.
-    let (_attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
-    for remark in remarks(&report) {
-        exit::complain(&remark);
+    let (attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
+    let adopted = adopt_open(&attached, false);
+    for remark in remarks(&report).iter().chain(&adopted.remarks) {
+        exit::complain(remark);
     }
-    print(&text(&report, &config.services))
+    print(&(text(&report, &config.services) + &text_of_adopted(adopted.count)))
+}
+
+/// The connections that were open before.
+pub(super) struct Adopted {
+    /// How many count from now on.
+    count: u64,
+    /// What the user should know about the others.
+    remarks: Vec<String>,
+}
+
+/// Has the connections count that were open before. Without them the limits hold all the same, so it is no error if that
+/// fails. `audited`: a daemon will see to those whose end the kernel can't tell.
+pub(super) fn adopt_open(attached: &Attached, audited: bool) -> Adopted {
+    match attached.auditor().and_then(|mut auditor| auditor.adopt_open(audited)) {
+        Ok(AdoptedOpen { adopted, left_out, no_room }) => {
+            let mut remarks = Vec::new();
+            if left_out > 0 {
+                remarks.push(format!(
+                    "{left_out} connections were open before and don't count: this kernel can't tell of their end \
+                     (it must be 6.12 or later), so only a running `limiter run` could count them"
+                ));
+            }
+            if no_room > 0 {
+                remarks.push(format!(
+                    "{no_room} connections were open before and don't count: the ledger is full (kernel.max_connections)"
+                ));
+            }
+            Adopted { count: adopted, remarks }
+        }
+        Err(error) => Adopted {
+            count: 0,
+            remarks: vec![format!(
+                "the connections that were open before don't count: {:#}",
+                anyhow::Error::from(error)
+            )],
+        },
+    }
+}
+
+/// The same for the log of a daemon.
+pub(super) fn log_adopted(Adopted { count, remarks }: Adopted) {
+    for remark in remarks {
+        tracing::warn!("{remark}");
+    }
+    if count > 0 {
+        tracing::info!(connections = count, "connections that were open before count from now on");
+    }
+}
+
+fn text_of_adopted(count: u64) -> String {
+    if count == 0 { String::new() } else { format!("adopted: {count} connections that were open before\n") }
 }
 
 /// The same for the log of a daemon.

@@ -35,7 +35,7 @@ pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
 }
 
 /// An address prefix, or an address by itself.
-fn parse_cidr(text: &str) -> Result<IpNet, String> {
+pub(super) fn parse_cidr(text: &str) -> Result<IpNet, String> {
     let address = text.parse::<IpAddr>().map(IpNet::from);
     address
         .or_else(|_| text.parse::<IpNet>())

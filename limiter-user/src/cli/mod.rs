@@ -7,6 +7,7 @@ mod connections;
 mod detach;
 mod doctor;
 mod exit;
+mod kick;
 mod limit;
 mod logging;
 mod output;
@@ -90,6 +91,8 @@ enum Command {
     Deny(rules::DenyArgs),
     /// Take the rule of an address or a prefix away
     Forget(rules::ForgetArgs),
+    /// Close the connections of a client, or of a prefix of clients, now
+    Kick(kick::Args),
     /// Show or change the limits in force
     #[command(subcommand)]
     Limit(limit::Command),
@@ -123,6 +126,7 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Allow(args) => rules::allow(&global, &args),
         Command::Deny(args) => rules::deny(&global, &args),
         Command::Forget(args) => rules::forget(&global, &args),
+        Command::Kick(args) => kick::run(&global, &args),
         Command::Limit(command) => limit::run(&global, command),
         Command::Config(command) => config::run(&command),
         Command::Doctor(args) => doctor::run(&global, &args),

@@ -1,6 +1,6 @@
 //! `limiter status`.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 use limiter_common::Counter;
 
@@ -24,8 +24,15 @@ pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
 fn text(status: &Status) -> String {
     let daemon = status.daemon.map_or_else(|| "none; the limits stay in force".to_owned(), |pid| format!("pid {pid}"));
     let mut text = format!(
-        "Pinned at   {} (layout {})\nDaemon      {daemon}\nAccounting  {}\nLedger      {} of {} connections, {} sources\n\n",
-        status.pin_path, status.abi, status.accounting, status.ledger_entries, status.ledger_size, status.sources,
+        "Pinned at   {} (layout {})\nDaemon      {daemon}\nAccounting  {}\nLedger      {} of {} connections, {} sources\n\
+         Audit       {}\n\n",
+        status.pin_path,
+        status.abi,
+        status.accounting,
+        status.ledger_entries,
+        status.ledger_size,
+        status.sources,
+        audit(status),
     );
     let interfaces = status.interfaces.iter().map(interface);
     text += &table(["INTERFACE", "INDEX", "MODE"], &[1], interfaces);
@@ -47,6 +54,12 @@ fn text(status: &Status) -> String {
         );
     }
     text
+}
+
+fn audit(status: &Status) -> String {
+    let Some(age) = status.audited else { return "none yet; a daemon does it (limiter run)".to_owned() };
+    let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+    format!("{age} ago: drift {}, {} repairs", status.drift, status.repairs)
 }
 
 fn interface(interface: &AttachedInterface) -> [String; 3] {
@@ -105,6 +118,9 @@ mod tests {
             ledger_entries: 3,
             ledger_size: 1000,
             sources: 1,
+            audited: Some(Duration::from_millis(2700)),
+            drift: 0,
+            repairs: 4,
         }
     }
 
@@ -115,6 +131,7 @@ Pinned at   /sys/fs/bpf/limiter (layout 1)
 Daemon      none; the limits stay in force
 Accounting  socket
 Ledger      3 of 1000 connections, 1 sources
+Audit       2s ago: drift 0, 4 repairs
 
 INTERFACE                        INDEX  MODE
 eth0                                 2  native
@@ -138,5 +155,6 @@ The ledger was full: 2 connections passed uncounted. Raise kernel.max_connection
         assert_eq!(document["services"][0]["connections_per_source"], 20);
         assert_eq!(document["services"][0]["counters"]["syn_admitted"], 5);
         assert_eq!(document["interfaces"][1]["name"], serde_json::Value::Null);
+        assert_eq!((&document["audited_seconds_ago"], &document["repairs"]), (&2.into(), &4.into()));
     }
 }

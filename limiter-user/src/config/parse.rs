@@ -17,6 +17,9 @@ use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 /// Most connections that a ledger may hold: about 2 GiB of kernel memory.
 pub(super) const LARGEST_LEDGER: u32 = 1 << 24;
 
+/// An audit reads the whole ledger: one after the other would be all that the host does.
+const SHORTEST_AUDIT_INTERVAL: Duration = Duration::from_millis(100);
+
 /// Largest message that may be allowed: it is held in memory whole.
 const LARGEST_MESSAGE_BYTES: u64 = 1 << 30;
 
@@ -80,6 +83,13 @@ fn kernel(mut section: Section, kernel: &mut Kernel) {
     section.read("pin_path", &mut kernel.pin_path, value::absolute_path);
     section.read("max_connections", &mut kernel.max_connections, |item| {
         value::integer(item, 1..=LARGEST_LEDGER, "connections")
+    });
+    section.read("audit_interval", &mut kernel.audit_interval, |item| {
+        let interval = value::duration(item, Duration::ZERO, value::LONGEST)?;
+        if !interval.is_zero() && interval < SHORTEST_AUDIT_INTERVAL {
+            return Err(Fault::new(item, r#"expected "0s" (never), or 100ms at least"#));
+        }
+        Ok(interval)
     });
     section.read("debug_log", &mut kernel.debug_log, value::boolean);
     section.finish();

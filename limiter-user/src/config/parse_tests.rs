@@ -33,6 +33,7 @@ fn every_key_is_read() {
         on_full = "closed"
         pin_path = "/run/bpf/x"
         max_connections = 1_000
+        audit_interval = "0s"
         debug_log = true
         [limits]
         connections_per_source = 0
@@ -100,6 +101,7 @@ fn every_key_is_read() {
             on_full: OnFull::Closed,
             pin_path: PathBuf::from("/run/bpf/x"),
             max_connections: 1000,
+            audit_interval: Duration::ZERO,
             debug_log: true,
         },
         limits,

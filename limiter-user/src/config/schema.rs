@@ -41,6 +41,8 @@ pub struct Kernel {
     pub pin_path: PathBuf,
     /// Size of the ledger, in connections.
     pub max_connections: u32,
+    /// How often the daemon compares the ledger with the kernel's sockets; zero: never.
+    pub audit_interval: Duration,
     /// Debug messages of the kernel programs; off costs nothing, and it can only be changed by attaching anew.
     pub debug_log: bool,
 }
@@ -54,6 +56,7 @@ impl Default for Kernel {
             on_full: OnFull::Open,
             pin_path: "/sys/fs/bpf/limiter".into(),
             max_connections: limiter_common::abi::DEFAULT_MAX_CONNECTIONS,
+            audit_interval: Duration::from_secs(5),
             debug_log: false,
         }
     }

@@ -18,7 +18,7 @@ use aya::{
 use limiter_common::abi;
 
 use super::{
-    KernelError,
+    Auditor, KernelError,
     control::Control,
     debug_log::DebugLog,
     error::Errno as _,
@@ -124,6 +124,11 @@ impl Attached {
     /// The control program.
     pub fn control(&self) -> Arc<Control> {
         Arc::clone(&self.control)
+    }
+
+    /// Whoever compares the ledger with the kernel's sockets.
+    pub fn auditor(&self) -> Result<Auditor, KernelError> {
+        Auditor::new(&self.pins, self.control())
     }
 
     /// The refusals as they are reported; `Some` once.

@@ -1,21 +1,31 @@
-//! The control program: the only way by which user space takes something out of the ledger.
+//! The control program: the only way by which user space changes what is in the ledger.
 
-use std::{fmt, net::SocketAddr};
+use std::{
+    fmt, io,
+    io::Read as _,
+    net::SocketAddr,
+    sync::{PoisonError, RwLock},
+};
 
 use aya::{
-    TestRun as _,
-    programs::{Program, ProgramError, TestRunOptions, Xdp},
+    Btf, TestRun as _,
+    programs::{Iter, Program, ProgramError, TestRunOptions, Xdp},
 };
 use limiter_common::{
     Counter, Endpoints, abi,
-    control::{Request, answer, op},
+    control::{Request, answer, op, watch},
 };
 
-use super::{KernelError, load::Loaded};
+use super::{
+    KernelError,
+    load::{Loaded, program},
+    sock_diag::Socket,
+};
 
 /// Runs the control program.
 pub struct Control {
-    loaded: Loaded,
+    // Only to load and attach the program that watches takes more than a look.
+    loaded: RwLock<Loaded>,
 }
 
 impl fmt::Debug for Control {
@@ -24,22 +34,47 @@ impl fmt::Debug for Control {
     }
 }
 
+/// What came of entering a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Adoption {
+    /// It is in the ledger now.
+    Done,
+    /// It was there already, or its port is no service's.
+    NotNeeded,
+    /// The ledger has no room.
+    Full,
+}
+
 impl Control {
     /// With programs that are loaded.
     pub fn new(loaded: Loaded) -> Self {
-        Self { loaded }
+        Self { loaded: RwLock::new(loaded) }
     }
 
     /// Takes a connection out of the ledger that the gateway has given up. `false` if it is not there (any more), or the
     /// addresses belong to another socket by now.
     pub fn release(&self, remote: SocketAddr, local: SocketAddr, cookie: u64) -> Result<bool, KernelError> {
-        let request = Request {
-            op: op::RELEASE,
-            counter: Counter::ClosedGateway as u32,
-            owner: cookie,
-            key: Endpoints::new(remote, local).key(),
-        };
-        Ok(self.ask(&request)? == answer::DONE)
+        self.release_as(&Socket::new(Endpoints::new(remote, local), cookie), Counter::ClosedGateway)
+    }
+
+    /// Takes a socket's connection out of the ledger.
+    pub(super) fn release_as(&self, socket: &Socket, counter: Counter) -> Result<bool, KernelError> {
+        Ok(self.ask(&request(op::RELEASE, socket, counter))? == answer::DONE)
+    }
+
+    /// Enters a connection that is open already. As [`Counter::OpenedAdopted`] it is never cut; as
+    /// [`Counter::OpenedAudit`] it is marked if it is past its limits.
+    pub(super) fn adopt(&self, socket: &Socket, counter: Counter) -> Result<Adoption, KernelError> {
+        Ok(match self.ask(&request(op::ADOPT, socket, counter))? {
+            answer::DONE => Adoption::Done,
+            answer::FULL => Adoption::Full,
+            _ => Adoption::NotNeeded,
+        })
+    }
+
+    /// Counts something that happened to a connection.
+    pub(super) fn count(&self, connection: &Endpoints, counter: Counter) -> Result<(), KernelError> {
+        self.ask(&request(op::COUNT, &Socket::new(*connection, 0), counter)).map(|_| ())
     }
 
     /// Takes out the reservations that the stack did not confirm in time. The programs do the same when there is traffic;
@@ -50,9 +85,31 @@ impl Control {
         Ok(())
     }
 
+    /// Has the stack tell of the end of every connection of a service that is open now, in this process's network
+    /// namespace. `false` if this kernel can't (before 6.12).
+    pub(super) fn watch(&self) -> Result<bool, KernelError> {
+        const WHAT: &str = "can't go through the open connections";
+        let mut loaded = self.loaded.write().unwrap_or_else(PoisonError::into_inner);
+        let watcher: &mut Iter = program(&mut loaded.programs, abi::PROGRAM_WATCH)?;
+        // Loaded when it is needed, which is seldom: reading the kernel's types takes a while.
+        if watcher.fd().is_err() {
+            let Ok(btf) = Btf::from_sys_fs() else { return Ok(false) };
+            if let Err(error) = watcher.load("tcp", &btf) {
+                tracing::debug!(%error, "this kernel refuses the program that goes through open connections");
+                return Ok(false);
+            }
+        }
+        let link = watcher.attach().and_then(|id| watcher.take_link(id)).map_err(KernelError::failed(WHAT))?;
+        let mut sockets = link.into_file().map_err(|error| KernelError::failed(WHAT)(io::Error::other(error)))?;
+        let mut outcomes = Vec::new();
+        sockets.read_to_end(&mut outcomes).map_err(KernelError::failed(WHAT))?;
+        Ok(!outcomes.contains(&watch::REFUSED))
+    }
+
     fn ask(&self, request: &Request) -> Result<u32, KernelError> {
         const WHAT: &str = "can't run the control program";
-        let program: &Xdp = match self.loaded.programs.program(abi::PROGRAM_CONTROL) {
+        let loaded = self.loaded.read().unwrap_or_else(PoisonError::into_inner);
+        let program: &Xdp = match loaded.programs.program(abi::PROGRAM_CONTROL) {
             Some(program @ Program::Xdp(_)) => program.try_into().map_err(KernelError::failed(WHAT))?,
             _ => return Err(KernelError::failed(WHAT)(ProgramError::UnexpectedProgramType)),
         };
@@ -60,4 +117,8 @@ impl Control {
             TestRunOptions { data_in: Some(bytemuck::bytes_of(request)), repeat: 1, ..TestRunOptions::default() };
         Ok(program.test_run(options).map_err(KernelError::failed(WHAT))?.return_value)
     }
+}
+
+fn request(op: u32, socket: &Socket, counter: Counter) -> Request {
+    Request { op, counter: counter as u32, owner: socket.cookie, connection: socket.connection, reserved: 0 }
 }

@@ -29,6 +29,9 @@ pub enum KernelError {
         /// The names of those there are.
         present: String,
     },
+    /// The kernel was built without what closes a socket from outside.
+    #[error("this kernel can't close a connection on behalf of others: it was built without CONFIG_INET_DIAG_DESTROY")]
+    NoDestroy,
     /// Another program holds the interface's XDP hook.
     #[error(
         "the XDP hook of {interface} is taken by another program: `ip -details link show {interface}` names it; detach it, or leave {interface} out"

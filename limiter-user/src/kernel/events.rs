@@ -3,7 +3,10 @@
 use std::{fmt, io, mem, net::SocketAddr, time::Duration};
 
 use aya::maps::{Map, MapData, RingBuf};
-use limiter_common::{DenyReason, abi, event::Refusal};
+use limiter_common::{
+    DenyReason, abi,
+    event::{Refusal, Stage},
+};
 use tokio::io::unix::AsyncFd;
 
 use super::{KernelError, maps, pins::Pins};
@@ -17,8 +20,8 @@ pub struct Event {
     pub service: u32,
     /// Why.
     pub reason: DenyReason,
-    /// `syn` or `handshake`.
-    pub stage: &'static str,
+    /// When it was refused.
+    pub stage: Stage,
     /// The service only observes, and the packet passed.
     pub observed: bool,
     /// The client; of a SYN, as it claims.
@@ -80,7 +83,7 @@ fn parse(record: &[u8]) -> Option<Event> {
         since_boot: Duration::from_nanos(refusal.time_ns),
         service: u32::from(refusal.service),
         reason: DenyReason::from_number(refusal.reason)?,
-        stage: if refusal.stage == limiter_common::event::Stage::Syn as u8 { "syn" } else { "handshake" },
+        stage: Stage::from_number(refusal.stage)?,
         observed: refusal.observed != 0,
         remote: refusal.connection.remote(),
         local: refusal.connection.local(),

@@ -9,6 +9,7 @@ use std::{io, mem};
 use aya::maps::{MapData, MapType};
 use limiter_common::{
     ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    audit::AuditReport,
     ledger::Reservation,
     policy::ServiceState,
     rule::{RuleEntry, RuleKey},
@@ -40,6 +41,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, Some(abi::MAX_RESERVATIONS)),
     shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
     shape::<RuleKey, RuleEntry>(abi::MAP_RULES, MapType::LpmTrie, Some(abi::MAX_RULES)),
+    shape::<u32, AuditReport>(abi::MAP_AUDIT, MapType::Array, Some(abi::MAX_SERVICES)),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

@@ -1,15 +1,17 @@
 //! The maps as typed methods. The name of each is said here once more, and nowhere else in this crate.
 
-use std::{fmt, path::Path};
+use std::{collections::HashMap as StdHashMap, fmt, path::Path};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use limiter_common::{
     ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    audit::AuditReport,
     bucket::Rate,
     policy::{ServiceName, ServiceState},
+    source::is_gone,
 };
 
-use super::{Counters, KernelError, pins::Pins};
+use super::{Counters, KernelError, host, pins::Pins};
 use crate::{
     config::{OnDeny, OnFull},
     policy::Limits,
@@ -107,6 +109,11 @@ impl Services {
         Ok(ServiceEntry::from_policy(&policy))
     }
 
+    /// The limits of the service of that index as the programs read them; all zero if there is none.
+    pub(super) fn policy(&self, index: u32) -> Result<ServicePolicy, KernelError> {
+        self.policies.get(&index, 0).map_err(KernelError::failed("can't read a service's limits"))
+    }
+
     /// Every service with its index, in the order of the index.
     pub fn all(&self) -> Result<Vec<(u32, ServiceEntry)>, KernelError> {
         let mut services = Vec::new();
@@ -190,6 +197,13 @@ impl Ledger {
         open(&pins.map(abi::MAP_LEDGER), Map::HashMap).map(Self)
     }
 
+    /// The entry of a connection, if there is one.
+    pub fn get(&self, connection: &Endpoints) -> Result<Option<LedgerEntry>, KernelError> {
+        let entry = there(self.0.get(&connection.key(), 0), "can't read the ledger")?;
+        // The key has but a tag of the own address.
+        Ok(entry.filter(|entry| entry.local == connection.local))
+    }
+
     /// Every entry there is, with the ends of its connection; entries that come and go meanwhile may or may not be among
     /// them.
     pub fn entries(&self) -> Result<Vec<(Endpoints, LedgerEntry)>, KernelError> {
@@ -219,9 +233,57 @@ impl Sources {
         open(&pins.map(abi::MAP_SOURCES), Map::HashMap).map(Self)
     }
 
+    /// How many connections a source holds.
+    pub fn held(&self, source: &SourceKey) -> Result<u64, KernelError> {
+        let entry = there(self.0.get(source, 0), "can't read the sources")?;
+        Ok(entry.map_or(0, |entry| if is_gone(entry.connections) { 0 } else { entry.connections }))
+    }
+
     /// Every source there is; those that come and go meanwhile may or may not be among them.
     pub fn entries(&self) -> Result<Vec<(SourceKey, SourceEntry)>, KernelError> {
         collect(self.0.keys(), |key| self.0.get(key, 0), "can't read the sources")
+    }
+}
+
+/// What the last audit found of each service.
+pub struct Audits(Array<MapData, AuditReport>);
+
+impl fmt::Debug for Audits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Audits").finish_non_exhaustive()
+    }
+}
+
+impl Audits {
+    /// Opens the pinned map.
+    pub fn open(pins: &Pins) -> Result<Self, KernelError> {
+        open(&pins.map(abi::MAP_AUDIT), Map::Array).map(Self)
+    }
+
+    /// What was found of the service of that index; `None` if it was never looked at.
+    pub fn get(&self, service: u32) -> Result<Option<AuditReport>, KernelError> {
+        let report = self.0.get(&service, 0).map_err(KernelError::failed("can't read what the audit found"))?;
+        Ok((report.audited_ns != 0).then_some(report))
+    }
+
+    /// Leaves the drift of each service, found now.
+    pub(super) fn set(&mut self, drift: &StdHashMap<u32, u64>) -> Result<(), KernelError> {
+        let audited_ns = u64::try_from(host::monotonic().as_nanos()).unwrap_or(u64::MAX);
+        for (&service, &drift) in drift {
+            self.0
+                .set(service, AuditReport { audited_ns, drift }, 0)
+                .map_err(KernelError::failed("can't leave what the audit found"))?;
+        }
+        Ok(())
+    }
+}
+
+/// A value, or `None` if there is nothing under its key.
+fn there<V>(value: Result<V, MapError>, what: &str) -> Result<Option<V>, KernelError> {
+    match value {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(KernelError::failed(what)(error)),
     }
 }
 
@@ -239,10 +301,8 @@ fn collect<K: Copy + Eq + std::hash::Hash, V>(
         if !seen.insert(key) {
             continue;
         }
-        match get(&key) {
-            Ok(value) => entries.push((key, value)),
-            Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(KernelError::failed(what)(error)),
+        if let Some(value) = there(get(&key), what)? {
+            entries.push((key, value));
         }
     }
     Ok(entries)

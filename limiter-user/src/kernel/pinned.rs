@@ -5,8 +5,8 @@ use std::{collections::HashMap, path::Path, sync::OnceLock, time::Duration};
 use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
 
 use super::{
-    AttachedInterface, ConnectionRow, KernelError, ServiceRow, SourceRow, Status, host, layout,
-    maps::{Ledger, ServiceEntry, Services, Sources},
+    AttachedInterface, ConnectionRow, KernelError, REPAIRS, ServiceRow, SourceRow, Status, host, layout,
+    maps::{Audits, Ledger, ServiceEntry, Services, Sources},
     pins::Pins,
     rules::{self, Rules},
 };
@@ -47,6 +47,15 @@ impl Pinned {
         for service in &services {
             sources += maps.state(service.index)?.sources;
         }
+        let mut drift = 0;
+        let mut audited = None;
+        let audits = Audits::open(&self.pins)?;
+        for service in &services {
+            if let Some(report) = audits.get(service.index)? {
+                drift += report.drift;
+                audited = audited.max(Some(report.audited_ns));
+            }
+        }
         Ok(Status {
             pin_path: self.pins.root().display().to_string(),
             abi: abi::ABI_VERSION,
@@ -55,8 +64,14 @@ impl Pinned {
             interfaces: self.interfaces()?,
             ledger_entries: services.iter().map(|service| service.connections).sum(),
             ledger_size: self.ledger_size,
+            repairs: services
+                .iter()
+                .flat_map(|service| REPAIRS.iter().map(|(counter, _)| service.counters.get(*counter)))
+                .sum(),
             services,
             sources,
+            audited: audited.map(|at| host::monotonic().saturating_sub(Duration::from_nanos(at))),
+            drift,
         })
     }
 
@@ -149,6 +164,20 @@ impl Pinned {
                 age: now.saturating_sub(Duration::from_nanos(entry.opened_ns)),
             })
             .collect())
+    }
+
+    /// That the state is of the network namespace that this process is in: addresses mean something else in another.
+    pub(super) fn require_this_namespace(&self) -> Result<(), KernelError> {
+        if self.pins.netns(host::netns_cookie()?).is_dir() {
+            Ok(())
+        } else {
+            Err(KernelError::OtherNamespace { pin_path: self.pins.root().to_owned() })
+        }
+    }
+
+    /// Where the maps are.
+    pub(super) fn pins(&self) -> &Pins {
+        &self.pins
     }
 
     /// Puts new limits in force for the service of that index; connections that are open stay open.

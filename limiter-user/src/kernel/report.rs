@@ -28,7 +28,17 @@ pub struct Status {
     pub ledger_size: u32,
     /// Sources that hold a connection.
     pub sources: u64,
+    /// How long ago the last audit was, in seconds; `None`: there was none since it was attached.
+    #[serde(rename = "audited_seconds_ago", serialize_with = "whole_seconds_if_any")]
+    pub audited: Option<Duration>,
+    /// By how much counts and entries differed then; should be 0.
+    pub drift: u64,
+    /// Entries that audits have made or removed since it was attached; should be 0.
+    pub repairs: u64,
 }
+
+/// What counts repairs of the ledger, and the kind of repair.
+pub const REPAIRS: [(Counter, &str); 2] = [(Counter::OpenedAudit, "adopted"), (Counter::ClosedAudit, "removed")];
 
 /// An interface that a program is attached to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -103,6 +113,12 @@ pub struct ConnectionRow {
     /// How long it has been in the ledger, in seconds.
     #[serde(rename = "age_seconds", serialize_with = "whole_seconds")]
     pub age: Duration,
+}
+
+// The form is serde's.
+#[expect(clippy::ref_option, reason = "serde hands over a reference to the field")]
+fn whole_seconds_if_any<S: serde::Serializer>(age: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    age.map(|age| age.as_secs()).serialize(serializer)
 }
 
 fn whole_seconds<S: serde::Serializer>(age: &Duration, serializer: S) -> Result<S::Ok, S::Error> {

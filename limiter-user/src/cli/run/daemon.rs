@@ -3,16 +3,20 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use sd_notify::NotifyState;
-use tokio::{sync::watch, task::JoinSet, time::MissedTickBehavior};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::MissedTickBehavior,
+};
 
 use super::{
-    refusals,
+    audits, refusals,
     signals::{Signal, Signals},
 };
 use crate::{
     admin::{Admin, Readiness, State},
     gateway::Gateway,
-    kernel::{Control, DebugLog, Events},
+    kernel::{Auditor, Control, DebugLog, Events},
 };
 
 /// Everything bound, and ready to be set going.
@@ -28,6 +32,9 @@ pub(super) struct KernelSide {
     pub(super) refusals: Option<Refusals>,
     pub(super) control: Arc<Control>,
     pub(super) debug_log: Option<DebugLog>,
+    pub(super) auditor: Auditor,
+    /// Zero: no audits.
+    pub(super) audit_interval: Duration,
 }
 
 /// Where refusals are read from, and the names of the services by their index.
@@ -53,7 +60,7 @@ impl Daemon {
         }
         // Dropped at the end: it has nothing to finish.
         let mut background = JoinSet::new();
-        if let Some(KernelSide { refusals, control, debug_log }) = kernel {
+        if let Some(KernelSide { refusals, control, debug_log, auditor, audit_interval }) = kernel {
             background.spawn(expire_reservations(control));
             if let Some(debug_log) = debug_log {
                 background.spawn(async {
@@ -61,8 +68,10 @@ impl Daemon {
                     tracing::error!(%error, "can't read the kernel programs' debug messages any longer");
                 });
             }
+            let (past_limit, to_cut) = mpsc::channel(audits::QUEUE);
+            background.spawn(audits::run(auditor, audit_interval, to_cut));
             if let Some(Refusals { events, services }) = refusals {
-                background.spawn(refusals::log_all(events, services));
+                background.spawn(refusals::log_all(events, services, past_limit));
             }
         }
 

@@ -1,5 +1,6 @@
 //! `limiter run`.
 
+mod audits;
 mod daemon;
 mod open_files;
 mod refusals;
@@ -52,6 +53,8 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
 
     let (mut attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
     super::attach::log(&report);
+    // Before anybody new is let in, so that it is clear who was there before.
+    super::attach::log_adopted(super::attach::adopt_open(&attached, !config.kernel.audit_interval.is_zero()));
     match open_attached(config, addresses, &mut attached) {
         // Held until the end: it keeps other daemons off.
         Ok(daemon) => {
@@ -80,7 +83,13 @@ fn open_attached(config: &Config, addresses: Addresses, attached: &mut Attached)
     let pinned = Pinned::open(&config.kernel.pin_path)?;
     let services = pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect();
     let refusals = attached.take_events().map(|events| Refusals { events, services });
-    let side = KernelSide { refusals, control: attached.control(), debug_log: attached.take_debug_log() };
+    let side = KernelSide {
+        refusals,
+        control: attached.control(),
+        debug_log: attached.take_debug_log(),
+        auditor: attached.auditor()?,
+        audit_interval: config.kernel.audit_interval,
+    };
     addresses.open(policies, Some((pinned, side)))
 }
 

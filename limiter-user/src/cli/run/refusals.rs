@@ -5,17 +5,25 @@ use std::{
     time::{Duration, Instant},
 };
 
+use limiter_common::{Endpoints, event::Stage};
+use tokio::sync::mpsc;
+
 use crate::kernel::{Event, Events};
 
 /// Most lines per [`WINDOW`].
 const MOST_LINES: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Logs refusals as long as they can be read. `services`: names by index.
-pub(super) async fn log_all(events: Events, services: HashMap<u32, String>) {
+/// Logs refusals as long as they can be read. `services`: names by index. Connections that are open already go to
+/// `past_limit`, to be cut.
+pub(super) async fn log_all(events: Events, services: HashMap<u32, String>, past_limit: mpsc::Sender<Endpoints>) {
     let mut budget = Budget::default();
     let error = events
         .read(|event| {
+            if event.stage == Stage::Open {
+                // Those that find no room are found by the next audit.
+                let _ = past_limit.try_send(Endpoints::new(event.remote, event.local));
+            }
             if let Some(left_out) = budget.take(Instant::now()) {
                 let name = services.get(&event.service).map_or("?", String::as_str);
                 log(&event, name, left_out);
@@ -29,7 +37,7 @@ fn log(event: &Event, service: &str, left_out: u64) {
     tracing::info!(
         service,
         reason = event.reason.name(),
-        stage = event.stage,
+        stage = event.stage.name(),
         remote = %event.remote,
         local = %event.local,
         unreported = event.unreported,

@@ -1,0 +1,211 @@
+//! Compares the ledger with the sockets that the kernel has, and mends what differs.
+//!
+//! Both change all the time, and neither can be read in one step. So nothing is mended because of one look: what differs
+//! must differ in two passes in a row, for the same socket (by its cookie), and still differ when that one socket is looked
+//! up. A slot that was reserved and is not confirmed yet is left to its expiry.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt, io,
+    sync::Arc,
+};
+
+use limiter_common::{
+    Counter, Endpoints, LedgerEntry,
+    ledger::{FLAG_ADOPTED, OWNER_REMOVED, is_reservation},
+};
+
+use super::{
+    KernelError,
+    control::{Adoption, Control},
+    maps::{Audits, Ledger, Services, Sources},
+    pins::Pins,
+    recount,
+    rules::Rules,
+    sock_diag::{SockDiag, Socket},
+};
+
+/// Audits one pinned state.
+pub struct Auditor {
+    pub(super) ledger: Ledger,
+    pub(super) sources: Sources,
+    pub(super) services: Services,
+    pub(super) rules: Rules,
+    reports: Audits,
+    pub(super) control: Arc<Control>,
+    pub(super) sockets: SockDiag,
+    /// The ports of the services. Only attaching changes them, and whoever audits keeps others from that.
+    ports: HashSet<u16>,
+    /// What differed at the last pass.
+    suspects: Differences,
+    /// Whether the kernel has told that it can close sockets on behalf of others; until it was tried, it is believed to.
+    pub(super) can_destroy: bool,
+}
+
+impl fmt::Debug for Auditor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Auditor").field("ports", &self.ports).finish_non_exhaustive()
+    }
+}
+
+/// What a pass did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Connections that were missing from the ledger.
+    pub adopted: u64,
+    /// Entries whose socket was gone.
+    pub removed: u64,
+    /// Connections that were cut because they were past their limits.
+    pub cut: u64,
+    /// By how much counts and entries differ, over all services.
+    pub drift: u64,
+}
+
+/// What became of the connections that were open before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AdoptedOpen {
+    /// They count from now on.
+    pub adopted: u64,
+    /// They don't, because the kernel could not tell of their end.
+    pub left_out: u64,
+    /// They don't, because the ledger is full.
+    pub no_room: u64,
+}
+
+#[derive(Debug, Default)]
+struct Differences {
+    /// Entries without a socket: connection and cookie.
+    gone: HashSet<(Endpoints, u64)>,
+    /// Sockets without an entry, likewise.
+    unknown: HashSet<(Endpoints, u64)>,
+}
+
+type Entries = Vec<(Endpoints, LedgerEntry)>;
+
+impl Auditor {
+    /// For the state that is pinned there, and the sockets of the network namespace of the calling thread.
+    pub(super) fn new(pins: &Pins, control: Arc<Control>) -> Result<Self, KernelError> {
+        let services = Services::open(pins)?;
+        let ports = services.ports()?.into_iter().map(|(port, _)| port).collect();
+        Ok(Self {
+            ledger: Ledger::open(pins)?,
+            sources: Sources::open(pins)?,
+            services,
+            rules: Rules::open(pins)?,
+            reports: Audits::open(pins)?,
+            control,
+            sockets: SockDiag::open().map_err(no_list)?,
+            ports,
+            suspects: Differences::default(),
+            can_destroy: true,
+        })
+    }
+
+    /// Enters the connections that were open before the limiter was attached. `audited`: somebody will remove those whose
+    /// end the kernel can't tell; otherwise these are not entered, since their slots would never come back.
+    pub fn adopt_open(&mut self, audited: bool) -> Result<AdoptedOpen, KernelError> {
+        let mut result = AdoptedOpen::default();
+        let (_, mut found) = self.compare()?;
+        if found.unknown.is_empty() {
+            return Ok(result);
+        }
+        if !self.control.watch()? && !audited {
+            result.left_out = found.unknown.len() as u64;
+            return Ok(result);
+        }
+        // From here on each end is told. Those that ended before are no longer in this list.
+        (_, found) = self.compare()?;
+        for (connection, cookie) in found.unknown {
+            match self.adopt(&Socket::new(connection, cookie), Counter::OpenedAdopted)? {
+                Adoption::Done => result.adopted += 1,
+                Adoption::Full => result.no_room += 1,
+                Adoption::NotNeeded => {}
+            }
+        }
+        Ok(result)
+    }
+
+    /// One pass.
+    pub fn audit(&mut self) -> Result<Audit, KernelError> {
+        let mut result = Audit::default();
+        let (entries, found) = self.compare()?;
+        for suspect in found.gone.intersection(&self.suspects.gone) {
+            let socket = Socket::new(suspect.0, suspect.1);
+            if self.sockets.look_up(&socket).map_err(no_list)?.is_some() {
+                continue;
+            }
+            // Where the kernel can't tell of the end of what was open before, this is how it is seen.
+            let adopted = self.ledger.get(&suspect.0)?.is_some_and(|entry| entry.flags & FLAG_ADOPTED != 0);
+            let counter = if adopted { Counter::ClosedSocket } else { Counter::ClosedAudit };
+            if self.control.release_as(&socket, counter)? && !adopted {
+                result.removed += 1;
+            }
+        }
+        let unknown: Vec<_> = found.unknown.intersection(&self.suspects.unknown).copied().collect();
+        if !unknown.is_empty() {
+            self.control.watch()?;
+        }
+        for (connection, cookie) in unknown {
+            if self.adopt(&Socket::new(connection, cookie), Counter::OpenedAudit)? == Adoption::Done {
+                result.adopted += 1;
+            }
+        }
+        self.suspects = found;
+        result.cut = self.cut_past_limit(entries)?;
+        let drift = recount::drift(&self.services, &self.ledger, &self.sources)?;
+        result.drift = drift.values().sum();
+        self.reports.set(&drift)?;
+        Ok(result)
+    }
+
+    /// Enters a connection, unless its socket is gone or given up, and takes it out again if it went meanwhile: before the
+    /// entry was there, its end had nothing to remove.
+    fn adopt(&mut self, socket: &Socket, counter: Counter) -> Result<Adoption, KernelError> {
+        if !self.is_held(socket)? || self.ledger.get(&socket.connection)?.is_some() {
+            return Ok(Adoption::NotNeeded);
+        }
+        let adoption = self.control.adopt(socket, counter)?;
+        if adoption == Adoption::Done && self.sockets.look_up(socket).map_err(no_list)?.is_none() {
+            self.control.release_as(socket, Counter::ClosedSocket)?;
+        }
+        Ok(adoption)
+    }
+
+    fn is_held(&mut self, socket: &Socket) -> Result<bool, KernelError> {
+        Ok(self.sockets.look_up(socket).map_err(no_list)?.is_some_and(|socket| socket.is_held()))
+    }
+
+    /// What is in the ledger, and how it differs from the kernel's sockets.
+    fn compare(&mut self) -> Result<(Entries, Differences), KernelError> {
+        let entries = self.ledger.entries()?;
+        // Of each connection in the ledger: its owner, and whether there is such a socket.
+        let mut known: HashMap<Endpoints, (u64, bool)> =
+            entries.iter().map(|(key, entry)| (*key, (entry.owner, false))).collect();
+        let mut unknown = HashSet::new();
+        // Connections can outlive their service.
+        let outlived = entries.iter().map(|(key, _)| key.local_port).filter(|port| !self.ports.contains(port));
+        let ports: HashSet<u16> = self.ports.iter().copied().chain(outlived).collect();
+        for port in ports {
+            let is_service = self.ports.contains(&port);
+            self.sockets
+                .list(port, |socket| match known.get_mut(&socket.connection) {
+                    Some((owner, there)) => *there |= *owner == socket.cookie,
+                    None if is_service && socket.is_held() => {
+                        unknown.insert((socket.connection, socket.cookie));
+                    }
+                    None => {}
+                })
+                .map_err(no_list)?;
+        }
+        let gone = known
+            .into_iter()
+            .filter(|(_, (owner, there))| !there && *owner != OWNER_REMOVED && !is_reservation(*owner))
+            .map(|(key, (owner, _))| (key, owner))
+            .collect();
+        Ok((entries, Differences { gone, unknown }))
+    }
+}
+
+pub(super) fn no_list(error: io::Error) -> KernelError {
+    KernelError::failed("can't ask the kernel for its TCP sockets")(error)
+}

@@ -1,0 +1,133 @@
+//! Counts the ledger's entries anew, and says by how much the counts that the programs keep differ.
+
+use std::{collections::HashMap, thread, time::Duration};
+
+use limiter_common::{Counter, LedgerEntry, SourceKey, policy::ServiceState, source::is_gone};
+
+use super::{
+    Counters, KernelError,
+    maps::{Ledger, Services, Sources},
+};
+
+/// How often a difference must show before it is believed, and how long to wait in between: for a moment, a connection
+/// that comes or goes is in one map and not in the other.
+const LOOKS: usize = 3;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// What changes the number of a service's entries.
+const CHANGES: [Counter; 8] = [
+    Counter::OpenedReserved,
+    Counter::OpenedUnseen,
+    Counter::OpenedAdopted,
+    Counter::OpenedAudit,
+    Counter::ClosedSocket,
+    Counter::ClosedGateway,
+    Counter::ClosedExpired,
+    Counter::ClosedAudit,
+];
+
+/// The drift of each service, by its index.
+pub(super) fn drift(services: &Services, ledger: &Ledger, sources: &Sources) -> Result<HashMap<u32, u64>, KernelError> {
+    let mut drift = look(services, ledger, sources)?;
+    for _ in 1..LOOKS {
+        if drift.values().all(|&drift| drift == 0) {
+            break;
+        }
+        thread::sleep(PAUSE);
+        let again = look(services, ledger, sources)?;
+        for (service, drift) in &mut drift {
+            *drift = (*drift).min(again.get(service).copied().unwrap_or(0));
+        }
+    }
+    Ok(drift)
+}
+
+fn look(services: &Services, ledger: &Ledger, sources: &Sources) -> Result<HashMap<u32, u64>, KernelError> {
+    let indexes: Vec<u32> = services.all()?.into_iter().map(|(index, _)| index).collect();
+    let changes = || -> Result<Vec<u64>, KernelError> {
+        indexes.iter().map(|&index| Ok(changes(&services.counters(index)?))).collect()
+    };
+    let before = changes()?;
+    let entries = ledger.entries()?;
+    let counted = sources.entries()?;
+    let states = indexes.iter().map(|&index| services.state(index)).collect::<Result<Vec<_>, _>>()?;
+    let after = changes()?;
+
+    let counted: HashMap<SourceKey, u64> = counted
+        .into_iter()
+        .filter(|(_, entry)| !is_gone(entry.connections))
+        .map(|(key, entry)| (key, entry.connections))
+        .collect();
+    let by_source = by_source(entries.iter().map(|(_, entry)| entry));
+    Ok(indexes
+        .iter()
+        .zip(before.iter().zip(&after))
+        .zip(&states)
+        .map(|((&index, (before, after)), state)| {
+            (index, difference(index, &by_source, &counted, state, after.saturating_sub(*before)))
+        })
+        .collect())
+}
+
+fn changes(counters: &Counters) -> u64 {
+    CHANGES.iter().map(|&counter| counters.get(counter)).sum()
+}
+
+fn by_source<'a>(entries: impl Iterator<Item = &'a LedgerEntry>) -> HashMap<SourceKey, u64> {
+    let mut sources = HashMap::new();
+    for entry in entries {
+        *sources.entry(entry.source).or_default() += 1;
+    }
+    sources
+}
+
+/// By how much one service's counts differ from its entries, but for `changes`: each entry that came or went while these
+/// were read explains a difference of one in either count.
+fn difference(
+    service: u32,
+    entries: &HashMap<SourceKey, u64>,
+    counted: &HashMap<SourceKey, u64>,
+    state: &ServiceState,
+    changes: u64,
+) -> u64 {
+    let of_service = |map: &HashMap<SourceKey, u64>| -> HashMap<SourceKey, u64> {
+        map.iter().filter(|(key, _)| u32::from(key.service) == service).map(|(key, count)| (*key, *count)).collect()
+    };
+    let (entries, counted) = (of_service(entries), of_service(counted));
+    let in_sources: u64 = entries
+        .iter()
+        .map(|(key, count)| count.abs_diff(counted.get(key).copied().unwrap_or(0)))
+        .chain(counted.iter().filter(|(key, _)| !entries.contains_key(key)).map(|(_, count)| *count))
+        .sum();
+    let in_service = entries.values().sum::<u64>().abs_diff(state.connections);
+    in_sources.saturating_sub(changes) + in_service.saturating_sub(changes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(last: u8, service: u16) -> SourceKey {
+        SourceKey::new(service, &std::net::IpAddr::from([192, 0, 2, last]).into(), 32, 64)
+    }
+
+    #[test]
+    fn counts_that_agree_have_no_drift() {
+        let counts = HashMap::from([(source(1, 0), 2), (source(2, 0), 1), (source(1, 1), 9)]);
+        let state = ServiceState { connections: 3, ..ServiceState::default() };
+        assert_eq!(difference(0, &counts, &counts, &state, 0), 0);
+    }
+
+    #[test]
+    fn each_count_that_is_off_shows_and_what_changed_meanwhile_explains_it() {
+        let entries = HashMap::from([(source(1, 0), 2), (source(2, 0), 1)]);
+        let state = ServiceState { connections: 3, ..ServiceState::default() };
+        // One too many, one that has no entry, one that is missing.
+        let counted = HashMap::from([(source(1, 0), 3), (source(3, 0), 1)]);
+        assert_eq!(difference(0, &entries, &counted, &state, 0), 3);
+        assert_eq!(difference(0, &entries, &counted, &state, 2), 1);
+        assert_eq!(difference(0, &entries, &counted, &state, 3), 0);
+        let state = ServiceState { connections: 7, ..ServiceState::default() };
+        assert_eq!(difference(0, &entries, &entries, &state, 0), 4);
+    }
+}

@@ -1,0 +1,94 @@
+//! What limiter has pinned, opened to look at it and to spoil it: the faults that an audit is there for.
+
+use std::{fmt, path::Path};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Pod,
+    maps::{Array, HashMap, Map, MapData},
+};
+use limiter_common::{
+    ConnectionKey, LedgerEntry, SourceEntry, SourceKey, abi, audit::AuditReport, policy::ServiceState,
+};
+
+use crate::{
+    limiter::Limiter,
+    wait::{SOON, eventually},
+};
+
+/// The maps of the first service.
+pub struct State {
+    ledger: HashMap<MapData, ConnectionKey, LedgerEntry>,
+    sources: HashMap<MapData, SourceKey, SourceEntry>,
+    service: Array<MapData, ServiceState>,
+    audit: Array<MapData, AuditReport>,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").finish_non_exhaustive()
+    }
+}
+
+impl State {
+    /// Opens what is pinned.
+    pub fn open(limiter: &Limiter<'_>) -> Result<Self> {
+        let root = limiter.pin_path().join(format!("v{}", abi::ABI_VERSION));
+        Ok(Self {
+            ledger: hash(&root.join(abi::MAP_LEDGER))?,
+            sources: hash(&root.join(abi::MAP_SOURCES))?,
+            service: array(&root.join(abi::MAP_SERVICE_STATE))?,
+            audit: array(&root.join(abi::MAP_AUDIT))?,
+        })
+    }
+
+    /// Every entry of the ledger.
+    pub fn entries(&self) -> Result<Vec<(ConnectionKey, LedgerEntry)>> {
+        self.ledger.iter().map(|entry| entry.context("can't read the ledger")).collect()
+    }
+
+    /// Makes an entry and counts it, as if its socket had been opened. Nobody else may change the counts meanwhile.
+    pub fn enter(&mut self, key: &ConnectionKey, entry: &LedgerEntry) -> Result<()> {
+        self.ledger.insert(key, entry, 0)?;
+        self.count(&entry.source, 1)
+    }
+
+    /// Takes an entry out and counts it no more, as if its socket had been closed. Nobody else may change the counts
+    /// meanwhile.
+    pub fn remove(&mut self, key: &ConnectionKey, entry: &LedgerEntry) -> Result<()> {
+        self.ledger.remove(key)?;
+        self.count(&entry.source, -1)
+    }
+
+    /// Adds to the count of a source that has connections, and leaves that of its service as it is.
+    pub fn miscount(&mut self, source: &SourceKey, by: i64) -> Result<()> {
+        let mut held = self.sources.get(source, 0).context("the source holds a connection")?;
+        held.connections = held.connections.wrapping_add_signed(by);
+        Ok(self.sources.insert(source, held, 0)?)
+    }
+
+    fn count(&mut self, source: &SourceKey, by: i64) -> Result<()> {
+        self.miscount(source, by)?;
+        let mut state = self.service.get(&0, 0)?;
+        state.connections = state.connections.wrapping_add_signed(by);
+        Ok(self.service.set(0, state, 0)?)
+    }
+
+    /// Waits until the ledger was audited twice from beginning to end: that is what it takes to mend something.
+    pub fn wait_audited(&self) -> Result<()> {
+        // The first that ends may have begun before.
+        for _ in 0..3 {
+            let before = self.audit.get(&0, 0)?.audited_ns;
+            eventually(SOON, "the ledger was audited", || Ok(self.audit.get(&0, 0)?.audited_ns != before))?;
+        }
+        Ok(())
+    }
+}
+
+fn hash<K: Pod, V: Pod>(pin: &Path) -> Result<HashMap<MapData, K, V>> {
+    Ok(HashMap::try_from(Map::HashMap(MapData::from_pin(pin)?))?)
+}
+
+fn array<V: Pod>(pin: &Path) -> Result<Array<MapData, V>> {
+    Ok(Array::try_from(Map::Array(MapData::from_pin(pin)?))?)
+}
