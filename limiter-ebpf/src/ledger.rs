@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use limiter_common::{
-    Address, ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
+    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
     event::Stage,
     ledger::{
         FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner,
@@ -17,7 +17,7 @@ use crate::{
     maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES},
     rates,
     report::{Refused, report_each},
-    rules::rule_for,
+    rules::limits_for,
     sources,
 };
 
@@ -199,14 +199,8 @@ fn enter(
     };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    let [first, second, third, fourth] = ends.remote.words();
-    let halves = [u64::from(first) | u64::from(second) << 32, u64::from(third) | u64::from(fourth) << 32];
-    let past = if matches!(counter, Counter::OpenedAdopted) {
-        None
-    } else {
-        let reason = limiter_past_limit(u32::from(service), halves[0], halves[1], held_by_source, held_by_service);
-        DenyReason::from_number(reason as u8)
-    };
+    let limits = limits_for(&ends.remote, policy);
+    let past = past_limit(policy, &limits, held_by_source, held_by_service);
     let flags = match (counter, past) {
         (Counter::OpenedAdopted, _) => FLAG_ADOPTED,
         (_, Some(_)) => FLAG_PAST_LIMIT,
@@ -231,36 +225,25 @@ fn enter(
     Entered::Yes
 }
 
-/// Which limit a connection is past that is open already, where limits are kept: a [`DenyReason`], or 0. How fast it
-/// followed others is not looked at: what is open costs by being open.
-///
-/// A global function, which is verified once and apart from its callers: with the look-up of rules in it, what comes before
-/// and after would be gone through for every way through here.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn limiter_past_limit(
-    service: u32,
-    remote_first: u64,
-    remote_second: u64,
+/// Which limit a connection is past that is open already, where limits are kept. How fast it followed others is not
+/// looked at: what is open costs by being open.
+#[inline(always)]
+fn past_limit(
+    policy: &ServicePolicy,
+    limits: &Effective,
     held_by_source: u64,
     held_by_service: u64,
-) -> u32 {
-    let Some(policy) = SERVICES.get_ptr(service) else { return 0 };
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let policy = unsafe { &*policy };
+) -> Option<DenyReason> {
     if policy.on_deny == OnDeny::Observe as u8 {
-        return 0;
-    }
-    let words = [remote_first as u32, (remote_first >> 32) as u32, remote_second as u32, (remote_second >> 32) as u32];
-    let limits = Effective::new(policy, rule_for(&Address::from_v6_words(words)));
-    if limits.denied {
-        DenyReason::Rule as u32
+        None
+    } else if limits.denied != 0 {
+        Some(DenyReason::Rule)
     } else if at_limit(held_by_source, limits.connections_per_source) {
-        DenyReason::SourceLimit as u32
+        Some(DenyReason::SourceLimit)
     } else if at_limit(held_by_service, limits.connections_total) {
-        DenyReason::ServiceLimit as u32
+        Some(DenyReason::ServiceLimit)
     } else {
-        0
+        None
     }
 }
 

@@ -76,7 +76,7 @@ impl Auditor {
         let rule = self.rules.holding(client)?;
         let limits = Effective::new(&policy, rule.as_ref().map(|(_, rule)| rule));
         let past = |held: u64, limit: u32| limit != 0 && held > u64::from(limit);
-        Ok(limits.denied
+        Ok(limits.denied != 0
             || past(self.sources.held(source)?, limits.connections_per_source)
             || past(self.services.state(index)?.connections, limits.connections_total))
     }
