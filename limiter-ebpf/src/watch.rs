@@ -74,13 +74,12 @@ unsafe fn has_flag_now(tcp: *mut c_void) -> bool {
     // The size of the option.
     const BYTES: i32 = 4;
     let mut flags = 0_u32;
-    let value: *mut c_void = (&raw mut flags).cast();
     // SAFETY: the caller vouches for the socket; the value has the size that is said.
     unsafe {
-        if bpf_getsockopt(tcp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, value, BYTES) != 0 {
+        if bpf_getsockopt(tcp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, (&raw mut flags).cast(), BYTES) != 0 {
             return false;
         }
         flags |= BPF_SOCK_OPS_STATE_CB_FLAG;
-        bpf_setsockopt(tcp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, value, BYTES) == 0
+        bpf_setsockopt(tcp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, (&raw mut flags).cast(), BYTES) == 0
     }
 }

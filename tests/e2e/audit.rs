@@ -106,8 +106,8 @@ fn past_xdp_those_too_many_are_closed_at_once_and_the_others_stay(family: Family
     let mut within = Crowd::connect(&unseen.namespace, unseen.service(family), 5, SOON)?;
     assert_eq!(within.served.len(), 5);
     assert_eq!(limiter.counter("opened_unseen")?, 5, "no program is on this interface");
-    let mut others = Crowd::connect(&seen.namespace, seen.service(family), 5, SOON)?;
-    let mut past = Crowd::connect(&unseen.namespace, unseen.service(family), 20, SOON)?;
+    let others = Crowd::connect(&seen.namespace, seen.service(family), 5, SOON)?;
+    let past = Crowd::connect(&unseen.namespace, unseen.service(family), 20, SOON)?;
     let opened = Instant::now();
     // Some are closed before their client has read what the server sent.
     eventually_equal(SOON, "connections that are left of those too many", &0, || Ok(count_open(&past.served)))?;
@@ -124,7 +124,7 @@ fn past_xdp_those_too_many_are_closed_at_once_and_the_others_stay(family: Family
     // There is room again.
     within.served.pop();
     limiter.wait_held(unseen.address(family), 4)?;
-    let mut late = connect_served(&unseen.namespace, unseen.service(family), SOON)?;
+    let late = connect_served(&unseen.namespace, unseen.service(family), SOON)?;
     state.wait_audited()?;
     assert!(is_open(&late));
     assert_eq!(limiter.counter("cut_past_limit")?, 20);
@@ -153,7 +153,7 @@ fn a_dual_stack_listener_that_restarts_has_its_ipv4_clients_counted_and_cut_alik
     let server = PlainServer::listen(&lab.server, any)?;
     let mut within = Crowd::connect(&unseen.namespace, service, 4, SOON)?;
     assert_eq!(within.served.len(), 4);
-    let mut past = Crowd::connect(&unseen.namespace, service, 3, SOON)?;
+    let past = Crowd::connect(&unseen.namespace, service, 3, SOON)?;
     eventually_equal(SOON, "connections that are left of those too many", &0, || Ok(count_open(&past.served)))?;
     limiter.wait_held(address, 5)?;
 
@@ -174,7 +174,7 @@ fn what_was_open_before_is_never_cut() -> Result<()> {
     let lab = Lab::new(2)?;
     let unseen = &lab.clients[1];
     let _server = PlainServer::start(&lab.server, Family::V4)?;
-    let mut before = Crowd::connect(&unseen.namespace, unseen.service(Family::V4), 9, SOON)?;
+    let before = Crowd::connect(&unseen.namespace, unseen.service(Family::V4), 9, SOON)?;
     assert_eq!(before.served.len(), 9);
     let limiter = Limiter::new(&lab.server)?;
     let config = config("")?;
@@ -182,7 +182,7 @@ fn what_was_open_before_is_never_cut() -> Result<()> {
     let state = State::open(&limiter)?;
     assert_eq!(limiter.held_by(unseen.address(Family::V4))?, 9);
 
-    let mut past = Crowd::connect(&unseen.namespace, unseen.service(Family::V4), 3, SOON)?;
+    let past = Crowd::connect(&unseen.namespace, unseen.service(Family::V4), 3, SOON)?;
     eventually_equal(SOON, "connections that are left of those too many", &0, || Ok(count_open(&past.served)))?;
     state.wait_audited()?;
     assert_eq!(count_open(&before.served), 9);
@@ -202,7 +202,7 @@ fn observing_cuts_nobody() -> Result<()> {
     let limiter = Limiter::new(&lab.server)?;
     let config = config("on_deny = \"observe\"")?;
     let _daemon = run(&limiter, &config)?;
-    let mut crowd = Crowd::connect(&unseen.namespace, unseen.service(Family::V4), 12, SOON)?;
+    let crowd = Crowd::connect(&unseen.namespace, unseen.service(Family::V4), 12, SOON)?;
     limiter.wait_held(unseen.address(Family::V4), 12)?;
     State::open(&limiter)?.wait_audited()?;
     assert_eq!(count_open(&crowd.served), 12);
@@ -423,8 +423,8 @@ fn kick_closes_what_a_client_has_open_and_nothing_else(family: Family) -> Result
     let _server = PlainServer::start(&lab.server, family)?;
     let limiter = Limiter::new(&lab.server)?;
     limiter.protect(&lab, 5, &[])?;
-    let mut crowd = Crowd::connect(&kicked.namespace, kicked.service(family), 3, SOON)?;
-    let mut others = Crowd::connect(&other.namespace, other.service(family), 3, SOON)?;
+    let crowd = Crowd::connect(&kicked.namespace, kicked.service(family), 3, SOON)?;
+    let others = Crowd::connect(&other.namespace, other.service(family), 3, SOON)?;
     let address = kicked.address(family);
     limiter.wait_held(address, 3)?;
     limiter.wait_held(other.address(family), 3)?;
