@@ -33,6 +33,10 @@ pub(super) enum Refusal {
     Origin(String),
     /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
     ProxyHeader(&'static str),
+    /// No TLS handshake, or one that fails; with the reason.
+    Tls(&'static str),
+    /// HTTP without TLS on an address that speaks TLS.
+    NotTls,
     /// The source holds this many connections and may hold no more.
     SourceFull(u32),
     /// The service holds as many connections as it may.
@@ -66,6 +70,8 @@ impl Refusal {
             Self::Timeout => "timeout",
             Self::Origin(_) => "origin",
             Self::ProxyHeader(_) => "proxy_header",
+            Self::Tls(_) => "tls",
+            Self::NotTls => "not_tls",
             Self::SourceFull(_) => "source_full",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
@@ -78,7 +84,9 @@ impl Refusal {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
-            Self::Bad(_) | Self::Malformed | Self::ProxyHeader(_) => StatusCode::BAD_REQUEST,
+            Self::Bad(_) | Self::Malformed | Self::ProxyHeader(_) | Self::Tls(_) | Self::NotTls => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
             Self::Origin(_) => StatusCode::FORBIDDEN,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
@@ -111,7 +119,8 @@ impl Refusal {
         match self {
             Self::NotWebSocket => "this server speaks WebSocket only".into(),
             Self::Version => "this server speaks version 13 of the WebSocket protocol".into(),
-            Self::Bad(what) | Self::ProxyHeader(what) => (*what).into(),
+            Self::NotTls => "this server speaks TLS: connect to wss://".into(),
+            Self::Bad(what) | Self::ProxyHeader(what) | Self::Tls(what) => (*what).into(),
             Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),

@@ -24,7 +24,7 @@ use super::{
     answer::{Refusal, switching_protocols},
     application::Opened,
     arrival::{self, Arrived, Endpoints},
-    forwarded::{self, Identity, Scheme},
+    forwarded::{self, Identity},
     handshake, messages, origin, proxy_hint,
     relay::Client,
     session,
@@ -198,13 +198,7 @@ async fn decide(
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) = shared
         .application
-        .open(
-            head,
-            &handshake,
-            Client::new(identity, endpoints, Scheme::Http),
-            &shared.config.messages,
-            upstream_deadline,
-        )
+        .open(head, &handshake, Client::new(identity, endpoints), &shared.config.messages, upstream_deadline)
         .await?;
     Ok((switching_protocols(&handshake, protocol), Accepted { client: identity.ip, permit, application }))
 }
