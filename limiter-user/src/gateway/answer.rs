@@ -31,6 +31,8 @@ pub(super) enum Refusal {
     Timeout,
     /// A web page of an origin that is not allowed; with the origin.
     Origin(String),
+    /// A rule denies the client's address.
+    Denied,
     /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
     ProxyHeader(&'static str),
     /// No TLS handshake, or one that fails; with the reason.
@@ -69,6 +71,7 @@ impl Refusal {
             Self::Malformed => "malformed",
             Self::Timeout => "timeout",
             Self::Origin(_) => "origin",
+            Self::Denied => "rule",
             Self::ProxyHeader(_) => "proxy_header",
             Self::Tls(_) => "tls",
             Self::NotTls => "not_tls",
@@ -88,7 +91,7 @@ impl Refusal {
                 StatusCode::BAD_REQUEST
             }
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
-            Self::Origin(_) => StatusCode::FORBIDDEN,
+            Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -124,6 +127,7 @@ impl Refusal {
             Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
+            Self::Denied => "connections from your address are not allowed".into(),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
             }

@@ -1,6 +1,10 @@
 //! What comes on a connection ahead of its request: a PROXY header and TLS, if so configured.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use tokio::{
     io::AsyncWriteExt,
@@ -23,6 +27,8 @@ const LINGER: Duration = Duration::from_secs(1);
 /// The two ends of a connection as the client sees it: a TCP proxy in between does not count.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Endpoints {
+    /// Who the kernel says is at the other end: the client, or a proxy of any kind.
+    pub(super) peer: IpAddr,
     /// The client's address, or that of an HTTP proxy.
     pub(super) remote: SocketAddr,
     /// What it connected to.
@@ -47,7 +53,12 @@ enum Failure {
 /// Takes what comes ahead of the request. `None`: the connection is over, and was counted.
 pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instant) -> Option<Arrived> {
     let connection = *socket.connection();
-    let mut endpoints = Endpoints { remote: connection.remote, local: connection.local, scheme: Scheme::Http };
+    let mut endpoints = Endpoints {
+        peer: connection.remote.ip(),
+        remote: connection.remote,
+        local: connection.local,
+        scheme: Scheme::Http,
+    };
     let prepared = tokio::select! {
         prepared = prepare(&mut socket, &mut endpoints, shared) => prepared,
         refusal = out_of_time(shared, deadline) => {

@@ -187,7 +187,16 @@ async fn decide(
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }
-    let limits = shared.policy.limits_for(identity.ip);
+    // The kernel has seen to those that it sees.
+    if identity.ip != endpoints.peer && shared.policy.denies(identity.ip) {
+        return Err(Refusal::Denied);
+    }
+    // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
+    let limits = if forwarded::is_trusted(identity.ip, &shared.config.trusted_proxies) {
+        shared.policy.limits()
+    } else {
+        shared.policy.limits_for(identity.ip)
+    };
     let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -39,12 +39,23 @@ pub type Client = WebSocketStream<MaybeTlsStream<TcpStream>>;
 #[derive(Default)]
 pub struct Recorder {
     limits: Mutex<Limits>,
+    /// Addresses that a rule denies, and those that one lets past every limit.
+    pub denied: Mutex<Vec<IpAddr>>,
+    pub allowed: Mutex<Vec<IpAddr>>,
     closed: Mutex<HashMap<Connection, u32>>,
 }
 
 impl Policy for Recorder {
     fn limits(&self) -> Limits {
         *self.limits.lock().unwrap()
+    }
+
+    fn limits_for(&self, client: IpAddr) -> Limits {
+        if self.allowed.lock().unwrap().contains(&client) { unlimited() } else { self.limits() }
+    }
+
+    fn denies(&self, client: IpAddr) -> bool {
+        self.denied.lock().unwrap().contains(&client)
     }
 
     fn closed(&self, connection: &Connection) {
