@@ -193,3 +193,29 @@ fn doctor_prints_one_document_and_fails_on_a_missing_interface() {
     assert_eq!(of("interface no-such-dev")["state"], "fail");
     assert_eq!(of("kernel")["found"], fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().trim());
 }
+
+#[test]
+fn config_check_reads_the_certificates_and_says_where_a_bad_one_is_named() {
+    let (place, path) = file("");
+    let [certificate, key] = ["cert.pem", "key.pem"].map(|name| place.path().join(name));
+    let text = format!("[gateway.tls]\ncertificate = {certificate:?}\nkey = {key:?}\n");
+    fs::write(&path, text).unwrap();
+    let check = || run(&["config", "check", path.to_str().unwrap()]);
+    let told_at = format!("{}:2:15: gateway.tls: ", path.display());
+
+    let answer = check();
+    assert_eq!(answer.status, Some(2));
+    assert_messages(&answer, &[&format!("{told_at}cannot read {}: No such file", certificate.display())]);
+
+    let made =
+        ["a.example.com", "b.example.com"].map(|name| rcgen::generate_simple_self_signed([name.into()]).unwrap());
+    fs::write(&certificate, made[0].cert.pem()).unwrap();
+    fs::write(&key, made[1].signing_key.serialize_pem()).unwrap();
+    let answer = check();
+    assert_eq!(answer.status, Some(2));
+    assert_messages(&answer, &[&format!("{told_at}the private key in {} does not belong", key.display())]);
+
+    fs::write(&key, made[0].signing_key.serialize_pem()).unwrap();
+    let answer = check();
+    assert_eq!((answer.status, answer.stderr.as_str()), (Some(0), ""));
+}

@@ -1,7 +1,7 @@
 //! `limiter run`: the gateway in front of the built-in echo application, with and without the kernel's part.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, TcpStream},
     thread,
     time::{Duration, Instant},
 };
@@ -24,6 +24,7 @@ both_families!(
     a_client_that_vanishes_gives_its_slot_back,
     a_new_limit_holds_at_once_and_cuts_nobody,
     without_the_kernel_a_client_is_told_that_it_is_past_the_limit,
+    behind_a_proxy_the_gateway_limits_by_the_true_address,
 );
 
 /// Longer than a client waits before it sends its SYN again (1 s), so that retries are part of what is seen.
@@ -388,6 +389,42 @@ fn run_with_kernel<'limiter>(lab: &Lab, limiter: &'limiter Limiter<'_>, gateway:
     arguments.extend(["--config".into(), config.path().display().to_string()]);
     arguments.extend(["--connections-per-source".into(), "5".into()]);
     limiter.run(arguments)
+}
+
+/// The kernel lets the proxy past its limits and counts its connections; the gateway limits the clients that it names, by
+/// the same limits and rules.
+fn behind_a_proxy_the_gateway_limits_by_the_true_address(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let proxy = &lab.clients[0];
+    let address = proxy.address(family);
+    let limiter = Limiter::new(&lab.server)?;
+    let rules = format!("trusted_proxies = [\"{address}\"]\n[[rule]]\ncidr = \"{address}\"\naction = \"allow\"");
+    let _daemon = run_with_kernel(&lab, &limiter, &rules)?;
+    let connect = |client: &str| -> Result<Handshake> {
+        let stream = proxy.namespace.enter(|| TcpStream::connect(proxy.service(family)))?;
+        websocket::upgrade_with(stream, proxy.service(family), &[("X-Forwarded-For", client)])
+    };
+    let mut open = Vec::new();
+    for n in 0..12 {
+        // Two clients, six each: one more than they may.
+        match connect(if n % 2 == 0 { "203.0.113.1" } else { "2001:db8::1" })? {
+            Handshake::Open(websocket) => open.push(websocket),
+            refused @ Handshake::Refused(_) => {
+                assert!(n >= 10, "the {n}th was refused");
+                assert_turned_away(refused, 429)?;
+            }
+        }
+    }
+    assert_eq!(open.len(), 10);
+    assert_eq!(limiter.held_by(address)?, 10, "the ledger has the proxy's connections");
+
+    limiter.output(["deny", "203.0.113.0/24"])?;
+    match connect("203.0.113.77")? {
+        Handshake::Refused(response) => assert_eq!(response.status().as_u16(), 403),
+        Handshake::Open(_) => bail!("let in, and a rule denies it"),
+    }
+    drop(open);
+    limiter.wait_empty()
 }
 
 /// An answer that says when to come again.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use socket2::{Domain, Socket, Type};
 use tungstenite::{
     Error, HandshakeError, Message, WebSocket,
+    client::IntoClientRequest,
     protocol::{CloseFrame, frame::coding::CloseCode},
 };
 
@@ -37,9 +38,18 @@ pub fn handshake(namespace: &Namespace, from: Option<IpAddr>, server: SocketAddr
 
 /// Makes the handshake on a connection.
 pub fn upgrade(stream: TcpStream, server: SocketAddr) -> Result<Handshake> {
+    upgrade_with(stream, server, &[])
+}
+
+/// The same, with more headers.
+pub fn upgrade_with(stream: TcpStream, server: SocketAddr, headers: &[(&'static str, &str)]) -> Result<Handshake> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    match tungstenite::client(format!("ws://{server}/"), stream) {
+    let mut request = format!("ws://{server}/").into_client_request()?;
+    for (name, value) in headers {
+        request.headers_mut().insert(*name, value.parse().context("no header value")?);
+    }
+    match tungstenite::client(request, stream) {
         Ok((client, _)) => Ok(Handshake::Open(Box::new(client))),
         Err(HandshakeError::Failure(Error::Http(response))) => Ok(Handshake::Refused(response)),
         Err(error) => bail!("the handshake failed: {error}"),

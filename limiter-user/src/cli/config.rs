@@ -7,7 +7,7 @@ use crate::config::{Config, EXAMPLE};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Check a file; everything that is wrong with it is told
+    /// Check a file and the certificates that it names; everything that is wrong with them is told
     Check {
         /// The file
         file: PathBuf,
@@ -19,7 +19,7 @@ pub(super) enum Command {
 pub(super) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Check { file } => {
-            Config::from_file(file)?;
+            Config::check_file(file)?;
             print(&format!("{}: ok\n", file.display()))
         }
         Command::Example => print(EXAMPLE),

@@ -3,6 +3,7 @@
 //! A key has one value: that of its flag, else of its environment variable, else of the file, else its default
 //! ([`Config::resolve`]).
 
+mod certificate;
 mod edit;
 mod error;
 mod origin;
@@ -10,9 +11,11 @@ mod parse;
 mod read;
 mod resolve;
 mod schema;
+mod tls;
 mod upstream;
 mod value;
 
+pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{LimitKey, PreparedFile, prepare_limits};
 pub use error::{ConfigError, Problem};
 pub use origin::{AllowedOrigin, InvalidOrigin, Origin};

@@ -10,7 +10,7 @@ use super::{
     edit::GREATEST_CONNECTION_RATE,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
-    value,
+    tls, value,
 };
 use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 
@@ -29,6 +29,8 @@ pub(super) struct File {
     pub(super) config: Config,
     /// Whether the file says where the gateway listens.
     pub(super) listen_given: bool,
+    /// Where the file names each certificate, in the order of [`Tls::files`](super::Tls::files).
+    pub(super) certificates: Vec<Range<usize>>,
 }
 
 /// Checks a whole file. `path` is for the messages.
@@ -46,6 +48,22 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
     }
 }
 
+/// Checks a whole file and the files that it names.
+pub(super) fn parse_with_certificates(path: &Path, text: &str) -> Result<File, ConfigError> {
+    let file = parse(path, text)?;
+    let report = Report::new(path, text);
+    let named = file.config.gateway.tls.iter().flat_map(super::Tls::files);
+    for (span, (files, name)) in file.certificates.iter().zip(named) {
+        if let Err(error) = files.load(name) {
+            report.add(span, format!("gateway.tls: {error}"));
+        }
+    }
+    match report.problems() {
+        problems if problems.is_empty() => Ok(file),
+        problems => Err(ConfigError::Invalid(problems)),
+    }
+}
+
 fn file(report: &Report, table: &DeTable) -> File {
     let mut config = Config::default();
     let mut root = Section::root(report, table);
@@ -57,7 +75,7 @@ fn file(report: &Report, table: &DeTable) -> File {
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
-    let listen = gateway(root.section("gateway"), &mut config.gateway);
+    let (listen, certificates) = gateway(root.section("gateway"), &mut config.gateway);
     let admin_listen = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
     root.finish();
@@ -71,7 +89,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     {
         report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
     }
-    File { config, listen_given: listen.is_some() }
+    File { config, listen_given: listen.is_some(), certificates }
 }
 
 fn kernel(mut section: Section, kernel: &mut Kernel) {
@@ -210,8 +228,8 @@ fn service_name(item: &Item) -> Result<String, Fault> {
     Ok(name.to_owned())
 }
 
-/// Gives the place of a good `listen`.
-fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> {
+/// Gives the place of a good `listen`, and those of the certificates.
+fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>, Vec<Range<usize>>) {
     let listen = section.read("listen", &mut gateway.listen, |item| {
         let addresses = value::list(item, value::listen, "addresses")?;
         if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
@@ -239,8 +257,9 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> Option<Range<usize>> 
     section.read("pong_timeout", &mut gateway.pong_timeout, positive);
     section.read("drain_timeout", &mut gateway.drain_timeout, any);
     messages(section.section("messages"), &mut gateway.messages);
+    let certificates = tls::parse(&mut section, &mut gateway.tls);
     section.finish();
-    listen
+    (listen, certificates)
 }
 
 fn messages(mut section: Section, messages: &mut Messages) {

@@ -3,7 +3,10 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{AttachMode, EXAMPLE, LogFormat, OnDeny, OnFull, OnViolation, Overrides, Purpose, Upstream};
+use crate::config::{
+    AttachMode, CertificateFiles, EXAMPLE, LogFormat, OnDeny, OnFull, OnViolation, Overrides, Purpose, Tls, TlsHost,
+    Upstream,
+};
 use crate::policy::{Action, OwnLimits, Rule};
 
 fn good(text: &str) -> Config {
@@ -79,6 +82,10 @@ fn every_key_is_read() {
         rate = 0
         window = "10s"
         on_violation = "drop"
+        [gateway.tls]
+        certificate = "/c.pem"
+        key = "/k.pem"
+        hosts = [{ name = "A.example.com", certificate = "/a.pem", key = "/a.key" }]
         [admin]
         listen = ""
         [log]
@@ -143,6 +150,13 @@ fn every_key_is_read() {
             ping_interval: Duration::from_secs(90),
             pong_timeout: Duration::from_millis(500),
             drain_timeout: Duration::ZERO,
+            tls: Some(Tls {
+                default: CertificateFiles { certificate: "/c.pem".into(), key: "/k.pem".into() },
+                hosts: vec![TlsHost {
+                    name: "a.example.com".into(),
+                    files: CertificateFiles { certificate: "/a.pem".into(), key: "/a.key".into() },
+                }],
+            }),
             messages: Messages {
                 max_size: 1 << 20,
                 rate: 0,
@@ -171,9 +185,27 @@ fn each_problem_is_told_with_its_place() {
         ("x = 1", "1:1", "unknown key x; known here: kernel, limits, service, rule, gateway, admin, log"),
         ("[kernel]\ninterface = [\"lo\"]", "2:1", "unknown key kernel.interface; did you mean interfaces?"),
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
-        ("[gateway.tls]\n", "1:10", "unknown key gateway.tls; known here: listen"),
-        ("[[rule]]\ncidr = \"::/0\"", "1:1", "it says nothing"),
         ("[kernel]\naudit_interval = \"50ms\"", "2:18", "100ms at least"),
+        ("[gateway.auth]\n", "1:10", "unknown key gateway.auth; known here: listen"),
+        ("[gateway.tls]\ncert = \"/c\"", "2:1", "unknown key gateway.tls.cert; known here: certificate, key, hosts"),
+        ("[gateway.tls]\ncertificate = \"c\"\nkey = \"/k\"", "2:15", "expected an absolute path, or \"\" for none"),
+        ("[gateway.tls]\ncertificate = \"/c\"", "1:1", "gateway.tls.key: a certificate is of no use without its key"),
+        ("[gateway.tls]\nkey = \"/k\"", "1:1", "gateway.tls.certificate: a key is of no use"),
+        (
+            "[[gateway.tls.hosts]]\nname = \"a.b\"\ncertificate = \"/c\"\nkey = \"/k\"",
+            "1:11",
+            "gateway.tls.certificate: needed, too",
+        ),
+        (
+            "[gateway.tls]\ncertificate = \"/c\"\nkey = \"/k\"\n[[gateway.tls.hosts]]\nname = \"a.b\"\nkey = \"/k\"",
+            "4:1",
+            "certificate: every one of gateway.tls.hosts needs it",
+        ),
+        (
+            "[gateway.tls]\ncertificate = \"/c\"\nkey = \"/k\"\nhosts = [{ name = \"10.0.0.1\", certificate = \"/c\", key = \"/k\" }]",
+            "4:19",
+            "expected the name of a host",
+        ),
         ("[[rule]]\naction = \"deny\"", "1:1", "every [[rule]] needs a cidr"),
         ("[[rule]]\ncidr = \"192.0.2.0/24\"", "1:1", "it says nothing"),
         ("[[rule]]\ncidr = \"192.0.2.7/24\"\naction = \"deny\"", "2:8", "did you mean 192.0.2.0/24?"),

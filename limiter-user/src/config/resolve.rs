@@ -62,6 +62,11 @@ impl Config {
         read_file(path).map(|file| file.config)
     }
 
+    /// The same; and the files that it names are read as well, and are good.
+    pub fn check_file(path: &Path) -> Result<Self, ConfigError> {
+        parse::parse_with_certificates(path, &read_text(path)?).map(|file| file.config)
+    }
+
     /// What is in force: the flags and the environment (`overrides`), else the file, else the defaults.
     ///
     /// The services that the result has, of which there is at least one:
@@ -105,7 +110,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, ConfigError> {
-    let File { mut config, listen_given } = file;
+    let File { mut config, listen_given, certificates: _ } = file;
     let given = overrides.clone();
     let set_limits = |limits: &mut crate::policy::Limits| {
         limits.connections_per_source = given.connections_per_source.unwrap_or(limits.connections_per_source);

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
-use super::AllowedOrigin;
+use super::{AllowedOrigin, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -136,6 +136,8 @@ pub struct Gateway {
     pub pong_timeout: Duration,
     /// How long the shutdown waits for clients to close.
     pub drain_timeout: Duration,
+    /// `[gateway.tls]`; `None`: the gateway speaks plain HTTP.
+    pub tls: Option<Tls>,
     /// `[gateway.messages]`
     pub messages: Messages,
 }
@@ -153,6 +155,7 @@ impl Default for Gateway {
             ping_interval: Duration::from_secs(30),
             pong_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(30),
+            tls: None,
             messages: Messages::default(),
         }
     }

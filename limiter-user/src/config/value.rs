@@ -41,7 +41,7 @@ pub(super) fn kind(item: &Item) -> String {
     }
 }
 
-fn expected(item: &Item, what: impl Display) -> Fault {
+pub(super) fn expected(item: &Item, what: impl Display) -> Fault {
     Fault::new(item, format!("found {}, expected {what}", kind(item)))
 }
 
@@ -165,6 +165,16 @@ pub(super) fn absolute_path(item: &Item) -> Result<PathBuf, Fault> {
     let what = "an absolute path";
     let path = PathBuf::from(text(item, what)?);
     if path.is_absolute() { Ok(path) } else { Err(expected(item, what)) }
+}
+
+/// An absolute path, or nothing for `""`.
+pub(super) fn optional_path(item: &Item) -> Result<Option<PathBuf>, Fault> {
+    let what = "an absolute path, or \"\" for none";
+    match text(item, what)? {
+        "" => Ok(None),
+        path if path.starts_with('/') => Ok(Some(path.into())),
+        _ => Err(expected(item, what)),
+    }
 }
 
 pub(super) fn listen(item: &Item) -> Result<SocketAddr, Fault> {

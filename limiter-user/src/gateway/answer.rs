@@ -31,8 +31,14 @@ pub(super) enum Refusal {
     Timeout,
     /// A web page of an origin that is not allowed; with the origin.
     Origin(String),
+    /// A rule denies the client's address.
+    Denied,
     /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
     ProxyHeader(&'static str),
+    /// No TLS handshake, or one that fails; with the reason.
+    Tls(&'static str),
+    /// HTTP without TLS on an address that speaks TLS.
+    NotTls,
     /// The source holds this many connections and may hold no more.
     SourceFull(u32),
     /// The service holds as many connections as it may.
@@ -65,7 +71,10 @@ impl Refusal {
             Self::Malformed => "malformed",
             Self::Timeout => "timeout",
             Self::Origin(_) => "origin",
+            Self::Denied => "rule",
             Self::ProxyHeader(_) => "proxy_header",
+            Self::Tls(_) => "tls",
+            Self::NotTls => "not_tls",
             Self::SourceFull(_) => "source_full",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
@@ -78,9 +87,11 @@ impl Refusal {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
-            Self::Bad(_) | Self::Malformed | Self::ProxyHeader(_) => StatusCode::BAD_REQUEST,
+            Self::Bad(_) | Self::Malformed | Self::ProxyHeader(_) | Self::Tls(_) | Self::NotTls => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
-            Self::Origin(_) => StatusCode::FORBIDDEN,
+            Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -111,10 +122,12 @@ impl Refusal {
         match self {
             Self::NotWebSocket => "this server speaks WebSocket only".into(),
             Self::Version => "this server speaks version 13 of the WebSocket protocol".into(),
-            Self::Bad(what) | Self::ProxyHeader(what) => (*what).into(),
+            Self::NotTls => "this server speaks TLS: connect to wss://".into(),
+            Self::Bad(what) | Self::ProxyHeader(what) | Self::Tls(what) => (*what).into(),
             Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
+            Self::Denied => "connections from your address are not allowed".into(),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
             }

@@ -1,25 +1,40 @@
-//! What comes on a connection ahead of its request.
+//! What comes on a connection ahead of its request: a PROXY header and TLS, if so configured.
 
-use std::net::SocketAddr;
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
-use tokio::time::Instant;
+use tokio::{
+    io::AsyncWriteExt,
+    time::{Instant, timeout},
+};
 
 use super::{
     Shared,
     answer::Refusal,
     connection::{out_of_time, refused},
-    forwarded,
+    forwarded::{self, Scheme},
     proxy_protocol::{self, Header, HeaderError},
     socket::Socket,
+    tls::Tls,
 };
+
+/// How long a client may take to read why it is refused.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// The two ends of a connection as the client sees it: a TCP proxy in between does not count.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Endpoints {
+    /// Who the kernel says is at the other end: the client, or a proxy of any kind.
+    pub(super) peer: IpAddr,
     /// The client's address, or that of an HTTP proxy.
     pub(super) remote: SocketAddr,
     /// What it connected to.
     pub(super) local: SocketAddr,
+    /// Whether it speaks TLS to us.
+    pub(super) scheme: Scheme,
 }
 
 /// A connection whose next bytes are those of its HTTP request.
@@ -36,33 +51,96 @@ enum Failure {
 }
 
 /// Takes what comes ahead of the request. `None`: the connection is over, and was counted.
-pub(super) async fn arrive(socket: Socket, shared: &Shared, deadline: Instant) -> Option<Arrived> {
+pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instant) -> Option<Arrived> {
     let connection = *socket.connection();
-    let mut endpoints = Endpoints { remote: connection.remote, local: connection.local };
-    // From others there is no header to wait for: what they send instead is not HTTP, and refused as such.
-    let is_announced =
-        shared.config.proxy_protocol && forwarded::is_trusted(connection.remote.ip(), &shared.config.trusted_proxies);
-    if !is_announced {
-        return Some(Arrived { socket, endpoints });
-    }
-    let announced = tokio::select! {
-        announced = proxy_protocol::read(socket.tcp()) => announced.map_err(Failure::from),
-        refusal = out_of_time(shared, deadline) => Err(Failure::Refused(refusal)),
+    let mut endpoints = Endpoints {
+        peer: connection.remote.ip(),
+        remote: connection.remote,
+        local: connection.local,
+        scheme: Scheme::Http,
     };
-    match announced {
-        Ok(Header::Proxied { source, destination }) => endpoints = Endpoints { remote: source, local: destination },
-        Ok(Header::Local) => {}
-        // There is nobody to answer: what speaks here is the proxy, and it does not speak HTTP.
-        Err(Failure::Left) => {
-            shared.metrics.handshake("left");
-            return None;
+    let prepared = tokio::select! {
+        prepared = prepare(&mut socket, &mut endpoints, shared) => prepared,
+        refusal = out_of_time(shared, deadline) => {
+            if shared.tls.is_some() {
+                shared.metrics.tls_failed(refusal.label());
+            }
+            Err(Failure::Refused(refusal))
         }
+    };
+    match prepared {
+        Ok(()) => return Some(Arrived { socket, endpoints }),
+        Err(Failure::Left) => shared.metrics.handshake("left"),
         Err(Failure::Refused(refusal)) => {
-            refused(shared, connection.remote.ip(), &refusal);
-            return None;
+            refused(shared, endpoints.remote.ip(), &refusal);
+            match refusal {
+                Refusal::NotTls => {
+                    if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
+                        socket.linger(LINGER).await;
+                    }
+                }
+                // So that the alert arrives, which is the answer in TLS.
+                Refusal::Tls(_) => socket.linger(LINGER).await,
+                // To the others there is no answer that they would understand.
+                _ => {}
+            }
         }
     }
-    Some(Arrived { socket, endpoints })
+    None
+}
+
+async fn prepare(socket: &mut Socket, endpoints: &mut Endpoints, shared: &Shared) -> Result<(), Failure> {
+    // From others there is no header to wait for: what they send instead is not HTTP, and refused as such.
+    if shared.config.proxy_protocol && forwarded::is_trusted(endpoints.remote.ip(), &shared.config.trusted_proxies) {
+        match proxy_protocol::read(socket.tcp()).await? {
+            Header::Proxied { source, destination } => {
+                endpoints.remote = source;
+                endpoints.local = destination;
+            }
+            Header::Local => {}
+        }
+    }
+    if let Some(tls) = &shared.tls {
+        secure(socket, tls, shared).await?;
+        endpoints.scheme = Scheme::Https;
+    }
+    Ok(())
+}
+
+/// Makes the TLS handshake.
+async fn secure(socket: &mut Socket, tls: &Tls, shared: &Shared) -> Result<(), Failure> {
+    let mut first = [0];
+    match socket.tcp().peek(&mut first).await {
+        Ok(0) | Err(_) => return Err(Failure::Left),
+        // The first letter of a method; a TLS record begins with 22.
+        Ok(_) if first[0].is_ascii_uppercase() => {
+            shared.metrics.tls_failed("plain_http");
+            return Err(Failure::Refused(Refusal::NotTls));
+        }
+        Ok(_) => {}
+    }
+    socket.secure(tls.acceptor()).await.map_err(|error| {
+        let Some((reason, detail)) = tls_failure(&error) else {
+            shared.metrics.tls_failed("left");
+            return Failure::Left;
+        };
+        shared.metrics.tls_failed(reason);
+        Failure::Refused(Refusal::Tls(detail))
+    })
+}
+
+/// What metrics call a failed TLS handshake, and what went wrong; `None`: the connection ended.
+fn tls_failure(error: &io::Error) -> Option<(&'static str, &'static str)> {
+    use rustls::Error;
+    let cause = error.get_ref()?.downcast_ref::<Error>()?;
+    Some(match cause {
+        Error::InvalidMessage(_) => ("malformed", "what the client sends is not TLS"),
+        Error::PeerIncompatible(_) | Error::NoApplicationProtocol => {
+            ("incompatible", "the client and this server have no version, cipher suite or protocol in common")
+        }
+        Error::AlertReceived(_) => ("alert", "the client does not accept the certificate, or gave up with an alert"),
+        _ => ("protocol", "the client breaks the TLS protocol"),
+    })
 }
 
 impl From<HeaderError> for Failure {

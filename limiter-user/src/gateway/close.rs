@@ -144,6 +144,7 @@ pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain
         // the flush is no RST.
         End::Client(_) => {
             _ = timeout(FLUSH_TIMEOUT, socket.flush()).await;
+            _ = timeout(FLUSH_TIMEOUT, socket.get_mut().end_tls()).await;
             true
         }
         // Somebody who isn't there isn't waited for: the slot is free once the attempt is made.
@@ -164,7 +165,9 @@ pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain
                 return false;
             }
             let answered = timeout(patience, answer(&mut socket)).await.unwrap_or(false);
-            if !answered {
+            if answered {
+                _ = timeout(FLUSH_TIMEOUT, socket.get_mut().end_tls()).await;
+            } else {
                 socket.into_inner().linger(FLUSH_TIMEOUT).await;
             }
             answered

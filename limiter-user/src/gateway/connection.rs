@@ -24,7 +24,7 @@ use super::{
     answer::{Refusal, switching_protocols},
     application::Opened,
     arrival::{self, Arrived, Endpoints},
-    forwarded::{self, Identity, Scheme},
+    forwarded::{self, Identity},
     handshake, messages, origin, proxy_hint,
     relay::Client,
     session,
@@ -187,7 +187,16 @@ async fn decide(
     if shared.drain.begun() {
         return Err(Refusal::Draining);
     }
-    let limits = shared.policy.limits_for(identity.ip);
+    // The kernel has seen to those that it sees.
+    if identity.ip != endpoints.peer && shared.policy.denies(identity.ip) {
+        return Err(Refusal::Denied);
+    }
+    // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
+    let limits = if forwarded::is_trusted(identity.ip, &shared.config.trusted_proxies) {
+        shared.policy.limits()
+    } else {
+        shared.policy.limits_for(identity.ip)
+    };
     let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
@@ -198,13 +207,7 @@ async fn decide(
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) = shared
         .application
-        .open(
-            head,
-            &handshake,
-            Client::new(identity, endpoints, Scheme::Http),
-            &shared.config.messages,
-            upstream_deadline,
-        )
+        .open(head, &handshake, Client::new(identity, endpoints), &shared.config.messages, upstream_deadline)
         .await?;
     Ok((switching_protocols(&handshake, protocol), Accepted { client: identity.ip, permit, application }))
 }

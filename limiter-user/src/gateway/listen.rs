@@ -18,6 +18,7 @@ use tokio::{
 };
 
 use super::{Shared, connection, socket::Socket};
+use crate::config::CertificateError;
 
 /// Connections that completed their handshake and wait for the accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -39,6 +40,9 @@ pub enum BindError {
         /// What the kernel said; part of the text.
         error: io::Error,
     },
+    /// A certificate of `gateway.tls` can't be used.
+    #[error("gateway.tls: {0}; `limiter config check` says so before the start")]
+    Certificate(CertificateError),
     /// `gateway.upstream` is no URL that can be relayed to.
     #[error(
         "gateway.upstream = \"{url}\": {problem}; give the address of a WebSocket server, for example \
@@ -50,6 +54,12 @@ pub enum BindError {
         /// What is wrong with it.
         problem: &'static str,
     },
+}
+
+impl From<CertificateError> for BindError {
+    fn from(error: CertificateError) -> Self {
+        Self::Certificate(error)
+    }
 }
 
 fn advice(error: &io::Error, address: SocketAddr) -> String {

@@ -22,6 +22,8 @@ pub struct Metrics {
     sessions: Gauge,
     sessions_closed: Family<ReasonLabel, Counter>,
     connection_seconds: Histogram,
+    tls_failures: Family<ReasonLabel, Counter>,
+    certificate_reloads: Family<ResultLabel, Counter>,
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
     pub(super) accept_errors: Counter,
@@ -87,6 +89,8 @@ impl Default for Metrics {
             sessions: Gauge::default(),
             sessions_closed: Family::default(),
             connection_seconds: Histogram::new(CONNECTION_SECONDS),
+            tls_failures: Family::default(),
+            certificate_reloads: Family::default(),
             accept_errors: Counter::default(),
             messages,
             message_bytes,
@@ -106,6 +110,12 @@ impl Metrics {
         registry.register("sessions", "WebSocket sessions that are open in the gateway", self.sessions.clone());
         registry.register("sessions_closed", "WebSocket sessions that ended, by reason", self.sessions_closed.clone());
         registry.register("connection_seconds", "How long WebSocket sessions lasted", self.connection_seconds.clone());
+        registry.register("tls_failures", "TLS handshakes that failed, by reason", self.tls_failures.clone());
+        registry.register(
+            "certificate_reloads",
+            "Certificates that changed on disk, by whether the new ones could be used",
+            self.certificate_reloads.clone(),
+        );
         registry.register(
             "messages",
             "Messages from (in) and to (out) clients, by what was done with them",
@@ -122,6 +132,16 @@ impl Metrics {
     /// A handshake came to an end.
     pub(super) fn handshake(&self, result: &'static str) {
         self.handshakes.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// A TLS handshake failed.
+    pub(super) fn tls_failed(&self, reason: &'static str) {
+        self.tls_failures.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Certificates have changed on disk.
+    pub(super) fn certificates_reloaded(&self, result: &'static str) {
+        self.certificate_reloads.get_or_create(&ResultLabel { result }).inc();
     }
 
     /// A handshake succeeded, `took` after the accept. The session lasts until what is returned is dropped.

@@ -27,6 +27,7 @@ mod relay;
 mod sampler;
 mod session;
 mod socket;
+mod tls;
 
 #[cfg(test)]
 mod tests;
@@ -43,6 +44,8 @@ use application::Application;
 use drain::Drain;
 use listen::{Addresses, Listeners};
 use sampler::Sampler;
+use tls::Tls;
+use tokio::task::JoinSet;
 
 /// A gateway whose addresses are bound and that [`run`](Self::run) sets going.
 pub struct Gateway {
@@ -57,6 +60,7 @@ struct Shared {
     metrics: Arc<Metrics>,
     admission: Arc<Admission>,
     application: Application,
+    tls: Option<Arc<Tls>>,
     log: Sampler,
     drain: Drain,
 }
@@ -69,6 +73,7 @@ pub struct Reserved {
     config: config::Gateway,
     addresses: Addresses,
     application: Application,
+    tls: Option<Arc<Tls>>,
 }
 
 impl Reserved {
@@ -80,7 +85,7 @@ impl Reserved {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
-        let Self { config, addresses, application } = self;
+        let Self { config, addresses, application, tls } = self;
         let listeners = addresses.listen()?;
         let shared = Shared {
             config,
@@ -88,6 +93,7 @@ impl Reserved {
             metrics,
             admission: Arc::default(),
             application,
+            tls,
             log: Sampler::default(),
             drain: Drain::default(),
         };
@@ -102,8 +108,9 @@ impl Gateway {
     /// [`BindError`] names the address or key at fault and says what to do; nothing stays bound then.
     pub fn reserve(config: &config::Gateway) -> Result<Reserved, BindError> {
         let application = Application::new(&config.upstream)?;
+        let tls = config.tls.as_ref().map(Tls::new).transpose()?.map(Arc::new);
         let addresses = Addresses::bind(&config.listen)?;
-        Ok(Reserved { config: config.clone(), addresses, application })
+        Ok(Reserved { config: config.clone(), addresses, application, tls })
     }
 
     /// [`Self::reserve`] and [`Reserved::open`] in one.
@@ -127,6 +134,11 @@ impl Gateway {
     /// `drain_timeout` for the clients to do likewise. Dropping the future instead ends everything at once.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> DrainReport {
         let Self { listeners, shared } = self;
+        // Ends when it is dropped.
+        let mut watching = JoinSet::new();
+        if let Some(tls) = &shared.tls {
+            watching.spawn(Arc::clone(tls).watch(Arc::clone(&shared.metrics)));
+        }
         let mut connections = listen::serve(listeners, &shared, shutdown).await;
         drain::finish(&mut connections, &shared).await
     }

@@ -62,7 +62,7 @@ fn version_2_is_read_and_tlvs_are_skipped() {
 }
 
 #[test]
-fn a_connection_of_the_proxys_own_is_local() {
+fn what_a_proxy_opens_for_itself_is_local() {
     for header in [
         v2(0x20, 0x00, &[], &[]),
         v2(0x20, 0x11, &V4, &[]),

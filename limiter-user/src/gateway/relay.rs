@@ -84,13 +84,12 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// `own`: how whoever is at the other end of the connection speaks to us.
-    pub(super) fn new(identity: Identity, endpoints: Endpoints, own: Scheme) -> Self {
+    pub(super) fn new(identity: Identity, endpoints: Endpoints) -> Self {
         // Through an HTTP proxy, it is the proxy that connected to us.
         let is_direct = identity.ip == endpoints.remote.ip();
         Self {
             ip: identity.ip,
-            scheme: identity.scheme.unwrap_or(own),
+            scheme: identity.scheme.unwrap_or(endpoints.scheme),
             port: is_direct.then_some(endpoints.local.port()),
             request_id: fastrand::u128(..),
         }

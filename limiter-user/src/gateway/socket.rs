@@ -1,6 +1,7 @@
 //! An accepted socket, which tells the policy when it is gone.
 
 use std::{
+    future::poll_fn,
     io,
     net::SocketAddr,
     pin::Pin,
@@ -15,6 +16,10 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
 };
+use tokio_rustls::{
+    TlsAcceptor,
+    server::{FallibleAccept, TlsStream},
+};
 
 use crate::policy::{Connection, Policy};
 
@@ -25,10 +30,20 @@ const NOT_SENT_LOW_WATER: u32 = 128 * 1024;
 /// The socket of a client. Whoever drops it, for whatever reason, ends the connection: the policy is told and then the
 /// descriptor is closed. So it can't be told twice, nor forgotten.
 pub(super) struct Socket {
-    // Before `stream`: fields are dropped in this order.
+    // Before `transport`: fields are dropped in this order.
     over: Over,
-    stream: TcpStream,
+    transport: Transport,
     last_read: Instant,
+}
+
+/// What the bytes go through. Boxed where it is large: most of the room of a TLS session is elsewhere anyway.
+enum Transport {
+    Plain(TcpStream),
+    /// In the TLS handshake; nothing is read or written meanwhile.
+    Handshake(Box<FallibleAccept<TcpStream>>),
+    Tls(Box<TlsStream<TcpStream>>),
+    /// Between two of the others.
+    Gone,
 }
 
 struct Over {
@@ -55,16 +70,60 @@ impl Socket {
         _ = options.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER);
         let local = stream.local_addr().unwrap_or(listener);
         let connection = Connection { remote: canonical(remote), local: canonical(local), cookie };
-        Self { over: Over { policy, connection }, stream, last_read: Instant::now() }
+        Self { over: Over { policy, connection }, transport: Transport::Plain(stream), last_read: Instant::now() }
     }
 
     pub(super) fn connection(&self) -> &Connection {
         &self.over.connection
     }
 
-    /// The TCP connection, ahead of what is spoken on it.
+    /// The TCP connection below whatever is spoken on it.
+    ///
+    /// # Panics
+    /// During the TLS handshake.
     pub(super) fn tcp(&self) -> &TcpStream {
-        &self.stream
+        match &self.transport {
+            Transport::Plain(stream) => stream,
+            Transport::Tls(stream) => stream.get_ref().0,
+            Transport::Handshake(_) | Transport::Gone => unreachable!("`secure` has the socket to itself"),
+        }
+    }
+
+    /// Makes the TLS handshake, in place: whoever gives up on it still ends the connection in the right order. After a
+    /// failure the socket is a plain one again.
+    pub(super) async fn secure(&mut self, acceptor: &TlsAcceptor) -> io::Result<()> {
+        match std::mem::replace(&mut self.transport, Transport::Gone) {
+            Transport::Plain(stream) => {
+                self.transport = Transport::Handshake(Box::new(acceptor.accept(stream).into_fallible()));
+            }
+            other => {
+                self.transport = other;
+                return Err(io::Error::other("the socket speaks TLS already"));
+            }
+        }
+        let shaken = poll_fn(|cx| match &mut self.transport {
+            Transport::Handshake(accept) => Pin::new(accept.as_mut()).poll(cx),
+            _ => unreachable!("it was put there above, and nobody else has the socket"),
+        });
+        match shaken.await {
+            Ok(stream) => {
+                self.transport = Transport::Tls(Box::new(stream));
+                self.last_read = Instant::now();
+                Ok(())
+            }
+            Err((error, stream)) => {
+                self.transport = Transport::Plain(stream);
+                Err(error)
+            }
+        }
+    }
+
+    /// Says in TLS, if that is spoken, that nothing more comes; a client could else take the end for an attack.
+    pub(super) async fn end_tls(&mut self) -> io::Result<()> {
+        match &mut self.transport {
+            Transport::Tls(stream) => stream.shutdown().await,
+            _ => Ok(()),
+        }
     }
 
     /// When the client was last heard of: any byte counts.
@@ -77,10 +136,16 @@ impl Socket {
     /// and what the client still sends is read and thrown away until it closes too, or `patience` is over.
     pub(super) async fn linger(mut self, patience: Duration) {
         _ = timeout(patience, async {
-            self.stream.shutdown().await?;
+            self.shutdown().await?;
+            // Whatever it is, it need not be decrypted.
+            let stream = match &mut self.transport {
+                Transport::Plain(stream) => stream,
+                Transport::Tls(stream) => stream.get_mut().0,
+                Transport::Handshake(_) | Transport::Gone => return Err(not_ready()),
+            };
             let mut discarded = [0; 4096];
-            while self.stream.read(&mut discarded).await? > 0 {}
-            io::Result::Ok(())
+            while stream.read(&mut discarded).await? > 0 {}
+            Ok(())
         })
         .await;
     }
@@ -90,10 +155,23 @@ fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }
 
+fn not_ready() -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "in the TLS handshake")
+}
+
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let polled = match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Tls(stream) => match Pin::new(stream.as_mut()).poll_read(cx, buf) {
+                // Without TLS having said so. Many clients end like that, and WebSocket has an end of its own, the Close frame,
+                // whose lack is noticed.
+                Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => Poll::Ready(Ok(())),
+                polled => polled,
+            },
+            Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
+        };
         if buf.filled().len() > before {
             self.last_read = Instant::now();
         }
@@ -103,15 +181,27 @@ impl AsyncRead for Socket {
 
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_write(cx, buf),
+            Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
+            Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
+            Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
+        }
     }
 
     fn poll_write_vectored(
@@ -119,10 +209,18 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_write_vectored(cx, bufs),
+            Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        match &self.transport {
+            Transport::Plain(stream) => stream.is_write_vectored(),
+            Transport::Tls(stream) => stream.is_write_vectored(),
+            Transport::Handshake(_) | Transport::Gone => false,
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::{
     control::Control,
     maps::Services,
     pins::Pins,
-    rules::{Rules, apply},
+    rules::{Rules, apply, is_deny},
 };
 use crate::policy::{Connection, Limits, Policy};
 
@@ -58,6 +58,16 @@ impl Policy for LivePolicy {
             Err(error) => tracing::warn!(%error, "can't look up the rule for a client; going by the service's limits"),
         }
         limits
+    }
+
+    fn denies(&self, client: IpAddr) -> bool {
+        match self.rules.holding(client) {
+            Ok(found) => found.is_some_and(|(_, rule)| is_deny(&rule)),
+            Err(error) => {
+                tracing::warn!(%error, "can't look up the rule for a client; it is not taken for denied");
+                false
+            }
+        }
     }
 
     fn closed(&self, connection: &Connection) {

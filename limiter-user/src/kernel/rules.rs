@@ -220,6 +220,11 @@ fn entry(rule: &Rule, expires_ns: u64, from_file: bool) -> RuleEntry {
     entry
 }
 
+/// Whether the rule denies.
+pub(super) fn is_deny(entry: &RuleEntry) -> bool {
+    matches!(action(entry), Action::Deny)
+}
+
 /// Puts what a rule says in the place of a service's limits. Whom it denies, the programs keep out.
 pub(super) fn apply(entry: &RuleEntry, limits: &mut Limits) {
     match action(entry) {

@@ -22,6 +22,12 @@ pub trait Policy: Send + Sync + 'static {
         self.limits()
     }
 
+    /// Whether a rule denies a client that the kernel could not see: one behind a proxy.
+    fn denies(&self, client: IpAddr) -> bool {
+        let _ = client;
+        false
+    }
+
     /// The gateway is done with a connection: whatever state the kernel's socket is in, it counts no more. Called exactly
     /// once for every accepted connection, before its descriptor is closed.
     fn closed(&self, connection: &Connection);

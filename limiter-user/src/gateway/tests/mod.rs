@@ -12,3 +12,4 @@ mod relays;
 mod sessions;
 mod storm;
 mod support;
+mod tls;

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::IpAddr,
     sync::{Arc, Mutex},
 };
 
@@ -69,6 +70,22 @@ async fn a_header_that_cannot_be_read_is_refused_and_takes_no_slot() {
     gateway.policy.wait_closed(1).await;
     gateway.wait_released().await;
     assert_eq!(gateway.metric("limiter_handshakes_total{result=\"bad_request\"}"), 1);
+}
+
+#[tokio::test]
+async fn rules_hold_for_the_true_address_and_a_proxy_past_the_limits_hides_nobody() {
+    let gateway = start_with(&trusting(&["127.0.0.0/8"]), one_each());
+    gateway.policy.denied.lock().unwrap().push("192.0.2.66".parse().unwrap());
+    gateway.policy.allowed.lock().unwrap().extend(["127.0.0.1", "192.0.2.9"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    assert_eq!(connect(&gateway, "x-forwarded-for", "192.0.2.66").await.err(), Some(403));
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"rule\"}"), 1);
+    let _any_number = [
+        connect(&gateway, "x-forwarded-for", "192.0.2.9").await.unwrap(),
+        connect(&gateway, "x-forwarded-for", "192.0.2.9").await.unwrap(),
+    ];
+    // The kernel lets the proxy past its limit; a client that it does not name has no share in that.
+    let _unnamed = connect(&gateway, "x-forwarded-for", "unknown").await.unwrap();
+    assert_eq!(connect(&gateway, "x-forwarded-for", "unknown").await.err(), Some(429));
 }
 
 /// The log, as text.

@@ -55,7 +55,7 @@ async fn the_limit_holds_for_the_client_that_the_proxy_names() {
 }
 
 #[tokio::test]
-async fn a_connection_of_the_proxys_own_counts_as_the_proxys() {
+async fn what_a_proxy_opens_for_itself_counts_as_its_own() {
     let gateway = start_with(&behind("127.0.0.0/8"), Limits { connections_per_source: 1, ..unlimited() });
     let (_one, head) = shake(&gateway, b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0").await;
     assert!(head.starts_with("HTTP/1.1 101 "), "{head}");

@@ -21,7 +21,7 @@ use tokio_tungstenite::{
 use super::support::*;
 use crate::config::{self, Upstream};
 
-type Server = WebSocketStream<TcpStream>;
+pub type Server = WebSocketStream<TcpStream>;
 
 /// A gateway to an upstream that takes one connection and does `act` with it; with the request that the upstream saw.
 async fn relay_to<F>(
@@ -35,7 +35,7 @@ where
 }
 
 /// The same, with other settings.
-async fn relay_with<F>(
+pub async fn relay_with<F>(
     config: config::Gateway,
     path: &str,
     act: impl FnOnce(Server) -> F + Send + 'static,
@@ -65,7 +65,7 @@ fn gateway_to(addr: SocketAddr, path: &str) -> Running {
     start(&config::Gateway { upstream: Upstream::Relay(format!("ws://{addr}{path}")), ..quiet() })
 }
 
-async fn echo(mut server: Server) {
+pub async fn echo(mut server: Server) {
     while let Some(Ok(message)) = server.next().await {
         if message.is_text() || message.is_binary() {
             server.send(message).await.unwrap();

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -10,7 +10,7 @@ use std::{
 use futures_util::{SinkExt, StreamExt};
 use prometheus_client::registry::Registry;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     sync::oneshot,
     task::JoinHandle,
@@ -39,12 +39,23 @@ pub type Client = WebSocketStream<MaybeTlsStream<TcpStream>>;
 #[derive(Default)]
 pub struct Recorder {
     limits: Mutex<Limits>,
+    /// Addresses that a rule denies, and those that one lets past every limit.
+    pub denied: Mutex<Vec<IpAddr>>,
+    pub allowed: Mutex<Vec<IpAddr>>,
     closed: Mutex<HashMap<Connection, u32>>,
 }
 
 impl Policy for Recorder {
     fn limits(&self) -> Limits {
         *self.limits.lock().unwrap()
+    }
+
+    fn limits_for(&self, client: IpAddr) -> Limits {
+        if self.allowed.lock().unwrap().contains(&client) { unlimited() } else { self.limits() }
+    }
+
+    fn denies(&self, client: IpAddr) -> bool {
+        self.denied.lock().unwrap().contains(&client)
     }
 
     fn closed(&self, connection: &Connection) {
@@ -176,12 +187,12 @@ impl Running {
 pub fn address(client: &Client) -> SocketAddr {
     match client.get_ref() {
         MaybeTlsStream::Plain(stream) => stream.local_addr().unwrap(),
-        _ => unreachable!("no test uses TLS"),
+        _ => unreachable!("these clients don't use TLS"),
     }
 }
 
 /// The next message that is not a control frame; a Close is one.
-pub async fn next(client: &mut Client) -> Message {
+pub async fn next<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocketStream<S>) -> Message {
     loop {
         match timeout(PATIENCE, client.next()).await.expect("a message").expect("not the end").unwrap() {
             Message::Ping(_) | Message::Pong(_) => {}
@@ -191,7 +202,7 @@ pub async fn next(client: &mut Client) -> Message {
 }
 
 /// The code and reason of the Close that comes next, which is answered.
-pub async fn next_close(client: &mut Client) -> (u16, String) {
+pub async fn next_close<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocketStream<S>) -> (u16, String) {
     match next(client).await {
         Message::Close(Some(frame)) => {
             // The library has the answer ready; where the gateway is gone already, nobody waits for it.
@@ -202,7 +213,7 @@ pub async fn next_close(client: &mut Client) -> (u16, String) {
     }
 }
 
-pub async fn echoes(client: &mut Client, text: &str) {
+pub async fn echoes<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocketStream<S>, text: &str) {
     client.send(Message::text(text)).await.unwrap();
     assert_eq!(next(client).await, Message::text(text));
 }
