@@ -172,7 +172,7 @@ fn each_problem_is_told_with_its_place() {
         ("[kernel]\ninterface = [\"lo\"]", "2:1", "unknown key kernel.interface; did you mean interfaces?"),
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
         ("[gateway.tls]\n", "1:10", "unknown key gateway.tls; known here: listen"),
-        ("[[rule]]\ncidr = \"::/0\"", "1:3", "unknown key rule"),
+        ("[[rul]]\ncidr = \"::/0\"", "1:3", "unknown key rul; did you mean rule?"),
         ("[[rule]]\naction = \"deny\"", "1:1", "every [[rule]] needs a cidr"),
         ("[[rule]]\ncidr = \"192.0.2.0/24\"", "1:1", "it says nothing"),
         ("[[rule]]\ncidr = \"192.0.2.7/24\"\naction = \"deny\"", "2:8", "did you mean 192.0.2.0/24?"),
