@@ -35,12 +35,14 @@ pub const MAP_RESERVATIONS: &str = "RESERVATIONS";
 pub const MAP_RATES: &str = "RATES";
 /// [`crate::rule::RuleKey`] → [`crate::rule::RuleEntry`]: what holds for prefixes of addresses.
 pub const MAP_RULES: &str = "RULES";
+/// At 0: not 0 once there has been a rule. Until then nothing is looked up in [`MAP_RULES`].
+pub const MAP_RULES_USED: &str = "RULES_USED";
 
 /// Service index → [`crate::audit::AuditReport`]: what the last audit found.
 pub const MAP_AUDIT: &str = "AUDIT";
 
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 11] = [
+pub const PINNED_MAPS: [&str; 12] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -52,6 +54,7 @@ pub const PINNED_MAPS: [&str; 11] = [
     MAP_RATES,
     MAP_RULES,
     MAP_AUDIT,
+    MAP_RULES_USED,
 ];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.

@@ -44,6 +44,9 @@ pub static RULES: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::M
 #[map]
 pub static AUDIT: Array<AuditReport> = Array::with_max_entries(abi::MAX_SERVICES, 0);
 
+#[map]
+pub static RULES_USED: Array<u32> = Array::with_max_entries(1, 0);
+
 /// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.
 #[unsafe(no_mangle)]
 pub static SNT_ISN_OFFSET: Global<u32> = Global::new(0);

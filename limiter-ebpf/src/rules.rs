@@ -6,7 +6,7 @@ use limiter_common::{
     rule::{Effective, RuleEntry, RuleKey},
 };
 
-use crate::maps::RULES;
+use crate::maps::{RULES, RULES_USED};
 
 /// How many rules are looked at, one around the other, until one is found that has not ended. User space removes those that
 /// have.
@@ -33,7 +33,9 @@ pub extern "C" fn limiter_limits(address: *const Address, policy: *const Service
     // SAFETY: the verifier has checked that this is what is behind the pointers.
     unsafe {
         let address = *address;
-        *limits = Effective::new(&*policy, find(&address));
+        // Nobody pays for what is not used.
+        let rule = if matches!(RULES_USED.get(0), None | Some(0)) { None } else { find(&address) };
+        *limits = Effective::new(&*policy, rule);
     }
     0
 }

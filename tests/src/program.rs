@@ -126,6 +126,7 @@ impl Program {
             self.loaded.programs.map_mut(abi::MAP_RULES).context("no rules")?.try_into()?;
         let rule = RuleEntry { length, ..rule };
         rules.insert(&Key::new(length.into(), network.into()), rule, 0)?;
+        self.array::<u32>(abi::MAP_RULES_USED)?.set(0, 1, 0)?;
         Ok(rule)
     }
 

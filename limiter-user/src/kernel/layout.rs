@@ -42,6 +42,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
     shape::<RuleKey, RuleEntry>(abi::MAP_RULES, MapType::LpmTrie, Some(abi::MAX_RULES)),
     shape::<u32, AuditReport>(abi::MAP_AUDIT, MapType::Array, Some(abi::MAX_SERVICES)),
+    shape::<u32, u32>(abi::MAP_RULES_USED, MapType::Array, Some(1)),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use aya::maps::{
-    Map, MapData, MapError,
+    Array, Map, MapData, MapError,
     lpm_trie::{Key, LpmTrie},
 };
 use limiter_common::{
@@ -32,7 +32,10 @@ pub struct RuleInForce {
 }
 
 /// The rules.
-pub struct Rules(LpmTrie<MapData, Address, RuleEntry>);
+pub struct Rules {
+    trie: LpmTrie<MapData, Address, RuleEntry>,
+    used: Array<MapData, u32>,
+}
 
 impl fmt::Debug for Rules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -43,7 +46,10 @@ impl fmt::Debug for Rules {
 impl Rules {
     /// Opens the pinned map.
     pub(super) fn open(pins: &Pins) -> Result<Self, KernelError> {
-        open(&pins.map(abi::MAP_RULES), Map::LpmTrie).map(Self)
+        Ok(Self {
+            trie: open(&pins.map(abi::MAP_RULES), Map::LpmTrie)?,
+            used: open(&pins.map(abi::MAP_RULES_USED), Map::Array)?,
+        })
     }
 
     /// Every rule that has not ended, by address.
@@ -127,7 +133,7 @@ impl Rules {
     fn entries(&self) -> Result<Vec<(Key<Address>, RuleEntry)>, KernelError> {
         const WHAT: &str = "can't read the rules";
         let mut entries = Vec::new();
-        for key in self.0.keys() {
+        for key in self.trie.keys() {
             let key = key.map_err(KernelError::failed(WHAT))?;
             // One that went meanwhile may lie in another.
             if let Some(entry) = self.look_up(&key)?
@@ -144,7 +150,7 @@ impl Rules {
     }
 
     fn look_up(&self, key: &Key<Address>) -> Result<Option<RuleEntry>, KernelError> {
-        match self.0.get(key, 0) {
+        match self.trie.get(key, 0) {
             Ok(entry) => Ok(Some(entry)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(KernelError::failed("can't look up a rule")(error)),
@@ -152,14 +158,16 @@ impl Rules {
     }
 
     fn insert(&mut self, key: &Key<Address>, entry: &RuleEntry, cidr: Cidr) -> Result<(), KernelError> {
-        self.0.insert(key, entry, 0).map_err(KernelError::failed(format!(
+        // Never taken back: another process may be adding a rule.
+        self.used.set(0, 1, 0).map_err(KernelError::failed("can't have rules looked up"))?;
+        self.trie.insert(key, entry, 0).map_err(KernelError::failed(format!(
             "can't put the rule for {cidr} in force (there may be {} rules)",
             abi::MAX_RULES
         )))
     }
 
     fn delete(&mut self, key: &Key<Address>) -> Result<bool, KernelError> {
-        match self.0.remove(key) {
+        match self.trie.remove(key) {
             Ok(()) => Ok(true),
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(MapError::KeyNotFound) => Ok(false),
