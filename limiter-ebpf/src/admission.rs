@@ -93,9 +93,17 @@ fn refusal(
     policy: &ServicePolicy,
     state: *mut ServiceState,
 ) -> Option<(DenyReason, Sampler)> {
-    let limits = rules::limits_for(&ends.remote, policy);
     // An element of SOURCES that got another key after its look-up costs a wrong answer to one SYN.
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
+    // The way out for nearly every SYN of a flood from one source: no call, no copies.
+    if policy.connections_per_source != 0
+        && !rules::are_used()
+        && let Some(entry) = SOURCES.get_ptr_mut(&source)
+        && at_limit(sources::held(entry), policy.connections_per_source)
+    {
+        return Some((DenyReason::SourceLimit, source_sampler(entry)));
+    }
+    let limits = rules::limits_for(&ends.remote, policy);
     if limits.denied != 0 {
         return Some((DenyReason::Rule, sampler_of(&source, state)));
     }

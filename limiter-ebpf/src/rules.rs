@@ -20,6 +20,12 @@ pub fn limits_for(address: &Address, policy: &ServicePolicy) -> Effective {
     limits
 }
 
+/// Whether there has been a rule since the programs were attached. Nobody pays for what is not used.
+#[inline(always)]
+pub fn are_used() -> bool {
+    !matches!(RULES_USED.get(0), None | Some(0))
+}
+
 /// Writes the limits of a service as they hold for an address. Returns 0; the kernel wants a number.
 ///
 /// A global function, like [`crate::packet::limiter_locate`]: inlined, the verifier would follow what comes afterwards once
@@ -33,8 +39,7 @@ pub extern "C" fn limiter_limits(address: *const Address, policy: *const Service
     // SAFETY: the verifier has checked that this is what is behind the pointers.
     unsafe {
         let address = *address;
-        // Nobody pays for what is not used.
-        let rule = if matches!(RULES_USED.get(0), None | Some(0)) { None } else { find(&address) };
+        let rule = if are_used() { find(&address) } else { None };
         *limits = Effective::new(&*policy, rule);
     }
     0
