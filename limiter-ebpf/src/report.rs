@@ -41,36 +41,29 @@ pub fn report(sampler: Sampler, refused: &Refused) {
         sampler.reported_ns.write_volatile(now_ns);
         let unreported = atomic::load(sampler.unreported);
         sampler.unreported.write_volatile(0);
-        let Some(mut record) = EVENTS.reserve::<Refusal>(0) else {
+        if !submit(refused, now_ns, unreported) {
             sampler.unreported.write_volatile(unreported.wrapping_add(1));
-            count(refused.service, Counter::EventsLost);
-            return;
-        };
-        record.write(Refusal {
-            time_ns: now_ns,
-            unreported,
-            connection: refused.connection,
-            service: refused.service,
-            reason: refused.reason as u8,
-            stage: refused.stage as u8,
-            observed: u8::from(refused.observed),
-            reserved: [0; 7],
-        });
-        record.submit(0);
+        }
     }
 }
 
 /// Reports a refusal whatever came before: somebody has to act on each of them.
 #[inline(always)]
 pub fn report_each(refused: &Refused) {
+    // SAFETY: the helper has no precondition.
+    submit(refused, unsafe { bpf_ktime_get_coarse_ns() }, 0);
+}
+
+/// Writes a record. `false`, and counted, if there is no room for it.
+#[inline(always)]
+fn submit(refused: &Refused, time_ns: u64, unreported: u64) -> bool {
     let Some(mut record) = EVENTS.reserve::<Refusal>(0) else {
         count(refused.service, Counter::EventsLost);
-        return;
+        return false;
     };
     record.write(Refusal {
-        // SAFETY: the helper has no precondition.
-        time_ns: unsafe { bpf_ktime_get_coarse_ns() },
-        unreported: 0,
+        time_ns,
+        unreported,
         connection: refused.connection,
         service: refused.service,
         reason: refused.reason as u8,
@@ -79,4 +72,5 @@ pub fn report_each(refused: &Refused) {
         reserved: [0; 7],
     });
     record.submit(0);
+    true
 }
