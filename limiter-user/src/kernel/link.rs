@@ -1,4 +1,4 @@
-//! Detaching a pinned link at once. To remove its pin also ends it, but only when the kernel comes round to it: for a moment
+//! Pinning links, and detaching pinned ones at once. To remove its pin also ends it, but only when the kernel comes round to it: for a moment
 //! the program is still there, and an interface can't be given another one.
 
 use std::{
@@ -8,9 +8,18 @@ use std::{
     path::Path,
 };
 
+use aya::programs::links::FdLink;
+
+use super::KernelError;
+
 /// `BPF_OBJ_GET` and `BPF_LINK_DETACH` of linux/bpf.h (the latter since 5.9).
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_LINK_DETACH: libc::c_int = 34;
+
+/// Makes a link outlive the process.
+pub fn pin(link: FdLink, path: &Path) -> Result<(), KernelError> {
+    link.pin(path).map(|_| ()).map_err(KernelError::failed(format!("can't pin the link at {}", path.display())))
+}
 
 /// Takes the program of the link pinned at `path` from what it is attached to. The pin stays.
 ///
