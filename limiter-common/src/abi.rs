@@ -41,8 +41,11 @@ pub const MAP_RULES_USED: &str = "RULES_USED";
 /// Service index → [`crate::audit::AuditReport`]: what the last audit found.
 pub const MAP_AUDIT: &str = "AUDIT";
 
+/// At 0: the [`crate::TagSecret`] of [`MAP_LEDGER`]. Written once, before anything is attached.
+pub const MAP_TAG_SECRET: &str = "TAG_SECRET";
+
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 12] = [
+pub const PINNED_MAPS: [&str; 13] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -55,6 +58,7 @@ pub const PINNED_MAPS: [&str; 12] = [
     MAP_RULES,
     MAP_AUDIT,
     MAP_RULES_USED,
+    MAP_TAG_SECRET,
 ];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.

@@ -23,47 +23,86 @@ pub struct Endpoints {
 impl Endpoints {
     /// The key of the connection's entry.
     #[inline(always)]
-    pub const fn key(&self) -> ConnectionKey {
-        ConnectionKey {
-            remote: self.remote,
-            local_tag: tag(&self.local),
-            remote_port: self.remote_port,
-            local_port: self.local_port,
+    pub const fn key(&self, secret: &TagSecret) -> ConnectionKey {
+        let ports = ports_word(self.remote_port, self.local_port);
+        if self.remote.is_v4() {
+            ConnectionKey::of_v4(self.remote.v4_word(), self.local.v4_word(), ports)
+        } else {
+            ConnectionKey::of_v6(&self.remote.words(), &self.local.words(), ports, secret)
         }
     }
 }
 
-/// The key of a connection's entry in the ledger.
+/// The key of a connection's entry in the ledger: twelve bytes for both families.
 ///
-/// To hash and compare the key is most of what a packet of an open connection costs, so the own address, of which a host has
-/// few, stands in it as a tag; the whole address is in the [entry](LedgerEntry::local). The tag of an IPv4 address is the
-/// address. That two IPv6 addresses of one host have the same tag, and one client connects to both from the same port, is
-/// one chance in four billion; the second connection then finds no room.
+/// To hash and compare the key is most of what a packet of an open connection costs. That of an IPv4 connection is its
+/// addresses and ports. The addresses of an IPv6 connection stand in it as a tag of 60 bits, and whole in the
+/// [entry](LedgerEntry::remote). The tag is made with a [secret](TagSecret), so nobody can look for two connections that
+/// have the same one; by chance two of the same ports do once in 2^60. The second then finds no room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct ConnectionKey {
-    /// The client.
-    pub remote: Address,
-    /// A tag of the address it connected to.
-    pub local_tag: u32,
-    /// The client's port, in host order.
-    pub remote_port: u16,
-    /// The service's port, in host order.
-    pub local_port: u16,
+    /// IPv4: the client's address and the one that it connected to, in network order. IPv6: the tag.
+    addresses: [u32; 2],
+    /// The client's port and the service's, in network order, as they lie in a TCP header.
+    ports: u32,
 }
 
-/// The tag of an own address: an IPv4 address itself; the upper half of a sum of products for IPv6.
-#[inline(always)]
-const fn tag(local: &Address) -> u32 {
-    if local.is_v4() {
-        return local.v4_word();
+/// In the first word of an IPv6 connection's tag: what tells it from an address. 224.0.0.0/4 is for multicast, so it never is
+/// the address of a client.
+const TAG_MARK: u32 = 0xe000_0000_u32.to_be();
+const TAG_MARK_MASK: u32 = 0xf000_0000_u32.to_be();
+
+impl ConnectionKey {
+    /// From the words of the packet's headers, in memory order.
+    #[inline(always)]
+    pub const fn of_v4(remote: u32, local: u32, ports: u32) -> Self {
+        Self { addresses: [remote, local], ports }
     }
-    let [a, b, c, d] = local.words();
-    let first = (a as u64 | (b as u64) << 32) ^ 0x9e37_79b9_7f4a_7c15;
-    let second = (c as u64 | (d as u64) << 32) ^ 0xbf58_476d_1ce4_e5b9;
-    let sum = first.wrapping_mul(0x94d0_49bb_1331_11eb).wrapping_add(second.wrapping_mul(0xd6e8_feb8_6659_fd93));
-    (sum >> 32) as u32
+
+    /// From the words of the packet's headers, in memory order.
+    ///
+    /// The tag is a sum of products modulo 2^64, of which two different pairs of addresses have the same with a chance of
+    /// 2^-29 at most, whatever the pairs are, as long as the secret is one (multilinear hashing; Carter and Wegman 1979).
+    #[inline(always)]
+    pub const fn of_v6(remote: &[u32; 4], local: &[u32; 4], ports: u32, secret: &TagSecret) -> Self {
+        let mut sum = 0_u64;
+        let mut word = 0;
+        while word < 4 {
+            sum = sum
+                .wrapping_add(secret.0[word].wrapping_mul(remote[word] as u64))
+                .wrapping_add(secret.0[4 + word].wrapping_mul(local[word] as u64));
+            word += 1;
+        }
+        Self { addresses: [(sum >> 32) as u32 & !TAG_MARK_MASK | TAG_MARK, sum as u32], ports }
+    }
+
+    /// The client's port, in host order.
+    #[inline(always)]
+    pub const fn remote_port(&self) -> u16 {
+        let [a, b, _, _] = self.ports.to_ne_bytes();
+        u16::from_be_bytes([a, b])
+    }
+
+    /// The service's port, in host order.
+    #[inline(always)]
+    pub const fn local_port(&self) -> u16 {
+        let [_, _, a, b] = self.ports.to_ne_bytes();
+        u16::from_be_bytes([a, b])
+    }
 }
+
+/// Both ports as they lie in a TCP header.
+#[inline(always)]
+const fn ports_word(remote: u16, local: u16) -> u32 {
+    let ([a, b], [c, d]) = (remote.to_be_bytes(), local.to_be_bytes());
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+/// What the tags of IPv6 connections are made with: random numbers, chosen once for a ledger, and known to nobody else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct TagSecret(pub [u64; 8]);
 
 /// What the ledger holds of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,8 +117,18 @@ pub struct LedgerEntry {
     pub source: SourceKey,
     /// [`FLAG_ADOPTED`], [`FLAG_PAST_LIMIT`]; set when the entry is made.
     pub flags: u32,
-    /// The address that the client connected to.
+    /// The client.
+    pub remote: Address,
+    /// The address that it connected to.
     pub local: Address,
+}
+
+impl LedgerEntry {
+    /// Whether it is the entry of that connection, and not that of another with the same key.
+    #[inline(always)]
+    pub fn is_of(&self, connection: &Endpoints) -> bool {
+        self.remote == connection.remote && self.local == connection.local
+    }
 }
 
 /// In [`LedgerEntry::flags`]: the connection was open before the limiter was attached. It is never cut.
@@ -94,6 +143,8 @@ pub const FLAG_PAST_LIMIT: u32 = 2;
 pub struct Reservation {
     /// The entry.
     pub key: ConnectionKey,
+    /// Always 0.
+    pub reserved: u32,
     /// The owner that it was made with; any other means that it was confirmed or removed since.
     pub owner: u64,
     /// When it was made, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -127,17 +178,25 @@ pub const fn is_reservation(owner: u64) -> bool {
     owner & OWNER_RESERVED != 0 && owner != OWNER_REMOVED
 }
 
-#[cfg(feature = "user")]
+#[cfg(any(test, feature = "user"))]
 mod host {
-    use super::{ConnectionKey, Endpoints, LedgerEntry, Reservation};
+    use super::Endpoints;
+    #[cfg(feature = "user")]
+    use super::{ConnectionKey, LedgerEntry, Reservation, TagSecret};
     use core::net::{IpAddr, SocketAddr};
 
     // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
+    #[cfg(feature = "user")]
     unsafe impl aya::Pod for ConnectionKey {}
     // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
+    #[cfg(feature = "user")]
     unsafe impl aya::Pod for LedgerEntry {}
-    // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
+    // SAFETY: repr(C), integers only, padding spelled out, every bit pattern valid.
+    #[cfg(feature = "user")]
     unsafe impl aya::Pod for Reservation {}
+    // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
+    #[cfg(feature = "user")]
+    unsafe impl aya::Pod for TagSecret {}
 
     impl Endpoints {
         /// The ends of the connection that a client at `remote` opened to `local`.
@@ -165,6 +224,49 @@ mod host {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    use proptest::prelude::*;
+
+    fn ends(remote: IpAddr, local: IpAddr, remote_port: u16, local_port: u16) -> Endpoints {
+        Endpoints { remote: remote.into(), local: local.into(), remote_port, local_port }
+    }
+
+    proptest! {
+        #[test]
+        fn connections_of_different_ends_have_different_keys(
+            a: (u128, u128, u16, u16),
+            b: (u128, u128, u16, u16),
+            v4: (u32, u32, u16, u16),
+            flipped in 0..256_u32,
+            secret: [u64; 8],
+        ) {
+            let secret = TagSecret(secret);
+            let v6 = |ends_: (u128, u128, u16, u16)| {
+                // Outside ::ffff:0:0/96, where the address would be taken for IPv4.
+                ends(Ipv6Addr::from(ends_.0 | 1 << 127).into(), Ipv6Addr::from(ends_.1).into(), ends_.2, ends_.3)
+            };
+            let key = v6(a).key(&secret);
+            prop_assert_eq!((key.remote_port(), key.local_port()), (a.2, a.3));
+            prop_assert_eq!(key == v6(b).key(&secret), v6(a) == v6(b));
+            // One bit is enough to make a difference.
+            let other = if flipped < 128 { (a.0 ^ 1 << flipped, a.1, a.2, a.3) } else { (a.0, a.1 ^ 1 << (flipped - 128), a.2, a.3) };
+            prop_assert_eq!(key == v6(other).key(&secret), v6(a) == v6(other));
+
+            // A client's address is never a multicast one.
+            prop_assume!(!Ipv4Addr::from(v4.0).is_multicast());
+            let v4 = ends(Ipv4Addr::from(v4.0).into(), Ipv4Addr::from(v4.1).into(), v4.2, v4.3);
+            let of_v4 = v4.key(&secret);
+            prop_assert_eq!((of_v4.remote_port(), of_v4.local_port()), (v4.remote_port, v4.local_port));
+            let of_v6 = Endpoints { remote_port: v4.remote_port, local_port: v4.local_port, ..v6(a) }.key(&secret);
+            prop_assert_ne!(of_v4, of_v6);
+        }
+    }
+
+    #[test]
+    fn the_tag_depends_on_the_secret() {
+        let ends = ends(Ipv6Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), 1, 2);
+        assert_ne!(ends.key(&TagSecret([1; 8])), ends.key(&TagSecret([2; 8])));
+    }
 
     #[test]
     fn a_reservation_is_never_taken_for_a_removal_or_a_cookie() {

@@ -30,7 +30,7 @@ pub mod source;
 pub mod verdict;
 
 pub use address::Address;
-pub use ledger::{ConnectionKey, Endpoints, LedgerEntry};
+pub use ledger::{ConnectionKey, Endpoints, LedgerEntry, TagSecret};
 pub use policy::ServicePolicy;
 pub use source::{SourceEntry, SourceKey};
 pub use verdict::{Counter, DenyReason};

@@ -15,7 +15,7 @@ use crate::{
     counters::count,
     handshake::{self, Proof},
     ledger::{self, Reserved},
-    maps::{LEDGER, SERVICE_STATE, SERVICES, SOURCES, service_on},
+    maps::{LEDGER, SERVICE_STATE, SERVICES, SOURCES, TAG_SECRET, service_on},
     packet::{self, ACK, FIN, RST, SYN, Segment},
     rates,
     report::{Refused, Sampler, report},
@@ -54,14 +54,11 @@ fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
         // SAFETY: the pointer comes from a look-up in an array; its elements stay.
         Some(syn(ctx, &ends, service, unsafe { &*policy }, state))
     } else if flags & (SYN | ACK | RST) == ACK {
-        let ends = endpoints(&segment);
-        if let Some(entry) = LEDGER.get_ptr(&ends.key())
-            // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile has an address of its own.
-            && (ends.local.is_v4() || unsafe { (*entry).local } == ends.local)
-        {
+        // Nearly every packet ends here.
+        if LEDGER.get_ptr(&segment.key(TAG_SECRET.get(0)?)).is_some() {
             return Some(Verdict::Pass);
         }
-        Some(unknown(ctx, &segment, &ends, service))
+        Some(unknown(ctx, &segment, &endpoints(&segment), service))
     } else {
         None
     }

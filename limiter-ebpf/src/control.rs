@@ -26,7 +26,7 @@ pub fn serve(ctx: &XdpContext) -> u32 {
     let request = unsafe { &*(start as *const Request) };
     match request.op {
         op::RELEASE if request.counter < Counter::ALL.len() as u32 => {
-            if ledger::release(&request.connection.key(), request.owner, request.counter) {
+            if ledger::release(&ledger::key_of(&request.connection), request.owner, request.counter) {
                 answer::DONE
             } else {
                 answer::NOT_THERE

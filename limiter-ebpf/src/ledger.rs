@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey,
+    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey, TagSecret,
     event::Stage,
     ledger::{
         FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner,
@@ -14,7 +14,7 @@ use limiter_common::{
 use crate::{
     atomic,
     counters::{count, count_at},
-    maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES},
+    maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES, TAG_SECRET},
     rates,
     report::{Refused, report_each},
     rules::limits_for,
@@ -23,6 +23,13 @@ use crate::{
 
 /// How often a step is tried again that met another CPU's half-done one.
 const ATTEMPTS: usize = 4;
+
+/// The key of a connection's entry.
+#[inline(always)]
+pub fn key_of(ends: &Endpoints) -> ConnectionKey {
+    // There always is an element 0.
+    ends.key(TAG_SECRET.get(0).unwrap_or(&TagSecret([0; 8])))
+}
 
 /// What came of a reservation.
 pub enum Reserved {
@@ -80,8 +87,8 @@ pub fn reserve(
     }
 
     let owner = reservation_owner(now_ns);
-    let key = ends.key();
-    let entry = LedgerEntry { owner, opened_ns: now_ns, source, flags: 0, local: ends.local };
+    let key = key_of(ends);
+    let entry = LedgerEntry { owner, opened_ns: now_ns, source, flags: 0, remote: ends.remote, local: ends.local };
     match insert(&key, &entry) {
         Ok(()) => {}
         Err(error) => {
@@ -90,8 +97,8 @@ pub fn reserve(
             if spent {
                 rates::give_back(&source, &limits.rate);
             }
-            // Another CPU has just made the same entry; or the key is that of a connection to another own address, and there
-            // is no room for both.
+            // Another CPU has just made the same entry; or another connection has the same key, and there is no room for
+            // both.
             return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(service, policy) };
         }
     }
@@ -100,7 +107,7 @@ pub fn reserve(
     unsafe { atomic::fetch_add(&raw mut (*state).unconfirmed, 1) };
     // A full queue loses its oldest reservation, which was confirmed long since unless every one of them is forged by
     // clients that hold a slot for it.
-    let _ = RESERVATIONS.push(&Reservation { key, owner, opened_ns: now_ns }, u64::from(BPF_EXIST));
+    let _ = RESERVATIONS.push(&Reservation { key, reserved: 0, owner, opened_ns: now_ns }, u64::from(BPF_EXIST));
     match reason {
         None => Reserved::Yes,
         Some(reason) => Reserved::Observed(reason),
@@ -128,12 +135,12 @@ pub fn confirm(ends: &Endpoints, service: u16, cookie: u64, now_ns: u64) {
 /// Makes a socket the owner of its connection's entry. `false` if there is no entry.
 #[inline(always)]
 fn own(ends: &Endpoints, service: u16, state: *mut ServiceState, cookie: u64) -> bool {
-    let key = ends.key();
+    let key = key_of(ends);
     // SAFETY: the pointers come from look-ups in these maps; the fields are aligned.
     unsafe {
         for _ in 0..ATTEMPTS {
             let Some(entry) = LEDGER.get_ptr_mut(&key) else { return false };
-            if (*entry).local != ends.local {
+            if !(*entry).is_of(ends) {
                 count(service, Counter::LedgerFull);
                 return true;
             }
@@ -173,7 +180,7 @@ pub fn adopt(ends: &Endpoints, service: u16, cookie: u64, counter: Counter, now_
     else {
         return Entered::Full;
     };
-    if LEDGER.get_ptr(&ends.key()).is_some() {
+    if LEDGER.get_ptr(&key_of(ends)).is_some() {
         return Entered::ThereAlready;
     }
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
@@ -206,8 +213,8 @@ fn enter(
         (_, Some(_)) => FLAG_PAST_LIMIT,
         (_, None) => 0,
     };
-    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, flags, local: ends.local };
-    if let Err(error) = insert(&ends.key(), &entry) {
+    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, flags, remote: ends.remote, local: ends.local };
+    if let Err(error) = insert(&key_of(ends), &entry) {
         release_service(state);
         sources::subtract(&source, state);
         if error == -EEXIST {
@@ -310,11 +317,11 @@ fn insert(key: &ConnectionKey, entry: &LedgerEntry) -> Result<(), i32> {
     LEDGER.insert(key, entry, u64::from(BPF_NOEXIST))
 }
 
-/// Whether the entry of that key is for a connection to the same own address.
+/// Whether the entry of that key is that connection's.
 #[inline(always)]
 fn is_for(key: &ConnectionKey, ends: &Endpoints) -> bool {
     // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile has an address of its own.
-    LEDGER.get_ptr(key).is_some_and(|entry| unsafe { (*entry).local } == ends.local)
+    LEDGER.get_ptr(key).is_some_and(|entry| unsafe { (*entry).is_of(ends) })
 }
 
 #[inline(always)]

@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use limiter_common::{
-    Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi, audit::AuditReport,
+    Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
     ledger::Reservation, policy::ServiceState, rule::RuleEntry,
 };
 
@@ -46,6 +46,9 @@ pub static AUDIT: Array<AuditReport> = Array::with_max_entries(abi::MAX_SERVICES
 
 #[map]
 pub static RULES_USED: Array<u32> = Array::with_max_entries(1, 0);
+
+#[map]
+pub static TAG_SECRET: Array<TagSecret> = Array::with_max_entries(1, 0);
 
 /// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.
 #[unsafe(no_mangle)]

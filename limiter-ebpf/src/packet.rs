@@ -9,7 +9,7 @@
 use core::mem;
 
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
-use limiter_common::Address;
+use limiter_common::{Address, ConnectionKey, TagSecret};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -317,6 +317,19 @@ impl Segment {
         // SAFETY: the pointer was checked when the segment was made, and packets don't shrink under a program that does
         // not shrink them.
         unsafe { &*self.tcp }
+    }
+
+    /// The key of the connection that the segment belongs to.
+    #[inline(always)]
+    pub fn key(&self, secret: &TagSecret) -> ConnectionKey {
+        // SAFETY: the pointers were checked when the segment was made; both ports are the first word of the TCP header.
+        unsafe {
+            let ports = *self.tcp.cast::<u32>();
+            match self.network {
+                Network::V4(ip) => ConnectionKey::of_v4((*ip).source, (*ip).destination, ports),
+                Network::V6(ip) => ConnectionKey::of_v6(&(*ip).source, &(*ip).destination, ports, secret),
+            }
+        }
     }
 
     /// The client's port.

@@ -30,7 +30,7 @@ pub fn account(ctx: &SockOpsContext) {
     } else if op == BPF_SOCK_OPS_STATE_CB && ctx.arg(1) == BPF_TCP_CLOSE {
         // Whether a service still listens on its port makes no difference: what was counted is to be released.
         let Some((ends, cookie)) = connection(ctx) else { return };
-        ledger::release(&ends.key(), cookie, Counter::ClosedSocket as u32);
+        ledger::release(&ledger::key_of(&ends), cookie, Counter::ClosedSocket as u32);
     }
 }
 

@@ -273,8 +273,7 @@ fn what_differs_is_mended_and_a_count_that_is_off_is_shown() -> Result<()> {
     // An entry whose socket is gone.
     let entries = state.entries()?;
     let (key, entry) = entries[0];
-    let stale = ConnectionKey { remote_port: 1, ..key };
-    state.enter(&stale, &LedgerEntry { owner: entry.owner + (1 << 40), ..entry })?;
+    state.enter(&LedgerEntry { owner: entry.owner + (1 << 40), ..entry }, 1, key.local_port())?;
     assert_eq!(limiter.held_by(address)?, 4);
     limiter.wait_held(address, 3)?;
     assert_eq!(limiter.counter("closed_audit")?, 1);
@@ -288,7 +287,7 @@ fn what_differs_is_mended_and_a_count_that_is_off_is_shown() -> Result<()> {
     let mended = crowd
         .served
         .iter()
-        .position(|stream| stream.local_addr().is_ok_and(|address| address.port() == key.remote_port))
+        .position(|stream| stream.local_addr().is_ok_and(|address| address.port() == key.remote_port()))
         .context("the entry is that of a client")?;
     drop(crowd.served.swap_remove(mended));
     limiter.wait_held(address, 2)?;
@@ -366,7 +365,7 @@ fn a_full_accept_queue_and_a_listener_that_defers_are_counted_right() -> Result<
     speaks.write_all(b"first")?;
     let (held, _) = listener.accept()?;
     eventually(SOON, "the one that speaks is in the ledger as open", || {
-        let key = |entry: &(ConnectionKey, LedgerEntry)| entry.0.remote_port;
+        let key = |entry: &(ConnectionKey, LedgerEntry)| entry.0.remote_port();
         let open = state.entries()?.into_iter().filter(|(_, entry)| entry.owner >> 63 == 0);
         Ok(open.map(|entry| key(&entry)).eq([speaks.local_addr()?.port()]))
     })?;

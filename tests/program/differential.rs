@@ -154,7 +154,7 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
                 };
                 let key = Endpoints::new(remote, SocketAddr::new(local, port));
                 let source = SourceKey::new(index, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-                if model.ledger.insert(key.key(), source).is_none() {
+                if model.ledger.insert(key, source).is_none() {
                     program.add_connection(&key, &source).unwrap();
                 }
                 // And somebody has opened one, two or more of them just now.

@@ -13,7 +13,7 @@ use aya::{
 };
 use limiter::{config::Kernel, kernel::Loaded};
 use limiter_common::{
-    Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     event::Refusal,
     policy::ServiceState,
     rule::{MAPPED_BITS, RuleEntry},
@@ -95,8 +95,10 @@ impl Program {
 
     /// Puts a connection into the ledger, with everything that counts it.
     pub fn add_connection(&mut self, ends: &Endpoints, source: &SourceKey) -> Result<()> {
-        let entry = LedgerEntry { owner: 1, opened_ns: 1, source: *source, flags: 0, local: ends.local };
-        self.hash::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER)?.insert(ends.key(), entry, 0)?;
+        let entry =
+            LedgerEntry { owner: 1, opened_ns: 1, source: *source, flags: 0, remote: ends.remote, local: ends.local };
+        let secret = self.array::<TagSecret>(abi::MAP_TAG_SECRET)?.get(&0, 0)?;
+        self.hash::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER)?.insert(ends.key(&secret), entry, 0)?;
         let mut sources = self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?;
         let known = sources.get(source, 0).unwrap_or(SourceEntry { key: *source, ..SourceEntry::default() });
         let first = known.connections == 0;

@@ -8,7 +8,8 @@ use aya::{
     maps::{Array, HashMap, Map, MapData},
 };
 use limiter_common::{
-    ConnectionKey, LedgerEntry, SourceEntry, SourceKey, abi, audit::AuditReport, policy::ServiceState,
+    ConnectionKey, Endpoints, LedgerEntry, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
+    policy::ServiceState,
 };
 
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
 /// The maps of the first service.
 pub struct State {
     ledger: HashMap<MapData, ConnectionKey, LedgerEntry>,
+    secret: TagSecret,
     sources: HashMap<MapData, SourceKey, SourceEntry>,
     service: Array<MapData, ServiceState>,
     audit: Array<MapData, AuditReport>,
@@ -36,6 +38,7 @@ impl State {
         let root = limiter.pin_path().join(format!("v{}", abi::ABI_VERSION));
         Ok(Self {
             ledger: hash(&root.join(abi::MAP_LEDGER))?,
+            secret: array(&root.join(abi::MAP_TAG_SECRET))?.get(&0, 0)?,
             sources: hash(&root.join(abi::MAP_SOURCES))?,
             service: array(&root.join(abi::MAP_SERVICE_STATE))?,
             audit: array(&root.join(abi::MAP_AUDIT))?,
@@ -47,9 +50,11 @@ impl State {
         self.ledger.iter().map(|entry| entry.context("can't read the ledger")).collect()
     }
 
-    /// Makes an entry and counts it, as if its socket had been opened. Nobody else may change the counts meanwhile.
-    pub fn enter(&mut self, key: &ConnectionKey, entry: &LedgerEntry) -> Result<()> {
-        self.ledger.insert(key, entry, 0)?;
+    /// Makes an entry of those ports and counts it, as if its socket had been opened. Nobody else may change the counts
+    /// meanwhile.
+    pub fn enter(&mut self, entry: &LedgerEntry, remote_port: u16, local_port: u16) -> Result<()> {
+        let ends = Endpoints { remote: entry.remote, local: entry.local, remote_port, local_port };
+        self.ledger.insert(ends.key(&self.secret), entry, 0)?;
         self.count(&entry.source, 1)
     }
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::{
-    ConnectionKey, Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
     event::Stage,
     policy::{OnDeny, OnFull, at_limit},
@@ -50,7 +50,7 @@ pub struct Admission {
     /// The limits of each service.
     pub policies: HashMap<u16, ServicePolicy>,
     /// Every connection that is counted, with the source that it counts against.
-    pub ledger: HashMap<ConnectionKey, SourceKey>,
+    pub ledger: HashMap<Endpoints, SourceKey>,
     /// How many entries the ledger has room for.
     pub ledger_size: usize,
     /// The word of the bucket of each source that has opened connections.
@@ -69,26 +69,26 @@ impl Admission {
         let Some(segment) = Segment::parse(frame) else { return Verdict::Pass };
         let Some(&service) = self.ports.get(&segment.local.port()) else { return Verdict::Pass };
         let Some(&policy) = self.policies.get(&service) else { return Verdict::Pass };
-        let key = Endpoints::new(segment.remote, segment.local).key();
+        let ends = Endpoints::new(segment.remote, segment.local);
         if segment.asks() {
-            self.syn(service, &policy, &key)
-        } else if segment.continues() && !self.ledger.contains_key(&key) {
+            self.syn(service, &policy, &ends)
+        } else if segment.continues() && !self.ledger.contains_key(&ends) {
             match stack(&segment) {
                 Handshake::None => Verdict::Pass,
                 Handshake::Unproven => {
                     self.count(service, Counter::HandshakeUnproven);
                     Verdict::Pass
                 }
-                Handshake::Completed => self.handshake(service, &policy, &key),
+                Handshake::Completed => self.handshake(service, &policy, &ends),
             }
         } else {
             Verdict::Pass
         }
     }
 
-    fn syn(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
+    fn syn(&mut self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
-        let Some(reason) = self.reason(service, policy, key) else {
+        let Some(reason) = self.reason(service, policy, ends) else {
             self.count(service, Counter::SynAdmitted);
             return Verdict::Pass;
         };
@@ -96,9 +96,9 @@ impl Admission {
         if observe { Verdict::Pass } else { Verdict::Drop }
     }
 
-    fn handshake(&mut self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Verdict {
+    fn handshake(&mut self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
-        let reason = self.reason(service, policy, key);
+        let reason = self.reason(service, policy, ends);
         if let Some(reason) = reason {
             self.count(service, Counter::of_refusal(reason, Stage::Handshake, observe));
             if !observe {
@@ -113,22 +113,22 @@ impl Admission {
             self.count(service, Counter::LedgerFull);
             return Verdict::Pass;
         }
-        let source = source(service, policy, key);
-        if let (None, Some(limits)) = (reason, self.limits(policy, key))
+        let source = source(service, policy, ends);
+        if let (None, Some(limits)) = (reason, self.limits(policy, ends))
             && limits.rate.is_limited()
         {
             let word = self.rates.entry(source).or_default();
             *word = limits.rate.spent(*word, self.now_ns);
         }
-        self.ledger.insert(*key, source);
+        self.ledger.insert(*ends, source);
         self.count(service, Counter::OpenedReserved);
         Verdict::Pass
     }
 
     /// Why one more connection would be one too many, if it would.
-    fn reason(&self, service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> Option<DenyReason> {
-        let Some(limits) = self.limits(policy, key) else { return Some(DenyReason::Rule) };
-        let source = source(service, policy, key);
+    fn reason(&self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Option<DenyReason> {
+        let Some(limits) = self.limits(policy, ends) else { return Some(DenyReason::Rule) };
+        let source = source(service, policy, ends);
         let held_by_source = self.ledger.values().filter(|other| **other == source).count();
         let held_by_service = self.ledger.values().filter(|other| other.service == service).count();
         if at_limit(held_by_source as u64, limits.per_source) {
@@ -145,10 +145,10 @@ impl Admission {
     }
 
     /// The limits that hold for a client; `None` if a rule denies it.
-    fn limits(&self, policy: &ServicePolicy, key: &ConnectionKey) -> Option<Limits> {
+    fn limits(&self, policy: &ServicePolicy, ends: &Endpoints) -> Option<Limits> {
         let service =
             Limits { per_source: policy.connections_per_source, total: policy.connections_total, rate: policy.rate };
-        let ip = key.remote.into();
+        let ip = ends.remote.into();
         let longest = self
             .rules
             .iter()
@@ -198,6 +198,6 @@ fn contains(network: IpAddr, prefix: u8, ip: IpAddr) -> bool {
     }
 }
 
-fn source(service: u16, policy: &ServicePolicy, key: &ConnectionKey) -> SourceKey {
-    SourceKey::new(service, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix)
+fn source(service: u16, policy: &ServicePolicy, ends: &Endpoints) -> SourceKey {
+    SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix)
 }

@@ -8,7 +8,7 @@ use std::{io, mem};
 
 use aya::maps::{MapData, MapType};
 use limiter_common::{
-    ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     audit::AuditReport,
     ledger::Reservation,
     policy::ServiceState,
@@ -43,6 +43,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<RuleKey, RuleEntry>(abi::MAP_RULES, MapType::LpmTrie, Some(abi::MAX_RULES)),
     shape::<u32, AuditReport>(abi::MAP_AUDIT, MapType::Array, Some(abi::MAX_SERVICES)),
     shape::<u32, u32>(abi::MAP_RULES_USED, MapType::Array, Some(1)),
+    shape::<u32, TagSecret>(abi::MAP_TAG_SECRET, MapType::Array, Some(1)),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

@@ -1,12 +1,13 @@
 //! Hands the programs to the kernel.
 
-use std::{fmt, path::Path};
+use std::{fmt, io, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
+    maps::Array,
     programs::{Program, ProgramError, SockOps, Xdp},
 };
-use limiter_common::abi;
+use limiter_common::{TagSecret, abi};
 
 use super::{
     KernelError,
@@ -74,6 +75,8 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
     }
     let mut programs = loader.load(OBJECT).map_err(KernelError::failed("can't load the kernel programs' maps"))?;
 
+    make_secret(&mut programs)?;
+
     let xdp: &mut Xdp = program(&mut programs, abi::PROGRAM_XDP)?;
     xdp.load().map_err(|error| refused(abi::PROGRAM_XDP, error))?;
     let sock_ops: &mut SockOps = program(&mut programs, abi::PROGRAM_SOCK_OPS)?;
@@ -82,6 +85,28 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
     control.load().map_err(|error| refused(abi::PROGRAM_CONTROL, error))?;
     let debug_log = if config.debug_log { Some(DebugLog::new(&mut programs)?) } else { None };
     Ok(Loaded { programs, verifies_handshakes: isn_offset != 0, debug_log })
+}
+
+/// Gives a new ledger the secret that its keys are made with. One that is there already stays: entries have been made with
+/// it.
+fn make_secret(programs: &mut Ebpf) -> Result<(), KernelError> {
+    let what = || "can't give the ledger its secret".to_owned();
+    let map = programs.map_mut(abi::MAP_TAG_SECRET).ok_or_else(|| KernelError::Failed {
+        what: what(),
+        source: "the object file has no such map; it was built wrong".into(),
+    })?;
+    let mut secrets: Array<_, TagSecret> = map.try_into().map_err(KernelError::failed(what()))?;
+    if secrets.get(&0, 0).map_err(KernelError::failed(what()))? != TagSecret::default() {
+        return Ok(());
+    }
+    let mut bytes = [0; size_of::<TagSecret>()];
+    getrandom::fill(&mut bytes).map_err(io::Error::from).map_err(KernelError::failed(what()))?;
+    let (words, _) = bytes.as_chunks();
+    let mut secret = TagSecret::default();
+    for (number, word) in secret.0.iter_mut().zip(words) {
+        *number = u64::from_ne_bytes(*word);
+    }
+    secrets.set(0, secret, 0).map_err(KernelError::failed(what()))
 }
 
 /// A program of the object file, as its type.

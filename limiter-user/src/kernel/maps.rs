@@ -4,7 +4,7 @@ use std::{collections::HashMap as StdHashMap, fmt, path::Path};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use limiter_common::{
-    ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, abi,
+    ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     audit::AuditReport,
     bucket::Rate,
     policy::{ServiceName, ServiceState},
@@ -183,7 +183,10 @@ impl Services {
 }
 
 /// The ledger, to look at. Only kernel programs write to it.
-pub struct Ledger(HashMap<MapData, ConnectionKey, LedgerEntry>);
+pub struct Ledger {
+    entries: HashMap<MapData, ConnectionKey, LedgerEntry>,
+    secret: TagSecret,
+}
 
 impl fmt::Debug for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -192,27 +195,31 @@ impl fmt::Debug for Ledger {
 }
 
 impl Ledger {
-    /// Opens the pinned map.
+    /// Opens the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self, KernelError> {
-        open(&pins.map(abi::MAP_LEDGER), Map::HashMap).map(Self)
+        let secret: Array<_, TagSecret> = open(&pins.map(abi::MAP_TAG_SECRET), Map::Array)?;
+        Ok(Self {
+            entries: open(&pins.map(abi::MAP_LEDGER), Map::HashMap)?,
+            secret: secret.get(&0, 0).map_err(KernelError::failed("can't read the ledger's secret"))?,
+        })
     }
 
     /// The entry of a connection, if there is one.
     pub fn get(&self, connection: &Endpoints) -> Result<Option<LedgerEntry>, KernelError> {
-        let entry = there(self.0.get(&connection.key(), 0), "can't read the ledger")?;
-        // The key has but a tag of the own address.
-        Ok(entry.filter(|entry| entry.local == connection.local))
+        let entry = there(self.entries.get(&connection.key(&self.secret), 0), "can't read the ledger")?;
+        // The key has but a tag of IPv6 addresses.
+        Ok(entry.filter(|entry| entry.is_of(connection)))
     }
 
     /// Every entry there is, with the ends of its connection; entries that come and go meanwhile may or may not be among
     /// them.
     pub fn entries(&self) -> Result<Vec<(Endpoints, LedgerEntry)>, KernelError> {
-        let entries = collect(self.0.keys(), |key| self.0.get(key, 0), "can't read the ledger")?;
+        let entries = collect(self.entries.keys(), |key| self.entries.get(key, 0), "can't read the ledger")?;
         let ends = |key: ConnectionKey, entry: &LedgerEntry| Endpoints {
-            remote: key.remote,
+            remote: entry.remote,
             local: entry.local,
-            remote_port: key.remote_port,
-            local_port: key.local_port,
+            remote_port: key.remote_port(),
+            local_port: key.local_port(),
         };
         Ok(entries.into_iter().map(|(key, entry)| (ends(key, &entry), entry)).collect())
     }
