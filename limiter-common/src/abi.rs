@@ -5,6 +5,10 @@ pub const ABI_VERSION: u32 = 1;
 
 /// The XDP program that admits or refuses.
 pub const PROGRAM_XDP: &str = "limiter_xdp";
+/// The same as a classifier of TC.
+pub const PROGRAM_TC: &str = "limiter_tc";
+/// The same for devices whose packets have no Ethernet header.
+pub const PROGRAM_TC_L3: &str = "limiter_tc_l3";
 /// The `sock_ops` program that confirms and closes ledger entries.
 pub const PROGRAM_SOCK_OPS: &str = "limiter_sockops";
 /// The program by which user space takes entries out of the ledger (run by `BPF_PROG_TEST_RUN`, never attached).

@@ -1,7 +1,7 @@
 //! Who may connect. Decides on two kinds of packets: the SYN, which asks, and the segment that completes the handshake,
 //! which proves who asks. Everything else passes untouched.
 
-use aya_ebpf::{bindings::xdp_action, helpers::bpf_ktime_get_ns, programs::XdpContext};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_log_ebpf::debug;
 use limiter_common::{
     Counter, DenyReason, Endpoints, ServicePolicy, SourceEntry, SourceKey,
@@ -12,6 +12,7 @@ use limiter_common::{
 
 use crate::{
     atomic,
+    context::Packet,
     counters::count,
     handshake::{self, Proof},
     ledger::{self, Reserved},
@@ -28,22 +29,23 @@ const EXPIRE_ON_REFUSAL: usize = 8;
 const EXPIRE_ON_RESERVE: usize = 2;
 
 /// What becomes of a packet.
-enum Verdict {
+#[derive(Clone, Copy)]
+pub enum Verdict {
     Pass,
     Drop,
 }
 
-/// The verdict on a frame, as an XDP action.
+/// The verdict on a packet.
 #[inline(always)]
-pub fn admit(ctx: &XdpContext) -> u32 {
+pub fn admit(ctx: &impl Packet) -> Verdict {
     match try_admit(ctx) {
-        Some(Verdict::Drop) => xdp_action::XDP_DROP,
-        Some(Verdict::Pass) | None => xdp_action::XDP_PASS,
+        Some(verdict) => verdict,
+        None => Verdict::Pass,
     }
 }
 
 #[inline(always)]
-fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
+fn try_admit(ctx: &impl Packet) -> Option<Verdict> {
     let segment = packet::segment(ctx)?;
     let service = service_on(segment.local_port())?;
     let flags = segment.flags();
@@ -66,7 +68,7 @@ fn try_admit(ctx: &XdpContext) -> Option<Verdict> {
 
 /// Somebody asks for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against anyone.
 #[inline(always)]
-fn syn(ctx: &XdpContext, ends: &Endpoints, service: u16, policy: &ServicePolicy, state: *mut ServiceState) -> Verdict {
+fn syn(ctx: &impl Packet, ends: &Endpoints, service: u16, policy: &ServicePolicy, state: *mut ServiceState) -> Verdict {
     let Some((reason, sampler)) = refusal(ends, service, policy, state) else {
         count(service, Counter::SynAdmitted);
         return Verdict::Pass;
@@ -127,7 +129,7 @@ fn refusal(
 
 /// A segment of a connection that is not in the ledger. If it completes a handshake, this is where the slot is reserved.
 #[inline(always)]
-fn unknown(ctx: &XdpContext, segment: &Segment, ends: &Endpoints, service: u16) -> Verdict {
+fn unknown(ctx: &impl Packet, segment: &Segment, ends: &Endpoints, service: u16) -> Verdict {
     let by_cookie = match handshake::prove(ctx, segment) {
         Proof::NoHandshake => return Verdict::Pass,
         Proof::Unproven => {
@@ -167,10 +169,10 @@ fn unknown(ctx: &XdpContext, segment: &Segment, ends: &Endpoints, service: u16) 
     if !observed {
         if by_cookie {
             // There is nothing to forget: the stack finds no valid cookie, and answers with a RST of its own.
-            segment.spoil_cookie();
+            segment.spoil_cookie(ctx);
         } else {
             // The stack forgets the half-open connection, and answers whatever the client sends next with a RST of its own.
-            segment.turn_into_reset();
+            segment.turn_into_reset(ctx);
         }
     }
     Verdict::Pass

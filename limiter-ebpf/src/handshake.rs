@@ -6,13 +6,12 @@
 use core::mem;
 
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple, tcphdr},
     helpers::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_tcp_check_syncookie},
-    programs::XdpContext,
 };
 
 use crate::{
+    context::Packet,
     maps::SNT_ISN_OFFSET,
     packet::{Network, Segment},
 };
@@ -31,7 +30,7 @@ pub enum Proof {
 
 /// Looks up who the segment is for.
 #[inline(always)]
-pub fn prove(ctx: &XdpContext, segment: &Segment) -> Proof {
+pub fn prove(ctx: &impl Packet, segment: &Segment) -> Proof {
     // Without BTF the offset is not known, and sock_ops counts alone.
     if SNT_ISN_OFFSET.load() == 0 {
         return Proof::NoHandshake;
@@ -56,7 +55,7 @@ pub fn prove(ctx: &XdpContext, segment: &Segment) -> Proof {
 }
 
 #[inline(always)]
-fn lookup(ctx: &XdpContext, segment: &Segment) -> *mut bpf_sock {
+fn lookup(ctx: &impl Packet, segment: &Segment) -> *mut bpf_sock {
     // SAFETY: an all-zero tuple is a valid one.
     let mut tuple: bpf_sock_tuple = unsafe { mem::zeroed() };
     let remote = segment.remote();

@@ -2,6 +2,8 @@
 //!
 //! - `limiter_xdp` ([`admission`]) sees every packet that a device receives. It refuses the SYNs of sources at their
 //!   limit, and reserves a slot in the ledger when a segment proves that it completes a handshake.
+//! - `limiter_tc` does the same for a device that XDP is not to be had on, and `limiter_tc_l3` for one without link headers
+//!   ([`context`]).
 //! - `limiter_sockops` ([`sockets`]) is told by the TCP stack of connections that opened and closed, and confirms and
 //!   removes their entries.
 //! - `limiter_control` ([`control`]) is run by user space, and makes and removes entries on its behalf.
@@ -19,6 +21,7 @@
 
 mod admission;
 mod atomic;
+mod context;
 mod control;
 mod counters;
 mod handshake;
@@ -32,14 +35,39 @@ mod sockets;
 mod sources;
 mod watch;
 
+use admission::Verdict;
 use aya_ebpf::{
-    macros::{sock_ops, xdp},
-    programs::{SockOpsContext, XdpContext},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
+    macros::{classifier, sock_ops, xdp},
+    programs::{SockOpsContext, TcContext, XdpContext},
 };
+use context::Skb;
 
 #[xdp]
 pub fn limiter_xdp(ctx: XdpContext) -> u32 {
-    admission::admit(&ctx)
+    match admission::admit(&ctx) {
+        Verdict::Drop => xdp_action::XDP_DROP,
+        Verdict::Pass => xdp_action::XDP_PASS,
+    }
+}
+
+#[classifier]
+pub fn limiter_tc(ctx: TcContext) -> i32 {
+    tc_action(admission::admit(&Skb::new(ctx.skb.skb, true)))
+}
+
+#[classifier]
+pub fn limiter_tc_l3(ctx: TcContext) -> i32 {
+    tc_action(admission::admit(&Skb::new(ctx.skb.skb, false)))
+}
+
+/// To pass is to leave the decision to whoever comes next (`TCX_NEXT`).
+#[inline(always)]
+fn tc_action(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Drop => TC_ACT_SHOT,
+        Verdict::Pass => TC_ACT_UNSPEC,
+    }
 }
 
 #[sock_ops]

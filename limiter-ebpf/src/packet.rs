@@ -8,8 +8,13 @@
 
 use core::mem;
 
-use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, xdp_md},
+    programs::XdpContext,
+};
 use limiter_common::{Address, ConnectionKey, TagSecret};
+
+use crate::context::{Packet, Skb};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -88,15 +93,15 @@ struct FragmentHeader {
 
 #[repr(C)]
 pub struct TcpHeader {
-    source_port: u16,
-    destination_port: u16,
-    sequence: u32,
-    acknowledgement: u32,
-    data_offset: u8,
-    flags: u8,
-    window: u16,
-    checksum: u16,
-    urgent: u16,
+    pub source_port: u16,
+    pub destination_port: u16,
+    pub sequence: u32,
+    pub acknowledgement: u32,
+    pub data_offset: u8,
+    pub flags: u8,
+    pub window: u16,
+    pub checksum: u16,
+    pub urgent: u16,
 }
 
 /// The network header of a segment, within the frame.
@@ -111,6 +116,8 @@ pub enum Network {
 pub struct Segment {
     pub network: Network,
     tcp: *mut TcpHeader,
+    /// Of the TCP header in the packet.
+    pub offset: usize,
 }
 
 /// The TCP segment in a frame, if there is one and its header is in this frame.
@@ -118,20 +125,20 @@ pub struct Segment {
 /// The plain shapes, which are nearly all there are, are read here; what has VLAN tags or extension headers, by
 /// [`limiter_locate`].
 #[inline(always)]
-pub fn segment(ctx: &XdpContext) -> Option<Segment> {
+pub fn segment(ctx: &impl Packet) -> Option<Segment> {
+    ctx.reach(PLAIN_HEADERS);
     let mut cursor = Cursor::new(ctx);
-    // SAFETY: take checked it.
-    match u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype }) {
+    match ctx.link_header(&mut cursor)? {
         ETHERTYPE_IPV4 => {
             let network = Network::V4(ipv4(&mut cursor)?);
-            Some(Segment { network, tcp: cursor.take::<TcpHeader>()? })
+            Some(Segment { network, offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
         }
         ETHERTYPE_IPV6 => {
             let header = ipv6(&mut cursor)?;
             // SAFETY: take checked it.
             let next = unsafe { (*header).next_header };
             if next == PROTOCOL_TCP {
-                Some(Segment { network: Network::V6(header), tcp: cursor.take::<TcpHeader>()? })
+                Some(Segment { network: Network::V6(header), offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
             } else if is_extension(next) {
                 located(ctx)
             } else {
@@ -145,8 +152,9 @@ pub fn segment(ctx: &XdpContext) -> Option<Segment> {
 
 /// The segment that [`limiter_locate`] finds.
 #[inline(always)]
-fn located(ctx: &XdpContext) -> Option<Segment> {
-    let place = limiter_locate(ctx.ctx);
+fn located(ctx: &impl Packet) -> Option<Segment> {
+    ctx.reach(ALL_HEADERS);
+    let place = ctx.locate();
     if place == 0 {
         return None;
     }
@@ -159,8 +167,13 @@ fn located(ctx: &XdpContext) -> Option<Segment> {
     };
     let mut cursor = Cursor::new(ctx);
     cursor.skip(place as usize % TCP_END);
-    Some(Segment { network, tcp: cursor.take::<TcpHeader>()? })
+    Some(Segment { network, offset: place as usize % TCP_END, tcp: cursor.take::<TcpHeader>()? })
 }
+
+/// How many bytes the headers take that are read inline: IPv4 may have 40 bytes of options.
+const PLAIN_HEADERS: u32 = 14 + 60 + 20;
+/// How many all headers take at most that are looked behind.
+const ALL_HEADERS: u32 = 14 + 4 * MAX_VLAN_TAGS as u32 + 40 + 2048 * MAX_EXTENSION_HEADERS as u32 + 20;
 
 /// In the answer of [`limiter_locate`]: the network header is that of IPv6.
 const IS_V6: u32 = 1 << 31;
@@ -183,8 +196,15 @@ pub extern "C" fn limiter_locate(ctx: *mut xdp_md) -> u32 {
     locate(&XdpContext::new(ctx)).unwrap_or(0)
 }
 
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_locate_skb(skb: *mut __sk_buff, has_ethernet: u32) -> u32 {
+    locate(&Skb::new(skb, has_ethernet != 0)).unwrap_or(0)
+}
+
 /// Reads header after header, each one checked against the end of the packet.
-struct Cursor {
+pub struct Cursor {
     start: usize,
     end: usize,
     /// Counted on its own: a difference of pointers would be made in 32 bits, which the verifier refuses.
@@ -193,7 +213,7 @@ struct Cursor {
 
 impl Cursor {
     #[inline(always)]
-    fn new(ctx: &XdpContext) -> Self {
+    fn new(ctx: &impl Packet) -> Self {
         Self { start: ctx.data(), end: ctx.data_end(), offset: 0 }
     }
 
@@ -215,10 +235,9 @@ impl Cursor {
 }
 
 #[inline(always)]
-fn locate(ctx: &XdpContext) -> Option<u32> {
+fn locate(ctx: &impl Packet) -> Option<u32> {
     let mut cursor = Cursor::new(ctx);
-    // SAFETY: take checked it.
-    let mut ethertype = u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype });
+    let mut ethertype = ctx.link_header(&mut cursor)?;
     for _ in 0..MAX_VLAN_TAGS {
         if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
             break;
@@ -240,6 +259,13 @@ fn locate(ctx: &XdpContext) -> Option<u32> {
         }
         _ => None,
     }
+}
+
+/// Steps over an Ethernet header, and returns what it says that follows.
+#[inline(always)]
+pub fn ethernet(cursor: &mut Cursor) -> Option<u16> {
+    // SAFETY: take checked it.
+    Some(u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype }))
 }
 
 /// Steps over an IPv4 header (RFC 791) that is followed by the start of a TCP segment.
@@ -382,33 +408,61 @@ impl Segment {
         }
     }
 
-    /// Moves the sequence number by 2^31, and mends the checksum (RFC 1624). A SYN cookie covers the number before it, with
-    /// its age in the upper bits, so it is never valid afterwards; the acknowledgement number, which is that of the RST that
-    /// the stack then answers with, stays what the client expects.
+    /// The sequence number.
     #[inline(always)]
-    pub fn spoil_cookie(&self) {
-        // SAFETY: the pointer was checked when the segment was made.
-        let tcp = unsafe { &mut *self.tcp };
-        let before = u32::from_be(tcp.sequence);
-        let after = before ^ (1 << 31);
-        tcp.sequence = after.to_be();
-        let mut sum = u32::from(!u16::from_be(tcp.checksum)) + ((before >> 16) ^ 0xffff) + (after >> 16);
-        sum = (sum & 0xffff) + (sum >> 16);
-        sum = (sum & 0xffff) + (sum >> 16);
-        tcp.checksum = (!(sum as u16)).to_be();
+    pub fn sequence(&self) -> u32 {
+        u32::from_be(self.tcp().sequence)
     }
 
-    /// Turns the segment into a RST in place, at the same sequence number, and mends the checksum (RFC 1624).
+    /// The two bytes that the flags are the second of, as they are and as they would be with these, in network order.
     #[inline(always)]
-    pub fn turn_into_reset(&self) {
+    pub fn with_flags(&self, flags: u8) -> (u16, u16) {
+        let tcp = self.tcp();
+        (u16::from_ne_bytes([tcp.data_offset, tcp.flags]), u16::from_ne_bytes([tcp.data_offset, flags]))
+    }
+
+    /// Writes the flags to the packet, and mends the checksum (RFC 1624).
+    #[inline(always)]
+    pub fn set_flags(&self, flags: u8) {
+        let (before, after) = self.with_flags(flags);
         // SAFETY: the pointer was checked when the segment was made.
         let tcp = unsafe { &mut *self.tcp };
-        let before = u32::from(u16::from_be_bytes([tcp.data_offset, tcp.flags]));
-        tcp.flags = RST;
-        let after = u32::from(u16::from_be_bytes([tcp.data_offset, tcp.flags]));
-        let mut sum = u32::from(!u16::from_be(tcp.checksum)) + (before ^ 0xffff) + after;
-        sum = (sum & 0xffff) + (sum >> 16);
-        sum = (sum & 0xffff) + (sum >> 16);
-        tcp.checksum = (!(sum as u16)).to_be();
+        tcp.flags = flags;
+        let sum =
+            u32::from(!u16::from_be(tcp.checksum)) + u32::from(!u16::from_be(before)) + u32::from(u16::from_be(after));
+        tcp.checksum = folded(sum);
     }
+
+    /// Writes the sequence number to the packet, and mends the checksum (RFC 1624).
+    #[inline(always)]
+    pub fn set_sequence(&self, sequence: u32) {
+        let before = self.sequence();
+        // SAFETY: the pointer was checked when the segment was made.
+        let tcp = unsafe { &mut *self.tcp };
+        tcp.sequence = sequence.to_be();
+        let halves = |number: u32| (number >> 16) + (number & 0xffff);
+        tcp.checksum = folded(u32::from(!u16::from_be(tcp.checksum)) + halves(!before) + halves(sequence));
+    }
+
+    /// Moves the sequence number by 2^31. A SYN cookie covers the number before it, with its age in the upper bits, so it is
+    /// never valid afterwards; the acknowledgement number, which is that of the RST that the stack then answers with, stays
+    /// what the client expects.
+    #[inline(always)]
+    pub fn spoil_cookie(&self, ctx: &impl Packet) {
+        ctx.set_sequence(self, self.sequence() ^ (1 << 31));
+    }
+
+    /// Turns the segment into a RST in place, at the same sequence number.
+    #[inline(always)]
+    pub fn turn_into_reset(&self, ctx: &impl Packet) {
+        ctx.set_flags(self, RST);
+    }
+}
+
+/// A sum of 16-bit words as the checksum of a header, in network order.
+#[inline(always)]
+fn folded(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    (!(sum as u16)).to_be()
 }

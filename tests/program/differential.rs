@@ -1,7 +1,9 @@
-//! The XDP program and the model of admission, fed the same generated packets.
+//! The programs for XDP and TC and the model of admission, fed the same generated packets.
+#![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use limiter::kernel::Hook;
 use limiter_common::{
     Counter, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
@@ -125,12 +127,21 @@ fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
 }
 
 #[test]
-fn program_and_model_agree_on_a_hundred_thousand_packets() {
+fn xdp_and_model_agree_on_a_hundred_thousand_packets() {
+    program_and_model_agree(Hook::Xdp);
+}
+
+#[test]
+fn tc_and_model_agree_on_a_hundred_thousand_packets() {
+    program_and_model_agree(Hook::Tc);
+}
+
+fn program_and_model_agree(hook: Hook) {
     // Another seed each time finds more; the seed of a failure is in its message.
     let seed =
         std::env::var("LIMITER_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut program = Program::load().unwrap();
+    let mut program = Program::load_for(hook).unwrap();
     let mut model = Admission { ledger_size: 1024, now_ns: now_ns(), ..Admission::default() };
     for (index, port, policy) in services() {
         program.set_service(index, port, &policy).unwrap();
@@ -166,6 +177,9 @@ fn program_and_model_agree_on_a_hundred_thousand_packets() {
             }
         }
         let frame = frame(&mut random);
+        if !program.takes(&frame) {
+            continue;
+        }
         // Nothing listens in this test's kernel, so no segment completes a handshake.
         let wanted = model.admit(&frame, |_| Handshake::None);
         let (action, out) = program.run(&frame).unwrap();

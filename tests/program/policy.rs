@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use limiter::kernel::Hook;
 use limiter_common::{
     Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
@@ -64,8 +65,10 @@ fn syn(program: &mut Program, source: &str) -> Action {
 /// The verifier takes a million at most; and the more it looks at, the longer `attach` takes.
 #[test]
 fn the_verifier_has_little_to_look_at() {
-    let looked_at = Program::load().unwrap().verified_instructions().unwrap();
-    assert!(looked_at < 200_000, "{looked_at} instructions");
+    for hook in [Hook::Xdp, Hook::Tc, Hook::TcL3] {
+        let looked_at = Program::load_for(hook).unwrap().verified_instructions().unwrap();
+        assert!(looked_at < 200_000, "{hook:?}: {looked_at} instructions");
+    }
 }
 
 #[test]

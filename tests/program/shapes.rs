@@ -1,8 +1,9 @@
-//! The XDP program's verdict on every shape of packet, below the limit and at it, row by row.
+//! The verdict of the programs for XDP and TC on every shape of packet, below the limit and at it, row by row.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
 use std::net::SocketAddr;
 
+use limiter::kernel::Hook;
 use limiter_common::{Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, event::Stage, policy::OnDeny};
 use limiter_tests::{
     frame::{Extension, Frame},
@@ -27,7 +28,11 @@ fn policy() -> ServicePolicy {
 
 /// A program whose one service has sources with so many connections each.
 fn program(policy: &ServicePolicy, sources: &[&str], connections: u16) -> Program {
-    let mut program = Program::load().unwrap();
+    program_for(Hook::Xdp, policy, sources, connections)
+}
+
+fn program_for(hook: Hook, policy: &ServicePolicy, sources: &[&str], connections: u16) -> Program {
+    let mut program = Program::load_for(hook).unwrap();
     program.set_service(0, PORT, policy).unwrap();
     for source in sources {
         for port in 1..=connections {
@@ -132,10 +137,22 @@ fn rows() -> Vec<Row> {
 }
 
 #[test]
-fn below_the_limit_everything_passes_untouched() {
-    let mut program = program(&policy(), &["192.0.2.7", "2001:db8::99"], 1);
+fn below_the_limit_everything_passes_untouched_by_xdp() {
+    below_the_limit_everything_passes_untouched(Hook::Xdp);
+}
+
+#[test]
+fn below_the_limit_everything_passes_untouched_by_tc() {
+    below_the_limit_everything_passes_untouched(Hook::Tc);
+}
+
+fn below_the_limit_everything_passes_untouched(hook: Hook) {
+    let mut program = program_for(hook, &policy(), &["192.0.2.7", "2001:db8::99"], 1);
     let mut syns = 0;
     for row in rows() {
+        if !program.takes(&row.frame) {
+            continue;
+        }
         let (action, out) = program.run(&row.frame).unwrap();
         assert_eq!((action, out), (Action::Pass, row.frame.as_slice()), "{}", row.description);
         syns += u64::from(row.is_syn);
@@ -146,10 +163,22 @@ fn below_the_limit_everything_passes_untouched() {
 }
 
 #[test]
-fn at_the_limit_every_shape_of_syn_drops_and_nothing_else() {
-    let mut program = program(&policy(), &["192.0.2.7", "2001:db8::99"], LIMIT);
+fn at_the_limit_xdp_drops_every_shape_of_syn_and_nothing_else() {
+    at_the_limit_every_shape_of_syn_drops_and_nothing_else(Hook::Xdp);
+}
+
+#[test]
+fn at_the_limit_tc_drops_every_shape_of_syn_and_nothing_else() {
+    at_the_limit_every_shape_of_syn_drops_and_nothing_else(Hook::Tc);
+}
+
+fn at_the_limit_every_shape_of_syn_drops_and_nothing_else(hook: Hook) {
+    let mut program = program_for(hook, &policy(), &["192.0.2.7", "2001:db8::99"], LIMIT);
     let mut syns = 0;
     for row in rows() {
+        if !program.takes(&row.frame) {
+            continue;
+        }
         let (action, out) = program.run(&row.frame).unwrap();
         let wanted = if row.is_syn { Action::Drop } else { Action::Pass };
         assert_eq!((action, out), (wanted, row.frame.as_slice()), "{} ({} bytes)", row.description, row.frame.len());

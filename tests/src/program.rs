@@ -1,4 +1,4 @@
-//! The XDP program by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
+//! The programs of admission by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -9,9 +9,12 @@ use aya::{
         Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{TestRunOptions, Xdp},
+    programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
-use limiter::{config::Kernel, kernel::Loaded};
+use limiter::{
+    config::Kernel,
+    kernel::{Hook, Loaded},
+};
 use limiter_common::{
     Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     event::Refusal,
@@ -22,9 +25,9 @@ use limiter_common::{
 /// What the program made of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// `XDP_DROP`
+    /// `XDP_DROP`, `TC_ACT_SHOT`
     Drop,
-    /// `XDP_PASS`
+    /// `XDP_PASS`, `TC_ACT_UNSPEC`
     Pass,
 }
 
@@ -40,49 +43,69 @@ pub fn now_ns() -> u64 {
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
-/// The XDP program with its maps.
+/// One of the programs with its maps.
 #[derive(Debug)]
 pub struct Program {
     loaded: Loaded,
+    hook: Hook,
     out: Vec<u8>,
 }
 
 impl Program {
-    /// Loads it anew.
+    /// Loads that of XDP anew.
     pub fn load() -> Result<Self> {
+        Self::load_for(Hook::Xdp)
+    }
+
+    /// Loads one anew.
+    pub fn load_for(hook: Hook) -> Result<Self> {
         let config = Kernel { max_connections: 1024, ..Kernel::default() };
-        let loaded =
+        let mut loaded =
             limiter::kernel::load_unpinned(&config, 0).context("can't load the programs; this test needs root")?;
-        Ok(Self { loaded, out: vec![0; 4096] })
+        loaded.load_admission(hook)?;
+        Ok(Self { loaded, hook, out: vec![0; 4096] })
+    }
+
+    /// Whether the kernel makes a packet of a frame for a test: for TC, it wants the network header to be whole.
+    pub fn takes(&self, frame: &[u8]) -> bool {
+        let least = match (self.hook, frame.get(12..14)) {
+            (Hook::Tc | Hook::TcL3, Some([0x08, 0x00])) => 34,
+            (Hook::Tc | Hook::TcL3, Some([0x86, 0xdd])) => 54,
+            _ => 14,
+        };
+        frame.len() >= least
     }
 
     /// Runs it once and returns what it decided and the frame that it left.
     pub fn run(&mut self, frame: &[u8]) -> Result<(Action, &[u8])> {
-        let program: &Xdp = self.loaded.programs.program(abi::PROGRAM_XDP).context("no XDP program")?.try_into()?;
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut self.out),
-            repeat: 1,
-            ..TestRunOptions::default()
-        })?;
-        let action = match result.return_value {
-            1 => Action::Drop,
-            2 => Action::Pass,
-            other => bail!("the program answered {other}"),
+        let result = test_run(
+            &self.loaded,
+            self.hook,
+            TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut self.out),
+                repeat: 1,
+                ..TestRunOptions::default()
+            },
+        )?;
+        let action = match (self.hook, result.return_value.cast_signed()) {
+            (Hook::Xdp, 1) | (Hook::Tc | Hook::TcL3, 2) => Action::Drop,
+            (Hook::Xdp, 2) | (Hook::Tc | Hook::TcL3, -1) => Action::Pass,
+            (_, other) => bail!("the program answered {other}"),
         };
         Ok((action, &self.out[..frame.len()]))
     }
 
     /// Runs it so many times on one frame and returns the nanoseconds that one run takes, as the kernel measures it.
     pub fn time(&self, frame: &[u8], repeat: u32) -> Result<u128> {
-        let program: &Xdp = self.loaded.programs.program(abi::PROGRAM_XDP).context("no XDP program")?.try_into()?;
-        let result = program.test_run(TestRunOptions { data_in: Some(frame), repeat, ..TestRunOptions::default() })?;
+        let options = TestRunOptions { data_in: Some(frame), repeat, ..TestRunOptions::default() };
+        let result = test_run(&self.loaded, self.hook, options)?;
         Ok(result.duration.as_nanos())
     }
 
     /// How many instructions the verifier has looked at before it took the program.
     pub fn verified_instructions(&self) -> Result<u32> {
-        let program: &Xdp = self.loaded.programs.program(abi::PROGRAM_XDP).context("no XDP program")?.try_into()?;
+        let program = self.loaded.programs.program(self.hook.program()).context("no such program")?;
         program.info()?.verified_instruction_count().context("this kernel does not tell (5.16)")
     }
 
@@ -179,4 +202,12 @@ impl Program {
     fn hash<K: Pod, V: Pod>(&mut self, name: &'static str) -> Result<BpfHashMap<&mut MapData, K, V>> {
         Ok(self.loaded.programs.map_mut(name).with_context(|| format!("no map {name}"))?.try_into()?)
     }
+}
+
+fn test_run(loaded: &Loaded, hook: Hook, options: TestRunOptions<'_>) -> Result<TestRunResult> {
+    let program = loaded.programs.program(hook.program()).context("no such program")?;
+    Ok(match hook {
+        Hook::Xdp => <&Xdp>::try_from(program)?.test_run(options),
+        Hook::Tc | Hook::TcL3 => <&SchedClassifier>::try_from(program)?.test_run(options),
+    }?)
 }

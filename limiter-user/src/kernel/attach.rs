@@ -22,7 +22,7 @@ use super::{
     interfaces::{InterfaceReport, Interfaces},
     layout, link,
     live::LivePolicy,
-    load::{Loaded, load, program},
+    load::{Hook, Loaded, load, program},
     pins::{Lock, Pins},
     rules::Rules,
 };
@@ -174,6 +174,7 @@ impl Attach<'_> {
             );
         }
         let sock_ops = attach_sock_ops(&mut loaded.programs, cgroup)?;
+        loaded.load_admission(Hook::Xdp)?;
         let placement = Interfaces::new(self.pins, self.config.attach_mode);
         let attachments = placement.attach(&mut loaded.programs, interfaces)?;
         let events = Events::open(self.pins)?;

@@ -5,7 +5,7 @@ use std::{fmt, io, path::Path};
 use aya::{
     Ebpf, EbpfLoader,
     maps::Array,
-    programs::{Program, ProgramError, SockOps, Xdp},
+    programs::{Program, ProgramError, SchedClassifier, SockOps, Xdp},
 };
 use limiter_common::{TagSecret, abi};
 
@@ -25,7 +25,29 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/li
 const LOG_BYTES_OFF: u32 = 4096;
 const LOG_MAP: &str = "AYA_LOGS";
 
-/// The programs, accepted by the verifier and not attached.
+/// Where a program of admission sees packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP: in the driver, or where the network stack takes packets from it.
+    Xdp,
+    /// TC on ingress: behind that, when they are packets of the stack's.
+    Tc,
+    /// The same on a device whose packets have no Ethernet header.
+    TcL3,
+}
+
+impl Hook {
+    /// The program for it.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Xdp => abi::PROGRAM_XDP,
+            Self::Tc => abi::PROGRAM_TC,
+            Self::TcL3 => abi::PROGRAM_TC_L3,
+        }
+    }
+}
+
+/// The programs, not attached. Those of the ledger are accepted by the verifier; those of admission when they are asked for.
 pub struct Loaded {
     /// The programs and the maps.
     pub programs: Ebpf,
@@ -35,13 +57,36 @@ pub struct Loaded {
     pub debug_log: Option<DebugLog>,
 }
 
+impl Loaded {
+    /// Hands the program of admission for a hook to the kernel, unless it has it. Each for itself: what a kernel refuses
+    /// keeps nobody from what it takes.
+    pub fn load_admission(&mut self, hook: Hook) -> Result<(), KernelError> {
+        let name = hook.program();
+        match hook {
+            Hook::Xdp => {
+                let xdp: &mut Xdp = program(&mut self.programs, name)?;
+                if xdp.fd().is_err() {
+                    xdp.load().map_err(|error| refused(name, error))?;
+                }
+            }
+            Hook::Tc | Hook::TcL3 => {
+                let tc: &mut SchedClassifier = program(&mut self.programs, name)?;
+                if tc.fd().is_err() {
+                    tc.load().map_err(|error| refused(name, error))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Debug for Loaded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Loaded").field("verifies_handshakes", &self.verifies_handshakes).finish_non_exhaustive()
     }
 }
 
-/// Loads all programs. Maps are made and pinned, or opened where they are pinned already.
+/// Loads the programs of the ledger. Maps are made and pinned, or opened where they are pinned already.
 pub fn load(config: &Kernel, pins: &Pins, netns_cookie: u64) -> Result<Loaded, KernelError> {
     load_with(config, Some(pins), netns_cookie)
 }
@@ -77,8 +122,6 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
 
     make_secret(&mut programs)?;
 
-    let xdp: &mut Xdp = program(&mut programs, abi::PROGRAM_XDP)?;
-    xdp.load().map_err(|error| refused(abi::PROGRAM_XDP, error))?;
     let sock_ops: &mut SockOps = program(&mut programs, abi::PROGRAM_SOCK_OPS)?;
     sock_ops.load().map_err(|error| refused(abi::PROGRAM_SOCK_OPS, error))?;
     let control: &mut Xdp = program(&mut programs, abi::PROGRAM_CONTROL)?;

@@ -33,7 +33,7 @@ pub use events::{Event, Events};
 pub use interfaces::InterfaceReport;
 pub use kick::kick;
 pub use live::LivePolicy;
-pub use load::{Loaded, load_unpinned};
+pub use load::{Hook, Loaded, load_unpinned};
 pub use maps::{Ledger, ServiceEntry, Services, Sources};
 pub use pinned::{Pinned, detach};
 pub use pins::XdpMode;

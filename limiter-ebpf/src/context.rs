@@ -1,0 +1,179 @@
+//! What a program is given of a packet: by XDP a frame in one piece, by TC a `sk_buff`.
+//!
+//! A `sk_buff` differs in what matters here:
+//! - Only its linear part can be read directly. Headers may lie behind that, and are brought there first.
+//! - The outer VLAN tag is in its metadata; the Ethernet header already says what is behind it.
+//! - On a device without link headers (tun, ppp, WireGuard) it begins with the network header.
+//! - Its checksum may be one that was never computed, or a sum of the device's over the whole packet. The helpers that write
+//!   to it know.
+//! - It may be several segments of one connection, which GRO has put together.
+
+use core::mem;
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::__sk_buff,
+    helpers::{bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes},
+    programs::XdpContext,
+};
+
+use crate::packet::{self, Cursor, Segment, TcpHeader};
+
+/// A packet that has come in.
+pub trait Packet: EbpfContext {
+    /// Where it begins.
+    fn data(&self) -> usize;
+
+    /// Where that part ends that can be read directly.
+    fn data_end(&self) -> usize;
+
+    /// Brings that many bytes, or all that there are, into the part that can be read directly. What pointed into the packet
+    /// before points nowhere now.
+    fn reach(&self, bytes: u32);
+
+    /// Steps over the link header, and returns what follows it.
+    fn link_header(&self, cursor: &mut Cursor) -> Option<u16>;
+
+    /// [`packet::limiter_locate`], or its like.
+    fn locate(&self) -> u32;
+
+    /// Writes the flags of a segment of this packet, and mends the checksum. What pointed into the packet before points
+    /// nowhere now.
+    fn set_flags(&self, segment: &Segment, flags: u8);
+
+    /// The same for the sequence number.
+    fn set_sequence(&self, segment: &Segment, sequence: u32);
+}
+
+impl Packet for XdpContext {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        self.data()
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        self.data_end()
+    }
+
+    #[inline(always)]
+    fn reach(&self, _: u32) {}
+
+    #[inline(always)]
+    fn link_header(&self, cursor: &mut Cursor) -> Option<u16> {
+        packet::ethernet(cursor)
+    }
+
+    #[inline(always)]
+    fn locate(&self) -> u32 {
+        packet::limiter_locate(self.ctx)
+    }
+
+    #[inline(always)]
+    fn set_flags(&self, segment: &Segment, flags: u8) {
+        segment.set_flags(flags);
+    }
+
+    #[inline(always)]
+    fn set_sequence(&self, segment: &Segment, sequence: u32) {
+        segment.set_sequence(sequence);
+    }
+}
+
+/// What TC hands over.
+pub struct Skb {
+    skb: *mut __sk_buff,
+    /// Whether packets of this device begin with an Ethernet header.
+    has_ethernet: bool,
+}
+
+impl Skb {
+    #[inline(always)]
+    pub const fn new(skb: *mut __sk_buff, has_ethernet: bool) -> Self {
+        Self { skb, has_ethernet }
+    }
+}
+
+impl EbpfContext for Skb {
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut core::ffi::c_void {
+        self.skb.cast()
+    }
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: a field of the context, which the kernel keeps valid.
+        unsafe { (*self.skb).data as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.skb).data_end as usize }
+    }
+
+    #[inline(always)]
+    fn reach(&self, bytes: u32) {
+        // SAFETY: as above.
+        let length = unsafe { (*self.skb).len };
+        let bytes = if bytes < length { bytes } else { length };
+        if self.data() + bytes as usize > self.data_end() {
+            // Where the kernel has no memory for it, the headers stay out of reach, and the packet passes unread; a connection
+            // that is opened by it is counted when it is open.
+            // SAFETY: the context is that of a classifier.
+            unsafe { bpf_skb_pull_data(self.skb, bytes) };
+        }
+    }
+
+    #[inline(always)]
+    fn link_header(&self, cursor: &mut Cursor) -> Option<u16> {
+        if self.has_ethernet {
+            packet::ethernet(cursor)
+        } else {
+            // SAFETY: a field of the context, which the kernel keeps valid.
+            Some(u16::from_be(unsafe { (*self.skb).protocol } as u16))
+        }
+    }
+
+    #[inline(always)]
+    fn locate(&self) -> u32 {
+        packet::limiter_locate_skb(self.skb, u32::from(self.has_ethernet))
+    }
+
+    // Not by writing to the packet: for a program that does, the kernel copies the headers of every packet that somebody
+    // else looks at, too.
+    #[inline(always)]
+    fn set_flags(&self, segment: &Segment, flags: u8) {
+        let (before, after) = segment.with_flags(flags);
+        self.store(segment.offset + mem::offset_of!(TcpHeader, flags), flags);
+        // SAFETY: the context is that of a classifier; the place is that of the checksum.
+        unsafe { bpf_l4_csum_replace(self.skb, checksum_of(segment), before.into(), after.into(), 2) };
+    }
+
+    #[inline(always)]
+    fn set_sequence(&self, segment: &Segment, sequence: u32) {
+        let before = segment.sequence().to_be();
+        self.store(segment.offset + mem::offset_of!(TcpHeader, sequence), sequence.to_be());
+        // SAFETY: the context is that of a classifier; the place is that of the checksum.
+        unsafe {
+            bpf_l4_csum_replace(self.skb, checksum_of(segment), before.into(), sequence.to_be().into(), 4);
+        }
+    }
+}
+
+impl Skb {
+    #[inline(always)]
+    fn store<T>(&self, offset: usize, value: T) {
+        // SAFETY: the context is that of a classifier; the value has that size.
+        unsafe {
+            bpf_skb_store_bytes(self.skb, offset as u32, (&raw const value).cast(), mem::size_of::<T>() as u32, 0);
+        }
+    }
+}
+
+#[inline(always)]
+fn checksum_of(segment: &Segment) -> u32 {
+    (segment.offset + mem::offset_of!(TcpHeader, checksum)) as u32
+}
