@@ -111,11 +111,15 @@ pub enum Counter {
     ClosedAudit = 28,
     /// Connections cut because they had got past XDP and past their limits.
     CutPastLimit = 29,
+    /// Packets laid out so that only the stack could find a TCP header in them: one cut in two by fragments, or behind more
+    /// VLAN tags or extension headers than anybody needs. Dropped, or passed where the service only observes. Where not even
+    /// the port can be read, they are counted with the first service.
+    HeadersHidden = 30,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -146,6 +150,7 @@ impl Counter {
         Self::OpenedAudit,
         Self::ClosedAudit,
         Self::CutPastLimit,
+        Self::HeadersHidden,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -206,6 +211,7 @@ impl Counter {
             Self::OpenedAudit => "opened_audit",
             Self::ClosedAudit => "closed_audit",
             Self::CutPastLimit => "cut_past_limit",
+            Self::HeadersHidden => "headers_hidden",
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     handshake::{self, Proof},
     ledger::{self, Reserved},
     maps::{LEDGER, SERVICE_STATE, SERVICES, SOURCES, TAG_SECRET, service_on},
-    packet::{self, ACK, FIN, RST, SYN, Segment},
+    packet::{self, ACK, FIN, RST, SYN, Segment, Unread},
     rates,
     report::{Refused, Sampler, report},
     rules, sources,
@@ -46,7 +46,11 @@ pub fn admit(ctx: &impl Packet) -> Verdict {
 
 #[inline(always)]
 fn try_admit(ctx: &impl Packet) -> Option<Verdict> {
-    let segment = packet::segment(ctx)?;
+    let segment = match packet::segment(ctx) {
+        Ok(segment) => segment,
+        Err(Unread::Other) => return None,
+        Err(Unread::Hidden(port)) => return hidden(port),
+    };
     let service = service_on(segment.local_port())?;
     let flags = segment.flags();
     if flags & (SYN | ACK | RST | FIN) == SYN {
@@ -64,6 +68,18 @@ fn try_admit(ctx: &impl Packet) -> Option<Verdict> {
     } else {
         None
     }
+}
+
+/// What only the stack can read is dropped, unless it is for no service. Where not even the port can be read, it is for any,
+/// and counted with the first.
+#[inline(always)]
+fn hidden(port: u16) -> Option<Verdict> {
+    let service = if port == 0 { 0 } else { service_on(port)? };
+    count(service, Counter::HeadersHidden);
+    let policy = SERVICES.get_ptr(u32::from(service))?;
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let observed = unsafe { (*policy).on_deny } == OnDeny::Observe as u8;
+    (!observed).then_some(Verdict::Drop)
 }
 
 /// Somebody asks for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against anyone.

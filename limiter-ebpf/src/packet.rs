@@ -1,6 +1,7 @@
-//! From a frame to a TCP segment: Ethernet, up to two VLAN tags, IPv4 with options or IPv6 with extension headers, TCP.
+//! From a frame to a TCP segment: Ethernet, up to four VLAN tags, IPv4 with options or IPv6 with extension headers, TCP.
 //!
-//! A frame that is anything else is nobody's business here and passes: every function answers `None` for it.
+//! A frame that is anything else is nobody's business here and passes. But one that the stack may find a segment in and that
+//! can't be read here is [`Unread::Hidden`]: what was laid out so that nobody but the stack reads it does not get past.
 //!
 //! Headers are read as the kernel's own structures are, in words: the network header of a frame lies on a multiple of four
 //! as BPF sees it (the verifier counts `NET_IP_ALIGN` in), and where it does not in memory, the machine does not mind
@@ -22,7 +23,8 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 /// IEEE 802.1ad, the outer tag of two.
 const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
-const MAX_VLAN_TAGS: usize = 2;
+/// Nobody needs more than two; but the stack steps over any number of tags that only give a priority (VLAN 0).
+const MAX_VLAN_TAGS: usize = 4;
 
 const PROTOCOL_TCP: u8 = 6;
 const HEADER_HOP_BY_HOP: u8 = 0;
@@ -38,6 +40,11 @@ pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
+
+/// In [`Ipv4Header::flags_and_fragment`].
+const MORE_FRAGMENTS: u16 = 0x2000;
+/// In [`Ipv4Header::flags_and_fragment`]: the offset, in units of 8 bytes.
+const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 #[repr(C)]
 struct EthernetHeader {
@@ -83,12 +90,17 @@ struct ExtensionHeader {
     length: u8,
 }
 
+/// What a fragment header has behind the two bytes of every [`ExtensionHeader`], and before the identification.
 #[repr(C)]
-struct FragmentHeader {
-    next_header: u8,
-    reserved: u8,
+struct FragmentPlace {
     offset_and_flags: u16,
-    identification: u32,
+}
+
+/// What every TCP header begins with.
+#[repr(C)]
+struct Ports {
+    source: u16,
+    destination: u16,
 }
 
 #[repr(C)]
@@ -111,6 +123,15 @@ pub enum Network {
     V6(*const Ipv6Header),
 }
 
+/// Why there is no segment.
+#[derive(Clone, Copy)]
+pub enum Unread {
+    /// There is none, or its header is not in this frame and nowhere that the stack would find it.
+    Other,
+    /// The stack may find one where it can't be read here. With its port, or 0 where that can't be read either.
+    Hidden(u16),
+}
+
 /// A TCP segment within a frame. The pointers are into the packet, checked against its end.
 #[derive(Clone, Copy)]
 pub struct Segment {
@@ -122,42 +143,60 @@ pub struct Segment {
 
 /// The TCP segment in a frame, if there is one and its header is in this frame.
 ///
-/// The plain shapes, which are nearly all there are, are read here; what has VLAN tags or extension headers, by
-/// [`limiter_locate`].
+/// The plain shapes, which are nearly all there are, are read here; what has VLAN tags or extension headers and what is a
+/// fragment, by [`limiter_locate`].
 #[inline(always)]
-pub fn segment(ctx: &impl Packet) -> Option<Segment> {
+pub fn segment(ctx: &impl Packet) -> Result<Segment, Unread> {
     ctx.reach(PLAIN_HEADERS);
     let mut cursor = Cursor::new(ctx);
-    match ctx.link_header(&mut cursor)? {
+    match ctx.link_header(&mut cursor).ok_or(Unread::Other)? {
         ETHERTYPE_IPV4 => {
-            let network = Network::V4(ipv4(&mut cursor)?);
-            Some(Segment { network, offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
+            let header = ipv4(&mut cursor).ok_or(Unread::Other)?;
+            // SAFETY: ipv4 checked it.
+            if is_fragment(unsafe { &*header }) {
+                return located(ctx);
+            }
+            tcp_behind(&mut cursor, Network::V4(header)).ok_or(Unread::Other)
         }
         ETHERTYPE_IPV6 => {
-            let header = ipv6(&mut cursor)?;
+            let header = ipv6(&mut cursor).ok_or(Unread::Other)?;
             // SAFETY: take checked it.
             let next = unsafe { (*header).next_header };
             if next == PROTOCOL_TCP {
-                Some(Segment { network: Network::V6(header), offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
+                tcp_behind(&mut cursor, Network::V6(header)).ok_or(Unread::Other)
             } else if is_extension(next) {
                 located(ctx)
             } else {
-                None
+                Err(Unread::Other)
             }
         }
         ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => located(ctx),
-        _ => None,
+        _ => Err(Unread::Other),
     }
 }
 
 /// The segment that [`limiter_locate`] finds.
 #[inline(always)]
-fn located(ctx: &impl Packet) -> Option<Segment> {
+fn located(ctx: &impl Packet) -> Result<Segment, Unread> {
     ctx.reach(ALL_HEADERS);
     let place = ctx.locate();
     if place == 0 {
-        return None;
+        return Err(Unread::Other);
     }
+    if place & HIDDEN != 0 {
+        return Err(Unread::Hidden(place as u16));
+    }
+    at(ctx, place).ok_or(Unread::Other)
+}
+
+/// The segment whose TCP header is next.
+#[inline(always)]
+fn tcp_behind(cursor: &mut Cursor, network: Network) -> Option<Segment> {
+    Some(Segment { network, offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
+}
+
+#[inline(always)]
+fn at(ctx: &impl Packet, place: u32) -> Option<Segment> {
     let mut cursor = Cursor::new(ctx);
     cursor.skip((place >> NETWORK_SHIFT) as usize % NETWORK_END);
     let network = if place & IS_V6 == 0 {
@@ -177,6 +216,8 @@ const ALL_HEADERS: u32 = 14 + 4 * MAX_VLAN_TAGS as u32 + 40 + 2048 * MAX_EXTENSI
 
 /// In the answer of [`limiter_locate`]: the network header is that of IPv6.
 const IS_V6: u32 = 1 << 31;
+/// In the answer of [`limiter_locate`]: there is none, but for [`Unread::Hidden`]; the port is in the lowest 16 bits.
+const HIDDEN: u32 = 1 << 30;
 /// In the answer of [`limiter_locate`]: how far to shift for the offset of the network header. That of the TCP header is
 /// in the lowest bits.
 const NETWORK_SHIFT: u32 = 16;
@@ -185,7 +226,7 @@ const NETWORK_END: usize = 32;
 /// TCP headers begin before this offset: 8 extension headers have 2048 bytes each at most.
 const TCP_END: usize = 1 << 15;
 
-/// Where the network header and the TCP header of a frame begin; 0 if there is no TCP header.
+/// Where the network header and the TCP header of a frame begin; 0 if there is no TCP header; or [`HIDDEN`].
 ///
 /// A function with a name for the kernel to see (a "global function", kernel 5.6): the verifier looks at it once, and at
 /// what follows once and not for each way through the headers. Inlined, the ways through eight extension headers behind
@@ -247,16 +288,9 @@ fn locate(ctx: &impl Packet) -> Option<u32> {
     }
     let network = (cursor.offset as u32) << NETWORK_SHIFT;
     match ethertype {
-        ETHERTYPE_IPV4 => {
-            ipv4(&mut cursor)?;
-            Some(network | cursor.offset as u32)
-        }
-        ETHERTYPE_IPV6 => {
-            let header = ipv6(&mut cursor)?;
-            // SAFETY: take checked it.
-            extensions(&mut cursor, unsafe { (*header).next_header })?;
-            Some(network | cursor.offset as u32 | IS_V6)
-        }
+        ETHERTYPE_IPV4 => Some(locate_in_v4(&mut cursor)? | network),
+        ETHERTYPE_IPV6 => Some(locate_in_v6(&mut cursor)? | network),
+        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => Some(HIDDEN),
         _ => None,
     }
 }
@@ -268,21 +302,67 @@ pub fn ethernet(cursor: &mut Cursor) -> Option<u16> {
     Some(u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype }))
 }
 
-/// Steps over an IPv4 header (RFC 791) that is followed by the start of a TCP segment.
+#[inline(always)]
+fn locate_in_v4(cursor: &mut Cursor) -> Option<u32> {
+    let start = cursor.offset;
+    // SAFETY: ipv4 checked it.
+    let ip = unsafe { &*ipv4(cursor)? };
+    // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
+    if u16::from_be(ip.flags_and_fragment) & FRAGMENT_OFFSET != 0 {
+        return None;
+    }
+    // What is behind the packet is padding of the frame, and looks like whatever its sender wants.
+    let end = start + usize::from(u16::from_be(ip.total_length));
+    Some(whole(cursor, is_fragment(ip), end))
+}
+
+#[inline(always)]
+fn locate_in_v6(cursor: &mut Cursor) -> Option<u32> {
+    let header = ipv6(cursor)?;
+    // SAFETY: ipv6 checked it.
+    let (next, length) = unsafe { ((*header).next_header, u16::from_be((*header).payload_length)) };
+    let end = cursor.offset + usize::from(length);
+    match extensions(cursor, next) {
+        Extensions::Tcp { fragment } => Some(whole(cursor, fragment, end) | IS_V6),
+        Extensions::Other => None,
+        Extensions::Endless => Some(HIDDEN),
+    }
+}
+
+/// The place of the TCP header that begins here, in a packet that ends at `end`. Of a fragment that does not hold all of it,
+/// the stack finds the rest in the next one: nobody sends such a one but to hide it (RFC 1858 section 3; RFC 7112).
+#[inline(always)]
+fn whole(cursor: &mut Cursor, fragment: bool, end: usize) -> u32 {
+    let place = cursor.offset;
+    if !fragment || place + mem::size_of::<TcpHeader>() <= end {
+        return place as u32;
+    }
+    // SAFETY: take checked it.
+    let port = match cursor.take::<Ports>() {
+        Some(ports) => u16::from_be(unsafe { (*ports).destination }),
+        None => 0,
+    };
+    HIDDEN | u32::from(port)
+}
+
+/// Steps over an IPv4 header (RFC 791) that is followed by TCP.
 #[inline(always)]
 fn ipv4(cursor: &mut Cursor) -> Option<*const Ipv4Header> {
     let header = cursor.take::<Ipv4Header>()?;
     // SAFETY: take checked it.
     let ip = unsafe { &*header };
     let length = usize::from(ip.version_and_length & 0x0f) * 4;
-    // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
-    let first = u16::from_be(ip.flags_and_fragment) & 0x1fff == 0;
-    if ip.version_and_length >> 4 != 4 || length < mem::size_of::<Ipv4Header>() || ip.protocol != PROTOCOL_TCP || !first
-    {
+    if ip.version_and_length >> 4 != 4 || length < mem::size_of::<Ipv4Header>() || ip.protocol != PROTOCOL_TCP {
         return None;
     }
     cursor.skip(length - mem::size_of::<Ipv4Header>());
     Some(header)
+}
+
+/// Whether a packet is but a part of one: more follow, or some came before.
+#[inline(always)]
+fn is_fragment(ip: &Ipv4Header) -> bool {
+    u16::from_be(ip.flags_and_fragment) & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
 }
 
 /// Steps over an IPv6 header (RFC 8200).
@@ -310,31 +390,55 @@ const fn is_extension(next: u8) -> bool {
     )
 }
 
-/// Steps over IPv6 extension headers, of which the first is of type `next`, to the start of a TCP segment.
+/// What is behind the extension headers of a packet.
+enum Extensions {
+    /// TCP; and whether that is but the first fragment of it.
+    Tcp { fragment: bool },
+    /// Something else, or a later fragment.
+    Other,
+    /// More of them than anybody sends, or the rest of them in the next fragment.
+    Endless,
+}
+
+/// Steps over IPv6 extension headers, of which the first is of type `next`.
 #[inline(always)]
-fn extensions(cursor: &mut Cursor, mut next: u8) -> Option<()> {
+fn extensions(cursor: &mut Cursor, mut next: u8) -> Extensions {
+    let mut fragment = false;
     for _ in 0..MAX_EXTENSION_HEADERS {
-        if next == HEADER_FRAGMENT {
-            // SAFETY: take checked it.
-            let fragment = unsafe { &*cursor.take::<FragmentHeader>()? };
-            if u16::from_be(fragment.offset_and_flags) & 0xfff8 != 0 {
-                return None;
-            }
-            next = fragment.next_header;
-        } else if is_extension(next) {
-            // SAFETY: take checked it.
-            let extension = unsafe { &*cursor.take::<ExtensionHeader>()? };
-            let length = usize::from(extension.length);
-            // In units of 8 bytes, the first not counted; that of authentication in units of 4 bytes, the first two not
-            // counted (RFC 4302 section 2.2).
-            let length = if next == HEADER_AUTHENTICATION { (length + 2) * 4 } else { (length + 1) * 8 };
-            next = extension.next_header;
-            cursor.skip(length - mem::size_of::<ExtensionHeader>());
-        } else {
+        if !is_extension(next) {
             break;
         }
+        let Some(header) = cursor.take::<ExtensionHeader>() else {
+            return if fragment { Extensions::Endless } else { Extensions::Other };
+        };
+        // SAFETY: take checked it.
+        let length = usize::from(unsafe { (*header).length });
+        let mut rest = (length + 1) * 8;
+        if next == HEADER_FRAGMENT {
+            let Some(place) = cursor.take::<FragmentPlace>() else { return Extensions::Other };
+            // SAFETY: take checked it.
+            let place = u16::from_be(unsafe { (*place).offset_and_flags });
+            if place & 0xfff8 != 0 {
+                return Extensions::Other;
+            }
+            fragment = place & 1 != 0;
+            rest = 8 - mem::size_of::<FragmentPlace>();
+        } else if next == HEADER_AUTHENTICATION {
+            // In units of 4 bytes, the first two not counted (RFC 4302 section 2.2); the others in units of 8 bytes, the first
+            // not counted.
+            rest = (length + 2) * 4;
+        }
+        // SAFETY: take checked it.
+        next = unsafe { (*header).next_header };
+        cursor.skip(rest - mem::size_of::<ExtensionHeader>());
     }
-    (next == PROTOCOL_TCP).then_some(())
+    if next == PROTOCOL_TCP {
+        Extensions::Tcp { fragment }
+    } else if is_extension(next) {
+        Extensions::Endless
+    } else {
+        Extensions::Other
+    }
 }
 
 impl Segment {

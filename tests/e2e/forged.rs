@@ -146,6 +146,7 @@ fn guessed(client: SocketAddr, home: &Client, family: Family, kind: u8, sequence
         sequence,
         acknowledgement: if kind & flags::ACK == 0 { 0 } else { !sequence },
         flags: kind,
+        options: Vec::new(),
         payload: Vec::new(),
     }
 }

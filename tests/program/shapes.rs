@@ -49,12 +49,33 @@ fn program_for(hook: Hook, policy: &ServicePolicy, sources: &[&str], connections
 struct Row {
     description: &'static str,
     frame: Vec<u8>,
-    /// Whether the program sees a SYN in it: then it is counted below the limit, and refused at it.
-    is_syn: bool,
+    holds: Holds,
+}
+
+/// What the program finds in a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holds {
+    /// A SYN: it is counted below the limit, and refused at it.
+    Syn,
+    /// Nothing that it decides on.
+    Nothing,
+    /// What only the stack can read: dropped.
+    Hidden,
 }
 
 fn row(description: &'static str, is_syn: bool, frame: &Frame) -> Row {
-    Row { description, frame: frame.to_bytes(), is_syn }
+    Row { description, frame: frame.to_bytes(), holds: if is_syn { Holds::Syn } else { Holds::Nothing } }
+}
+
+fn hidden(description: &'static str, frame: &Frame) -> Row {
+    Row { description, frame: frame.to_bytes(), holds: Holds::Hidden }
+}
+
+/// The same with the two bytes there changed.
+fn with_length(row: Row, at: usize, length: u16) -> Row {
+    let mut frame = row.frame;
+    frame[at..at + 2].copy_from_slice(&length.to_be_bytes());
+    Row { frame, ..row }
 }
 
 fn rows() -> Vec<Row> {
@@ -64,11 +85,44 @@ fn rows() -> Vec<Row> {
         row("IPv4, one VLAN tag", true, &Frame { vlan_tags: vec![0x8100], ..v4() }),
         row("IPv4, two VLAN tags", true, &Frame { vlan_tags: vec![0x88a8, 0x8100], ..v4() }),
         row("IPv6, two VLAN tags", true, &Frame { vlan_tags: vec![0x8100, 0x8100], ..v6() }),
-        row("IPv4, three VLAN tags: not looked behind", false, &Frame { vlan_tags: vec![0x8100; 3], ..v4() }),
+        row("IPv4, four VLAN tags", true, &Frame { vlan_tags: vec![0x8100; 4], ..v4() }),
+        hidden("IPv4, five VLAN tags", &Frame { vlan_tags: vec![0x8100; 5], ..v4() }),
         row("IPv4, one word of options", true, &Frame { ipv4_option_words: 1, ..v4() }),
         row("IPv4, ten words of options", true, &Frame { ipv4_option_words: 10, ..v4() }),
         row("IPv4, options behind a VLAN tag", true, &Frame { vlan_tags: vec![0x8100], ipv4_option_words: 3, ..v4() }),
         row("IPv4, the first fragment", true, &Frame { ipv4_fragment: (true, 0), ..v4() }),
+        with_length(
+            hidden("IPv4, a fragment with 19 bytes of TCP", &Frame { ipv4_fragment: (true, 0), ..v4() }),
+            16,
+            39,
+        ),
+        with_length(hidden("IPv4, a fragment with nothing", &Frame { ipv4_fragment: (true, 0), ..v4() }), 16, 0),
+        with_length(
+            hidden(
+                "IPv4, a fragment with options and 8 bytes of TCP, behind a VLAN tag",
+                &Frame { vlan_tags: vec![0x8100], ipv4_option_words: 2, ipv4_fragment: (true, 0), ..v4() },
+            ),
+            20,
+            36,
+        ),
+        with_length(
+            row(
+                "IPv4, a fragment with 8 bytes of TCP for another port",
+                false,
+                &Frame { destination: "192.0.2.1:8081".parse().unwrap(), ipv4_fragment: (true, 0), ..v4() },
+            ),
+            16,
+            28,
+        ),
+        with_length(row("IPv4, shorter than TCP and no fragment: the stack drops it", true, &v4()), 16, 28),
+        with_length(
+            hidden(
+                "IPv6, a fragment with 8 bytes of TCP",
+                &Frame { extensions: vec![Extension::Fragment(0, true)], ..v6() },
+            ),
+            18,
+            16,
+        ),
         row("IPv4, a later fragment", false, &Frame { ipv4_fragment: (false, 3), ..v4() }),
         row("IPv4, the highest fragment offset", false, &Frame { ipv4_fragment: (true, 0x1fff), ..v4() }),
         row("IPv6, hop-by-hop", true, &Frame { extensions: vec![Extension::Plain(0, 0)], ..v6() }),
@@ -93,7 +147,7 @@ fn rows() -> Vec<Row> {
             },
         ),
         row("IPv6, eight extension headers", true, &Frame { extensions: vec![Extension::Plain(60, 0); 8], ..v6() }),
-        row("IPv6, nine: not looked behind", false, &Frame { extensions: vec![Extension::Plain(60, 0); 9], ..v6() }),
+        hidden("IPv6, nine extension headers", &Frame { extensions: vec![Extension::Plain(60, 0); 9], ..v6() }),
         row("IPv6, an unknown extension header", false, &Frame { extensions: vec![Extension::Plain(59, 0)], ..v6() }),
         row("SYN with ECN bits and data", true, &Frame { flags: SYN | 0xc8, payload: vec![1; 32], ..v4() }),
         row("SYN and FIN: the stack drops it", false, &v4().with_flags(SYN | FIN)),
@@ -108,7 +162,7 @@ fn rows() -> Vec<Row> {
     let changed = |description, frame: Frame, at: usize, byte: u8| {
         let mut frame = frame.to_bytes();
         frame[at] = byte;
-        Row { description, frame, is_syn: false }
+        Row { description, frame, holds: Holds::Nothing }
     };
     rows.extend([
         changed("IPv4 that says version 5", v4(), 14, 0x55),
@@ -130,63 +184,65 @@ fn rows() -> Vec<Row> {
         rows.extend((14..whole.len()).map(|length| Row {
             description,
             frame: whole[..length].to_vec(),
-            is_syn: false,
+            holds: Holds::Nothing,
         }));
     }
     rows
 }
 
 #[test]
-fn below_the_limit_everything_passes_untouched_by_xdp() {
-    below_the_limit_everything_passes_untouched(Hook::Xdp);
+fn below_the_limit_xdp_passes_everything_untouched_but_what_is_hidden() {
+    every_row_is(Hook::Xdp, 1, Counter::SynAdmitted, Action::Pass);
 }
 
 #[test]
-fn below_the_limit_everything_passes_untouched_by_tc() {
-    below_the_limit_everything_passes_untouched(Hook::Tc);
+fn below_the_limit_tc_passes_everything_untouched_but_what_is_hidden() {
+    every_row_is(Hook::Tc, 1, Counter::SynAdmitted, Action::Pass);
 }
 
-fn below_the_limit_everything_passes_untouched(hook: Hook) {
-    let mut program = program_for(hook, &policy(), &["192.0.2.7", "2001:db8::99"], 1);
-    let mut syns = 0;
-    for row in rows() {
-        if !program.takes(&row.frame) {
+#[test]
+fn at_the_limit_xdp_drops_every_shape_of_syn_and_nothing_else_but_what_is_hidden() {
+    every_row_is(Hook::Xdp, LIMIT, Counter::SynSourceLimit, Action::Drop);
+}
+
+#[test]
+fn at_the_limit_tc_drops_every_shape_of_syn_and_nothing_else_but_what_is_hidden() {
+    every_row_is(Hook::Tc, LIMIT, Counter::SynSourceLimit, Action::Drop);
+}
+
+fn every_row_is(hook: Hook, connections: u16, counter: Counter, of_syn: Action) {
+    let mut program = program_for(hook, &policy(), &["192.0.2.7", "2001:db8::99"], connections);
+    let (mut syns, mut hidden) = (0, 0);
+    for Row { description, frame, holds } in rows() {
+        if !program.takes(&frame) {
             continue;
         }
-        let (action, out) = program.run(&row.frame).unwrap();
-        assert_eq!((action, out), (Action::Pass, row.frame.as_slice()), "{}", row.description);
-        syns += u64::from(row.is_syn);
-        let counted = program.counters().unwrap().get(&(0, Counter::SynAdmitted)).copied().unwrap_or(0);
-        assert_eq!(counted, syns, "{} ({} bytes)", row.description, row.frame.len());
+        let (action, out) = program.run(&frame).unwrap();
+        let wanted = match holds {
+            Holds::Syn => of_syn,
+            Holds::Nothing => Action::Pass,
+            Holds::Hidden => Action::Drop,
+        };
+        assert_eq!((action, out), (wanted, frame.as_slice()), "{description} ({} bytes)", frame.len());
+        syns += u64::from(holds == Holds::Syn);
+        hidden += u64::from(holds == Holds::Hidden);
+        let counters = program.counters().unwrap();
+        let counted =
+            [counter, Counter::HeadersHidden].map(|counter| counters.get(&(0, counter)).copied().unwrap_or(0));
+        assert_eq!(counted, [syns, hidden], "{description} ({} bytes)", frame.len());
     }
-    assert_eq!(program.counters().unwrap().len(), 1);
+    assert_eq!(program.counters().unwrap().len(), 2);
 }
 
 #[test]
-fn at_the_limit_xdp_drops_every_shape_of_syn_and_nothing_else() {
-    at_the_limit_every_shape_of_syn_drops_and_nothing_else(Hook::Xdp);
-}
-
-#[test]
-fn at_the_limit_tc_drops_every_shape_of_syn_and_nothing_else() {
-    at_the_limit_every_shape_of_syn_drops_and_nothing_else(Hook::Tc);
-}
-
-fn at_the_limit_every_shape_of_syn_drops_and_nothing_else(hook: Hook) {
-    let mut program = program_for(hook, &policy(), &["192.0.2.7", "2001:db8::99"], LIMIT);
-    let mut syns = 0;
-    for row in rows() {
-        if !program.takes(&row.frame) {
-            continue;
-        }
-        let (action, out) = program.run(&row.frame).unwrap();
-        let wanted = if row.is_syn { Action::Drop } else { Action::Pass };
-        assert_eq!((action, out), (wanted, row.frame.as_slice()), "{} ({} bytes)", row.description, row.frame.len());
-        syns += u64::from(row.is_syn);
-        let counted = program.counters().unwrap().get(&(0, Counter::SynSourceLimit)).copied().unwrap_or(0);
-        assert_eq!(counted, syns, "{} ({} bytes)", row.description, row.frame.len());
+fn a_service_that_observes_lets_what_is_hidden_pass() {
+    let policy = ServicePolicy { on_deny: OnDeny::Observe as u8, ..policy() };
+    let mut program = program(&policy, &[], 0);
+    let hidden: Vec<Row> = rows().into_iter().filter(|row| row.holds == Holds::Hidden).collect();
+    for row in &hidden {
+        assert_eq!(program.run(&row.frame).unwrap().0, Action::Pass, "{}", row.description);
     }
-    assert_eq!(program.counters().unwrap().len(), 1);
+    assert_eq!(program.counters().unwrap(), [((0, Counter::HeadersHidden), hidden.len() as u64)].into());
 }
 
 #[test]

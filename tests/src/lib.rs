@@ -16,10 +16,17 @@ pub mod process;
 pub mod program;
 pub mod raw;
 pub mod segment;
+pub mod shape;
 pub mod state;
 pub mod tcp;
 pub mod wait;
 pub mod websocket;
+
+/// How many of something a test takes: so many that the whole suite runs in minutes on two cores, or in full, with
+/// `LIMITER_TEST_FULL` set (`cargo xtask test --full`).
+pub fn scaled<T>(normally: T, in_full: T) -> T {
+    if std::env::var_os("LIMITER_TEST_FULL").is_some() { in_full } else { normally }
+}
 
 /// Makes two tests, `ipv4` and `ipv6`, of each function that takes a [`lab::Family`] and returns a `Result`.
 #[macro_export]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
+    io, iter,
     mem::{self, MaybeUninit},
     net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
@@ -56,6 +56,7 @@ impl RawConnection {
             sequence: self.next_sequence,
             acknowledgement: if flags & flags::ACK == 0 { 0 } else { self.expected },
             flags,
+            options: Vec::new(),
             payload: Vec::new(),
         }
     }
@@ -89,21 +90,26 @@ impl RawClient {
     /// Sends `count` SYNs from as many ports, none of them used before by this client, and returns without waiting for
     /// answers.
     pub fn send_syns(&mut self, count: u16) -> Result<Vec<Segment>> {
-        let syns: Vec<_> = (0..count)
-            .map(|_| {
-                self.next_port += 1;
-                Segment {
-                    source: SocketAddr::new(self.address, self.next_port),
-                    destination: self.server,
-                    sequence: u32::from(self.next_port) << 12,
-                    acknowledgement: 0,
-                    flags: flags::SYN,
-                    payload: Vec::new(),
-                }
-            })
-            .collect();
+        let syns = self.syns(count);
         self.send(&syns)?;
         Ok(syns)
+    }
+
+    /// `count` SYNs from as many ports, none of them used before by this client.
+    pub fn syns(&mut self, count: u16) -> Vec<Segment> {
+        let syn = || {
+            self.next_port += 1;
+            Segment {
+                source: SocketAddr::new(self.address, self.next_port),
+                destination: self.server,
+                sequence: u32::from(self.next_port) << 12,
+                acknowledgement: 0,
+                flags: flags::SYN,
+                options: Vec::new(),
+                payload: Vec::new(),
+            }
+        };
+        iter::repeat_with(syn).take(count.into()).collect()
     }
 
     /// Sends `count` SYNs and waits for a SYN-ACK to each. The server believes each to be half-open.
@@ -116,6 +122,11 @@ impl RawClient {
     /// Sends `count` SYNs, and returns the connections that were answered by a SYN-ACK before `patience` has passed.
     pub fn half_open_within(&mut self, count: u16, patience: Duration) -> Result<Vec<RawConnection>> {
         let syns = self.send_syns(count)?;
+        self.answered(&syns, patience)
+    }
+
+    /// The connections of these SYNs that are answered by a SYN-ACK before `patience` has passed.
+    pub fn answered(&self, syns: &[Segment], patience: Duration) -> Result<Vec<RawConnection>> {
         let mut answers = HashMap::new();
         let deadline = Instant::now() + patience;
         while answers.len() < syns.len() {
@@ -176,7 +187,21 @@ impl RawClient {
 
     /// Sends segments in one system call.
     pub fn send(&self, segments: &[Segment]) -> Result<()> {
-        let mut frames: Vec<_> = segments.iter().map(|segment| segment.to_frame(self.mac, self.server_mac)).collect();
+        self.send_frames(segments.iter().map(|segment| self.frame(segment)).collect())
+    }
+
+    /// A segment as it goes over the client's link.
+    pub fn frame(&self, segment: &Segment) -> Vec<u8> {
+        segment.to_frame(self.mac, self.server_mac)
+    }
+
+    /// Sends frames as they are, in one system call for each thousand.
+    pub fn send_frames(&self, mut frames: Vec<Vec<u8>>) -> Result<()> {
+        // The kernel takes 1024 messages at once.
+        frames.chunks_mut(1000).try_for_each(|frames| self.send_batch(frames))
+    }
+
+    fn send_batch(&self, frames: &mut [Vec<u8>]) -> Result<()> {
         let mut parts: Vec<_> = frames
             .iter_mut()
             .map(|frame| libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() })

@@ -27,6 +27,8 @@ pub struct Segment {
     pub acknowledgement: u32,
     /// Of [`flags`].
     pub flags: u8,
+    /// TCP options, a multiple of 4 bytes.
+    pub options: Vec<u8>,
     /// The data.
     pub payload: Vec<u8>,
 }
@@ -115,6 +117,7 @@ impl Segment {
             sequence: u32::from_be_bytes(*tcp.get(4..)?.first_chunk()?),
             acknowledgement: u32::from_be_bytes(*tcp.get(8..)?.first_chunk()?),
             flags: *tcp.get(13)?,
+            options: tcp.get(TCP_HEADER..data_offset)?.to_vec(),
             payload: tcp.get(data_offset..)?.to_vec(),
         })
     }
@@ -125,10 +128,12 @@ impl Segment {
         tcp[2..4].copy_from_slice(&self.destination.port().to_be_bytes());
         tcp[4..8].copy_from_slice(&self.sequence.to_be_bytes());
         tcp[8..12].copy_from_slice(&self.acknowledgement.to_be_bytes());
-        tcp[12] = 5 << 4;
+        let words = u8::try_from((TCP_HEADER + self.options.len()) / 4).expect("a test's options fit a header");
+        tcp[12] = words << 4;
         tcp[13] = self.flags;
         // The window.
         tcp[14..16].copy_from_slice(&u16::MAX.to_be_bytes());
+        tcp.extend(&self.options);
         tcp.extend(&self.payload);
         let length = u32::try_from(tcp.len()).expect("a test's payload fits a packet").to_be_bytes();
         let protocol = [0, PROTOCOL_TCP];
@@ -150,7 +155,7 @@ impl Segment {
 }
 
 /// The Internet checksum (RFC 1071) over parts, of which all but the last have an even length.
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub(crate) fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum: u32 = 0;
     for part in parts {
         let (pairs, rest) = part.as_chunks::<2>();
@@ -174,6 +179,7 @@ mod tests {
             sequence: 0xffff_fff0,
             acknowledgement: 7,
             flags: flags::ACK,
+            options: vec![1, 1, 1, 0],
             payload: b"odd".to_vec(),
         }
     }

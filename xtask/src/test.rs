@@ -15,6 +15,9 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// The crate of the end to end tests.
 const END_TO_END: &str = "limiter-tests";
 
+/// What limiter-tests looks for, to run its attacks in full number.
+const FULL: &str = "LIMITER_TEST_FULL";
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Only the unit tests, which need no root
@@ -24,6 +27,10 @@ pub struct Args {
     /// Only the end to end tests
     #[arg(long)]
     e2e: bool,
+
+    /// The attacks and the generated packets in full number: takes tens of minutes
+    #[arg(long, conflicts_with = "unit")]
+    full: bool,
 
     /// Arguments of the test binaries: parts of test names, --nocapture …
     #[arg(last = true, value_name = "ARGS")]
@@ -52,6 +59,9 @@ impl Args {
             run(workspace::cargo().arg("build").args(HOST_PACKAGES).arg("--all-targets"))?;
             mount_bpffs()?;
             start_as_root(&mut cargo)?;
+        }
+        if self.full {
+            cargo.env(FULL, "1");
         }
         say("running the tests");
         run(cargo.arg("--").args(&self.forwarded))

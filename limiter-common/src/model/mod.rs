@@ -5,7 +5,7 @@
 
 mod packet;
 
-pub use packet::Segment;
+pub use packet::{Frame, Segment};
 
 use std::{
     collections::{HashMap, HashSet},
@@ -66,7 +66,11 @@ pub struct Admission {
 impl Admission {
     /// Decides on a frame. `stack` tells what the TCP stack knows of a segment, and is asked only if that matters.
     pub fn admit(&mut self, frame: &[u8], stack: impl FnOnce(&Segment) -> Handshake) -> Verdict {
-        let Some(segment) = Segment::parse(frame) else { return Verdict::Pass };
+        let segment = match Frame::parse(frame) {
+            Frame::Segment(segment) => segment,
+            Frame::Hidden(port) => return self.hidden(port),
+            Frame::Other => return Verdict::Pass,
+        };
         let Some(&service) = self.ports.get(&segment.local.port()) else { return Verdict::Pass };
         let Some(&policy) = self.policies.get(&service) else { return Verdict::Pass };
         let ends = Endpoints::new(segment.remote, segment.local);
@@ -84,6 +88,18 @@ impl Admission {
         } else {
             Verdict::Pass
         }
+    }
+
+    /// What can't be read and is for a service, or for nobody knows which, is dropped. That is counted with the first.
+    fn hidden(&mut self, port: Option<u16>) -> Verdict {
+        let service = match port {
+            Some(port) => self.ports.get(&port).copied(),
+            None => Some(0),
+        };
+        let Some(service) = service else { return Verdict::Pass };
+        self.count(service, Counter::HeadersHidden);
+        let observe = self.policies.get(&service).is_some_and(|policy| policy.on_deny == OnDeny::Observe as u8);
+        if observe { Verdict::Pass } else { Verdict::Drop }
     }
 
     fn syn(&mut self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Verdict {

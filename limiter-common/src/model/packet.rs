@@ -15,36 +15,68 @@ pub struct Segment {
     pub flags: u8,
 }
 
+/// What is in a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// The start of a segment: at least its first twenty bytes.
+    Segment(Segment),
+    /// Perhaps one that only the stack can read; for this port, if that can be read.
+    Hidden(Option<u16>),
+    /// Nothing of TCP.
+    Other,
+}
+
 /// Most VLAN tags and IPv6 extension headers that are looked behind.
-const MAX_TAGS: usize = 2;
+const MAX_TAGS: usize = 4;
 const MAX_EXTENSIONS: usize = 8;
 
-impl Segment {
-    /// The segment in a frame, if there is one and its first twenty bytes are in the frame.
-    pub fn parse(frame: &[u8]) -> Option<Self> {
+/// What is behind the network header.
+enum Transport<'a> {
+    /// TCP, up to the end of the frame. Of a fragment, how much of that is the packet's and not padding.
+    Tcp { remote: IpAddr, local: IpAddr, data: &'a [u8], fragment: Option<usize> },
+    /// It can't be known.
+    Hidden,
+}
+
+impl Frame {
+    /// Reads a frame.
+    pub fn parse(frame: &[u8]) -> Self {
+        Self::try_parse(frame).unwrap_or(Self::Other)
+    }
+
+    fn try_parse(frame: &[u8]) -> Option<Self> {
         let mut rest = frame.get(12..)?;
         let mut ethertype = be16(rest, 0)?;
         let mut tags = 0;
-        while matches!(ethertype, 0x8100 | 0x88a8) && tags < MAX_TAGS {
+        while matches!(ethertype, 0x8100 | 0x88a8) {
+            if tags == MAX_TAGS {
+                return Some(Self::Hidden(None));
+            }
             rest = rest.get(4..)?;
             ethertype = be16(rest, 0)?;
             tags += 1;
         }
         let packet = rest.get(2..)?;
-        let (remote, local, tcp) = match ethertype {
+        let transport = match ethertype {
             0x0800 => ipv4(packet)?,
             0x86dd => ipv6(packet)?,
             _ => return None,
         };
-        let tcp = tcp.get(..20)?;
-        Some(Self {
+        let Transport::Tcp { remote, local, data, fragment } = transport else { return Some(Self::Hidden(None)) };
+        if fragment.is_some_and(|length| length < 20) {
+            return Some(Self::Hidden(be16(data, 2).filter(|port| *port != 0)));
+        }
+        let tcp = data.get(..20)?;
+        Some(Self::Segment(Segment {
             remote: SocketAddr::new(remote, be16(tcp, 0)?),
             local: SocketAddr::new(local, be16(tcp, 2)?),
             acknowledgement: u32::from_be_bytes(tcp[8..12].try_into().ok()?),
             flags: tcp[13],
-        })
+        }))
     }
+}
 
+impl Segment {
     /// Whether it asks for a connection: SYN, and none of ACK, RST and FIN.
     pub const fn asks(&self) -> bool {
         self.flags & 0x17 == 0x02
@@ -56,18 +88,26 @@ impl Segment {
     }
 }
 
-fn ipv4(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
+fn ipv4(packet: &[u8]) -> Option<Transport<'_>> {
     let header = packet.get(..20)?;
     let length = usize::from(header[0] & 0x0f) * 4;
     let later_fragment = be16(header, 6)? & 0x1fff != 0;
     if header[0] >> 4 != 4 || length < 20 || later_fragment || header[9] != 6 {
         return None;
     }
+    let more_follow = header[6] & 0x20 != 0;
+    let total = usize::from(be16(header, 2)?);
     let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(header.get(at..at + 4)?).ok()?));
-    Some((address(12)?, address(16)?, packet.get(length..)?))
+    Some(Transport::Tcp {
+        remote: address(12)?,
+        local: address(16)?,
+        // Options may reach past the end of the frame.
+        data: packet.get(length..).unwrap_or_default(),
+        fragment: more_follow.then(|| total.saturating_sub(length)),
+    })
 }
 
-fn ipv6(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
+fn ipv6(packet: &[u8]) -> Option<Transport<'_>> {
     let header = packet.get(..40)?;
     if header[0] >> 4 != 6 {
         return None;
@@ -75,26 +115,41 @@ fn ipv6(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     let address = |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(header.get(at..at + 16)?).ok()?));
     let (remote, local) = (address(8)?.to_canonical(), address(24)?.to_canonical());
     let mut next = header[6];
-    let mut rest = packet.get(40..)?;
-    let mut extensions = 0;
-    while next != 6 {
-        if extensions == MAX_EXTENSIONS {
-            return None;
+    let payload = packet.get(40..)?;
+    let mut at = 0;
+    let mut fragment = false;
+    for count in 0.. {
+        if !matches!(next, 0 | 43 | 44 | 51 | 60 | 135) {
+            break;
         }
-        extensions += 1;
-        let length = match next {
-            // hop-by-hop, routing, destination, mobility: in units of 8 bytes, the first not counted
-            0 | 43 | 60 | 135 => (usize::from(*rest.get(1)?) + 1) * 8,
-            // authentication: in units of 4 bytes, the first two not counted
-            51 => (usize::from(*rest.get(1)?) + 2) * 4,
-            // fragment: only the first one goes on with TCP
-            44 if be16(rest, 2)? & 0xfff8 == 0 => 8,
-            _ => return None,
+        // Of a first fragment, the rest of the headers may be in the next one.
+        let (Some(&following), Some(&length), true) = (payload.get(at), payload.get(at + 1), count < MAX_EXTENSIONS)
+        else {
+            return (fragment || count == MAX_EXTENSIONS).then_some(Transport::Hidden);
         };
-        next = *rest.first()?;
-        rest = rest.get(length..)?;
+        at += match next {
+            44 => {
+                let place = be16(payload, at + 2)?;
+                if place & 0xfff8 != 0 {
+                    return None;
+                }
+                fragment = place & 1 != 0;
+                8
+            }
+            // authentication: in units of 4 bytes, the first two not counted
+            51 => (usize::from(length) + 2) * 4,
+            // hop-by-hop, routing, destination, mobility: in units of 8 bytes, the first not counted
+            _ => (usize::from(length) + 1) * 8,
+        };
+        next = following;
     }
-    Some((remote, local, rest))
+    let length = usize::from(be16(header, 4)?);
+    (next == 6).then(|| Transport::Tcp {
+        remote,
+        local,
+        data: payload.get(at..).unwrap_or_default(),
+        fragment: fragment.then(|| length.saturating_sub(at)),
+    })
 }
 
 fn be16(data: &[u8], at: usize) -> Option<u16> {
@@ -113,7 +168,7 @@ mod tests {
             if let Some(place) = frame.get_mut(12..14) {
                 place.copy_from_slice(&[[0x08, 0x00], [0x86, 0xdd], [0x81, 0x00]][ethertype]);
             }
-            let _ = Segment::parse(&frame);
+            let _ = Frame::parse(&frame);
         }
     }
 }

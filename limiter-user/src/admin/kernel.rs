@@ -151,6 +151,11 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
         "Connections closed because they had got past XDP and past their limits",
         services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::CutPastLimit))),
     )?;
+    writer.counter(
+        "headers_hidden",
+        "Packets laid out so that only the stack could find a TCP header in them",
+        services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::HeadersHidden))),
+    )?;
     writer.gauge(
         "ledger_drift",
         "By how much counts and ledger entries differed at the last audit; should be 0",
