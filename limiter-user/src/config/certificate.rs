@@ -1,8 +1,7 @@
 //! Certificates and their keys, as `[gateway.tls]` names them.
 
 use std::{
-    fs::File,
-    io::{self, Read},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -12,6 +11,8 @@ use rustls::{
     server::ParsedCertificate,
     sign::CertifiedKey,
 };
+
+use super::bounded;
 
 /// Longest file that is read; a chain has a few KiB.
 const LONGEST_FILE_BYTES: u64 = 1 << 20;
@@ -150,13 +151,8 @@ fn check_name(certificate: &ParsedCertificate, name: &str) -> Option<()> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, CertificateError> {
-    let unreadable = |error| CertificateError::Unreadable { path: path.to_owned(), error };
-    let mut bytes = Vec::new();
-    File::open(path).and_then(|file| file.take(LONGEST_FILE_BYTES + 1).read_to_end(&mut bytes)).map_err(unreadable)?;
-    if bytes.len() as u64 > LONGEST_FILE_BYTES {
-        return Err(unreadable(io::Error::other(format!("it is longer than {LONGEST_FILE_BYTES} bytes"))));
-    }
-    Ok(bytes)
+    bounded::read(path, LONGEST_FILE_BYTES)
+        .map_err(|error| CertificateError::Unreadable { path: path.to_owned(), error })
 }
 
 fn contains(text: &[u8], part: &[u8]) -> bool {

@@ -3,6 +3,9 @@
 //! A key has one value: that of its flag, else of its environment variable, else of the file, else its default
 //! ([`Config::resolve`]).
 
+mod auth;
+mod auth_parse;
+mod bounded;
 mod certificate;
 mod edit;
 mod error;
@@ -12,15 +15,18 @@ mod read;
 mod resolve;
 mod schema;
 mod tls;
+mod token_keys;
 mod upstream;
 mod value;
 
+pub use auth::{Auth, Jwt, Places};
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{LimitKey, PreparedFile, prepare_limits};
 pub use error::{ConfigError, Problem};
 pub use origin::{AllowedOrigin, InvalidOrigin, Origin};
 pub use resolve::{DEFAULT_SERVICE, Overrides, Purpose};
 pub use schema::*;
+pub use token_keys::{TokenKey, TokenKeyError, TokenKeys};
 pub use upstream::InvalidUpstream;
 
 /// A commented file with every key at its default.

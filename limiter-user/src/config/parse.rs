@@ -7,6 +7,7 @@ use toml::de::DeTable;
 
 use super::{
     Admin, Config, ConfigError, Gateway, Kernel, Log, Messages, RuleAction, Service,
+    auth_parse::{self, AuthSpans},
     edit::GREATEST_CONNECTION_RATE,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
@@ -31,6 +32,8 @@ pub(super) struct File {
     pub(super) listen_given: bool,
     /// Where the file names each certificate, in the order of [`Tls::files`](super::Tls::files).
     pub(super) certificates: Vec<Range<usize>>,
+    /// Where it names the files of `[gateway.auth]`.
+    pub(super) auth: AuthSpans,
 }
 
 /// Checks a whole file. `path` is for the messages.
@@ -49,7 +52,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
 }
 
 /// Checks a whole file and the files that it names.
-pub(super) fn parse_with_certificates(path: &Path, text: &str) -> Result<File, ConfigError> {
+pub(super) fn parse_with_files(path: &Path, text: &str) -> Result<File, ConfigError> {
     let file = parse(path, text)?;
     let report = Report::new(path, text);
     let named = file.config.gateway.tls.iter().flat_map(super::Tls::files);
@@ -57,6 +60,9 @@ pub(super) fn parse_with_certificates(path: &Path, text: &str) -> Result<File, C
         if let Err(error) = files.load(name) {
             report.add(span, format!("gateway.tls: {error}"));
         }
+    }
+    for (span, problem) in file.config.gateway.auth.iter().flat_map(|auth| auth_parse::check_files(auth, &file.auth)) {
+        report.add(&span, problem);
     }
     match report.problems() {
         problems if problems.is_empty() => Ok(file),
@@ -75,7 +81,7 @@ fn file(report: &Report, table: &DeTable) -> File {
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
-    let (listen, certificates) = gateway(root.section("gateway"), &mut config.gateway);
+    let (listen, certificates, auth) = gateway(root.section("gateway"), &mut config.gateway);
     let admin_listen = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
     root.finish();
@@ -89,7 +95,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     {
         report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
     }
-    File { config, listen_given: listen.is_some(), certificates }
+    File { config, listen_given: listen.is_some(), certificates, auth }
 }
 
 fn kernel(mut section: Section, kernel: &mut Kernel) {
@@ -228,8 +234,8 @@ fn service_name(item: &Item) -> Result<String, Fault> {
     Ok(name.to_owned())
 }
 
-/// Gives the place of a good `listen`, and those of the certificates.
-fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>, Vec<Range<usize>>) {
+/// Gives the place of a good `listen`, those of the certificates and those of the files of `auth`.
+fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>, Vec<Range<usize>>, AuthSpans) {
     let listen = section.read("listen", &mut gateway.listen, |item| {
         let addresses = value::list(item, value::listen, "addresses")?;
         if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
@@ -258,8 +264,9 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>
     section.read("drain_timeout", &mut gateway.drain_timeout, any);
     messages(section.section("messages"), &mut gateway.messages);
     let certificates = tls::parse(&mut section, &mut gateway.tls);
+    let auth = auth_parse::parse(&mut section, !gateway.allowed_origins.is_empty(), &mut gateway.auth);
     section.finish();
-    (listen, certificates)
+    (listen, certificates, auth)
 }
 
 fn messages(mut section: Section, messages: &mut Messages) {

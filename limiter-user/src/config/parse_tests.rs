@@ -157,6 +157,7 @@ fn every_key_is_read() {
                     files: CertificateFiles { certificate: "/a.pem".into(), key: "/a.key".into() },
                 }],
             }),
+            auth: None,
             messages: Messages {
                 max_size: 1 << 20,
                 rate: 0,
@@ -186,7 +187,7 @@ fn each_problem_is_told_with_its_place() {
         ("[kernel]\ninterface = [\"lo\"]", "2:1", "unknown key kernel.interface; did you mean interfaces?"),
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
         ("[kernel]\naudit_interval = \"50ms\"", "2:18", "100ms at least"),
-        ("[gateway.auth]\n", "1:10", "unknown key gateway.auth; known here: listen"),
+        ("[gateway.push]\n", "1:10", "unknown key gateway.push; known here: listen"),
         ("[gateway.tls]\ncert = \"/c\"", "2:1", "unknown key gateway.tls.cert; known here: certificate, key, hosts"),
         ("[gateway.tls]\ncertificate = \"c\"\nkey = \"/k\"", "2:15", "expected an absolute path, or \"\" for none"),
         ("[gateway.tls]\ncertificate = \"/c\"", "1:1", "gateway.tls.key: a certificate is of no use without its key"),

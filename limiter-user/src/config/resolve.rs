@@ -64,7 +64,7 @@ impl Config {
 
     /// The same; and the files that it names are read as well, and are good.
     pub fn check_file(path: &Path) -> Result<Self, ConfigError> {
-        parse::parse_with_certificates(path, &read_text(path)?).map(|file| file.config)
+        parse::parse_with_files(path, &read_text(path)?).map(|file| file.config)
     }
 
     /// What is in force: the flags and the environment (`overrides`), else the file, else the defaults.
@@ -110,7 +110,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, ConfigError> {
-    let File { mut config, listen_given, certificates: _ } = file;
+    let File { mut config, listen_given, certificates: _, auth: _ } = file;
     let given = overrides.clone();
     let set_limits = |limits: &mut crate::policy::Limits| {
         limits.connections_per_source = given.connections_per_source.unwrap_or(limits.connections_per_source);

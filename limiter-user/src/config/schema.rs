@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
-use super::{AllowedOrigin, Tls};
+use super::{AllowedOrigin, Auth, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -138,6 +138,8 @@ pub struct Gateway {
     pub drain_timeout: Duration,
     /// `[gateway.tls]`; `None`: the gateway speaks plain HTTP.
     pub tls: Option<Tls>,
+    /// `[gateway.auth]`; `None`: anybody may connect.
+    pub auth: Option<Auth>,
     /// `[gateway.messages]`
     pub messages: Messages,
 }
@@ -156,6 +158,7 @@ impl Default for Gateway {
             pong_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(30),
             tls: None,
+            auth: None,
             messages: Messages::default(),
         }
     }

@@ -11,7 +11,7 @@ use hyper::{
 };
 use serde::Serialize;
 
-use super::handshake::Handshake;
+use super::{auth::Rejection, handshake::Handshake};
 
 /// Headers of an upstream's refusal that a client can do something with.
 const PASSED_ON: [HeaderName; 2] = [RETRY_AFTER, WWW_AUTHENTICATE];
@@ -31,6 +31,8 @@ pub(super) enum Refusal {
     Timeout,
     /// A web page of an origin that is not allowed; with the origin.
     Origin(String),
+    /// It does not show who it is.
+    Unauthenticated(Rejection),
     /// A rule denies the client's address.
     Denied,
     /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
@@ -71,6 +73,7 @@ impl Refusal {
             Self::Malformed => "malformed",
             Self::Timeout => "timeout",
             Self::Origin(_) => "origin",
+            Self::Unauthenticated(rejection) => rejection.label(),
             Self::Denied => "rule",
             Self::ProxyHeader(_) => "proxy_header",
             Self::Tls(_) => "tls",
@@ -91,6 +94,7 @@ impl Refusal {
                 StatusCode::BAD_REQUEST
             }
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
             Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
@@ -127,6 +131,7 @@ impl Refusal {
             Self::Malformed => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
+            Self::Unauthenticated(rejection) => rejection.detail().into(),
             Self::Denied => "connections from your address are not allowed".into(),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
@@ -163,6 +168,9 @@ impl Refusal {
         }
         if let Some(seconds) = self.retry_after() {
             headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if let Self::Unauthenticated(rejection) = self {
+            headers.insert(WWW_AUTHENTICATE, rejection.challenge());
         }
         if let Self::UpstreamRefused(_, theirs) = self {
             for name in PASSED_ON {

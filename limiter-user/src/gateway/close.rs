@@ -24,6 +24,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a client that is told to close may take to do so.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Close code of a client that is not who it was any more.
+const UNAUTHENTICATED: u16 = 4401;
+
 /// Why a session ends.
 #[derive(Debug)]
 pub(super) enum End {
@@ -43,6 +46,10 @@ pub(super) enum End {
     NoPong,
     /// The client does not take what it is sent.
     SlowConsumer,
+    /// The client's token has expired.
+    Expired,
+    /// What the client has shown is not good any more.
+    Revoked,
     /// The gateway is being shut down.
     Draining,
     /// The upstream closes.
@@ -93,6 +100,8 @@ impl End {
             Self::Idle => "idle",
             Self::NoPong => "no_pong",
             Self::SlowConsumer => "slow_consumer",
+            Self::Expired => "expired",
+            Self::Revoked => "revoked",
             Self::Draining => "draining",
             Self::Upstream(_) => "upstream",
             Self::UpstreamGone => "upstream_gone",
@@ -117,6 +126,8 @@ impl End {
             Self::Idle => (CloseCode::Away, "idle"),
             Self::NoPong => (CloseCode::Away, "no answer to ping"),
             Self::SlowConsumer => (CloseCode::Policy, "too slow to receive"),
+            Self::Expired => (CloseCode::Library(UNAUTHENTICATED), "token expired"),
+            Self::Revoked => (CloseCode::Library(UNAUTHENTICATED), "not authenticated any more"),
             Self::Draining => (CloseCode::Away, "server is shutting down"),
             Self::UpstreamGone => (CloseCode::Restart, "application went away"),
             Self::UpstreamMalformed => (CloseCode::Error, "application error"),

@@ -24,6 +24,7 @@ use super::{
     answer::{Refusal, switching_protocols},
     application::Opened,
     arrival::{self, Arrived, Endpoints},
+    auth::Authenticated,
     forwarded::{self, Identity},
     handshake, messages, origin, proxy_hint,
     relay::Client,
@@ -48,6 +49,8 @@ const DRAIN_GRACE: Duration = Duration::from_secs(1);
 struct Accepted {
     client: IpAddr,
     permit: Permit,
+    /// `None` where anybody may connect.
+    user: Option<Authenticated>,
     application: Opened,
 }
 
@@ -60,9 +63,9 @@ pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
         let arrived = arrival::arrive(socket, &shared, deadline).await?;
         shake_hands(arrived, &shared, deadline).await
     });
-    if let Some((socket, Accepted { client, permit, application })) = handshake.await {
+    if let Some((socket, Accepted { client, permit, user, application })) = handshake.await {
         let open = shared.metrics.session_opened(started.elapsed());
-        session::run(socket, client, application, permit, open, &shared).await;
+        session::run(socket, session::Client { address: client, user }, application, permit, open, &shared).await;
     }
 }
 
@@ -154,12 +157,12 @@ fn answer(
     let shared = Arc::clone(shared);
     let answered = Arc::clone(answered);
     Box::pin(async move {
-        let (head, _) = request.into_parts();
+        let (mut head, _) = request.into_parts();
         let peer = endpoints.remote.ip();
         let identity = forwarded::identify(peer, &head.headers, &shared.config.trusted_proxies);
         let client = identity.as_ref().map_or(peer, |identity| identity.ip);
         let decided = match identity {
-            Ok(identity) => decide(&head, endpoints, identity, deadline, &shared).await,
+            Ok(identity) => decide(&mut head, endpoints, identity, deadline, &shared).await,
             Err(refusal) => Err(refusal),
         };
         let (response, outcome) = match decided {
@@ -176,13 +179,13 @@ fn answer(
 
 /// Whether this client gets a session, and the application's side of it.
 async fn decide(
-    head: &Parts,
+    head: &mut Parts,
     endpoints: Endpoints,
     identity: Identity,
     deadline: Instant,
     shared: &Arc<Shared>,
 ) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
-    let handshake = handshake::check(head)?;
+    let mut handshake = handshake::check(head)?;
     origin::check(&head.headers, &shared.config.allowed_origins)?;
     if shared.drain.begun() {
         return Err(Refusal::Draining);
@@ -203,13 +206,14 @@ async fn decide(
     });
     proxy_hint::warn(shared, endpoints.remote.ip(), &head.headers, &limits);
     let permit = admitted?;
+    let user = shared.auth.as_ref().map(|auth| auth.authenticate(head, &mut handshake)).transpose()?;
+    let client = Client::new(identity, endpoints, user.as_ref().map(Authenticated::user));
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
-    let (application, protocol) = shared
-        .application
-        .open(head, &handshake, Client::new(identity, endpoints), &shared.config.messages, upstream_deadline)
-        .await?;
-    Ok((switching_protocols(&handshake, protocol), Accepted { client: identity.ip, permit, application }))
+    let (application, protocol) =
+        shared.application.open(head, &handshake, client, &shared.config.messages, upstream_deadline).await?;
+    let response = switching_protocols(&handshake, protocol.or_else(|| handshake.fallback_protocol.clone()));
+    Ok((response, Accepted { client: identity.ip, permit, user, application }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.

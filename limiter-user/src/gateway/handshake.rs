@@ -19,6 +19,8 @@ pub(super) struct Handshake {
     pub(super) accept: String,
     /// The subprotocols that the client offers, in one comma-separated list; `None`: none.
     pub(super) protocols: Option<HeaderValue>,
+    /// What is answered if the application chooses none of them; `None`: nothing.
+    pub(super) fallback_protocol: Option<HeaderValue>,
 }
 
 /// Checks a request's head.
@@ -48,7 +50,7 @@ pub(super) fn check(head: &Parts) -> Result<Handshake, Refusal> {
     if headers.contains_key(TRANSFER_ENCODING) || headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0") {
         return Err(Refusal::Bad("a WebSocket handshake has no body"));
     }
-    Ok(Handshake { accept: derive_accept_key(key.as_bytes()), protocols: protocols(headers)? })
+    Ok(Handshake { accept: derive_accept_key(key.as_bytes()), protocols: protocols(headers)?, fallback_protocol: None })
 }
 
 /// Whether a header that is a comma-separated list, over one or several lines, has `token` in it.

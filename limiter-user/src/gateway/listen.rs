@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{Shared, connection, socket::Socket};
-use crate::config::CertificateError;
+use crate::config::{CertificateError, TokenKeyError};
 
 /// Connections that completed their handshake and wait for the accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -43,6 +43,9 @@ pub enum BindError {
     /// A certificate of `gateway.tls` can't be used.
     #[error("gateway.tls: {0}; `limiter config check` says so before the start")]
     Certificate(CertificateError),
+    /// The keys of `gateway.auth` can't be used.
+    #[error("gateway.auth.jwt: {0}; `limiter config check` says so before the start")]
+    TokenKeys(TokenKeyError),
     /// `gateway.upstream` is no URL that can be relayed to.
     #[error(
         "gateway.upstream = \"{url}\": {problem}; give the address of a WebSocket server, for example \
@@ -59,6 +62,12 @@ pub enum BindError {
 impl From<CertificateError> for BindError {
     fn from(error: CertificateError) -> Self {
         Self::Certificate(error)
+    }
+}
+
+impl From<TokenKeyError> for BindError {
+    fn from(error: TokenKeyError) -> Self {
+        Self::TokenKeys(error)
     }
 }
 

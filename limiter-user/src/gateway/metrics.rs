@@ -24,6 +24,7 @@ pub struct Metrics {
     connection_seconds: Histogram,
     tls_failures: Family<ReasonLabel, Counter>,
     certificate_reloads: Family<ResultLabel, Counter>,
+    key_reloads: Family<ResultLabel, Counter>,
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
     pub(super) accept_errors: Counter,
@@ -91,6 +92,7 @@ impl Default for Metrics {
             connection_seconds: Histogram::new(CONNECTION_SECONDS),
             tls_failures: Family::default(),
             certificate_reloads: Family::default(),
+            key_reloads: Family::default(),
             accept_errors: Counter::default(),
             messages,
             message_bytes,
@@ -115,6 +117,11 @@ impl Metrics {
             "certificate_reloads",
             "Certificates that changed on disk, by whether the new ones could be used",
             self.certificate_reloads.clone(),
+        );
+        registry.register(
+            "key_reloads",
+            "Keys for tokens that changed on disk, by whether the new ones could be used",
+            self.key_reloads.clone(),
         );
         registry.register(
             "messages",
@@ -142,6 +149,11 @@ impl Metrics {
     /// Certificates have changed on disk.
     pub(super) fn certificates_reloaded(&self, result: &'static str) {
         self.certificate_reloads.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// Keys for tokens have changed on disk.
+    pub(super) fn keys_reloaded(&self, result: &'static str) {
+        self.key_reloads.get_or_create(&ResultLabel { result }).inc();
     }
 
     /// A handshake succeeded, `took` after the accept. The session lasts until what is returned is dropped.

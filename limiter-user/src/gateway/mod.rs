@@ -2,7 +2,7 @@
 //!
 //! The way of a connection through it: `listen` accepts the socket, `arrival` takes what
 //! comes ahead of the request, `connection` reads the HTTP head, `handshake`
-//! says whether it asks for a WebSocket, `admission` whether there is room, `application` opens what stands behind,
+//! says whether it asks for a WebSocket, `admission` whether there is room, `auth` who the client is, `application` opens what stands behind,
 //! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
@@ -10,6 +10,7 @@ mod admission;
 mod answer;
 mod application;
 mod arrival;
+mod auth;
 mod close;
 mod connection;
 mod drain;
@@ -28,6 +29,7 @@ mod sampler;
 mod session;
 mod socket;
 mod tls;
+mod watch;
 
 #[cfg(test)]
 mod tests;
@@ -41,6 +43,7 @@ use std::{net::SocketAddr, sync::Arc};
 use crate::{config, policy::Policy};
 use admission::Admission;
 use application::Application;
+use auth::Auth;
 use drain::Drain;
 use listen::{Addresses, Listeners};
 use sampler::Sampler;
@@ -61,6 +64,7 @@ struct Shared {
     admission: Arc<Admission>,
     application: Application,
     tls: Option<Arc<Tls>>,
+    auth: Option<Arc<Auth>>,
     log: Sampler,
     drain: Drain,
 }
@@ -74,6 +78,7 @@ pub struct Reserved {
     addresses: Addresses,
     application: Application,
     tls: Option<Arc<Tls>>,
+    auth: Option<Arc<Auth>>,
 }
 
 impl Reserved {
@@ -85,7 +90,7 @@ impl Reserved {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
-        let Self { config, addresses, application, tls } = self;
+        let Self { config, addresses, application, tls, auth } = self;
         let listeners = addresses.listen()?;
         let shared = Shared {
             config,
@@ -94,6 +99,7 @@ impl Reserved {
             admission: Arc::default(),
             application,
             tls,
+            auth,
             log: Sampler::default(),
             drain: Drain::default(),
         };
@@ -109,8 +115,9 @@ impl Gateway {
     pub fn reserve(config: &config::Gateway) -> Result<Reserved, BindError> {
         let application = Application::new(&config.upstream)?;
         let tls = config.tls.as_ref().map(Tls::new).transpose()?.map(Arc::new);
+        let auth = config.auth.as_ref().map(Auth::new).transpose()?.map(Arc::new);
         let addresses = Addresses::bind(&config.listen)?;
-        Ok(Reserved { config: config.clone(), addresses, application, tls })
+        Ok(Reserved { config: config.clone(), addresses, application, tls, auth })
     }
 
     /// [`Self::reserve`] and [`Reserved::open`] in one.
@@ -138,6 +145,9 @@ impl Gateway {
         let mut watching = JoinSet::new();
         if let Some(tls) = &shared.tls {
             watching.spawn(Arc::clone(tls).watch(Arc::clone(&shared.metrics)));
+        }
+        if let Some(auth) = &shared.auth {
+            watching.spawn(Arc::clone(auth).watch(Arc::clone(&shared.metrics)));
         }
         let mut connections = listen::serve(listeners, &shared, shutdown).await;
         drain::finish(&mut connections, &shared).await

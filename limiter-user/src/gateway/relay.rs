@@ -1,6 +1,6 @@
 //! The way to an upstream WebSocket server.
 
-use std::{future::poll_fn, net::IpAddr, pin::pin, task::Poll, time::Duration};
+use std::{future::poll_fn, net::IpAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Empty;
@@ -61,6 +61,7 @@ const NOT_PASSED_ON: [HeaderName; 14] = [
 const NOT_PASSED_ON_PREFIXES: [&str; 3] = ["x-forwarded-", "x-limiter-", "proxy-"];
 
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+const X_LIMITER_USER: HeaderName = HeaderName::from_static("x-limiter-user");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// An upstream WebSocket server.
@@ -73,7 +74,7 @@ pub(super) struct Relay {
 }
 
 /// Whom the gateway connects for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Client {
     ip: IpAddr,
     scheme: Scheme,
@@ -81,10 +82,12 @@ pub(super) struct Client {
     port: Option<u16>,
     /// Ties the upstream's log lines to ours.
     request_id: u128,
+    /// The user, where clients must show who they are.
+    user: Option<HeaderValue>,
 }
 
 impl Client {
-    pub(super) fn new(identity: Identity, endpoints: Endpoints) -> Self {
+    pub(super) fn new(identity: Identity, endpoints: Endpoints, user: Option<&Arc<str>>) -> Self {
         // Through an HTTP proxy, it is the proxy that connected to us.
         let is_direct = identity.ip == endpoints.remote.ip();
         Self {
@@ -92,6 +95,8 @@ impl Client {
             scheme: identity.scheme.unwrap_or(endpoints.scheme),
             port: is_direct.then_some(endpoints.local.port()),
             request_id: fastrand::u128(..),
+            // A name has no control characters, so it is a legal value.
+            user: user.and_then(|name| HeaderValue::from_bytes(name.as_bytes()).ok()),
         }
     }
 }
@@ -186,6 +191,9 @@ impl Relay {
             headers.insert(X_FORWARDED_PORT, port.into());
         }
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
+        if let Some(user) = client.user {
+            headers.insert(X_LIMITER_USER, user);
+        }
         Some(request)
     }
 }
@@ -301,8 +309,13 @@ mod tests {
             .body(())
             .unwrap()
             .into_parts();
-        let handshake = Handshake { accept: String::new(), protocols: Some(HeaderValue::from_static("a, b")) };
-        let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: Some(8080), request_id: 1 };
+        let handshake = Handshake {
+            accept: String::new(),
+            protocols: Some(HeaderValue::from_static("a, b")),
+            fallback_protocol: None,
+        };
+        let client =
+            Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: Some(8080), request_id: 1, user: None };
         let request = relay("ws://app").request(&head, &handshake, client, "key").unwrap();
 
         assert_eq!(request.uri(), "/chat?token=t");
@@ -323,8 +336,8 @@ mod tests {
     #[test]
     fn a_path_in_the_url_replaces_the_clients() {
         let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
-        let handshake = Handshake { accept: String::new(), protocols: None };
-        let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: None, request_id: 1 };
+        let handshake = Handshake { accept: String::new(), protocols: None, fallback_protocol: None };
+        let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: None, request_id: 1, user: None };
         let request = relay("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
         assert_eq!(request.uri(), "/fixed");
     }

@@ -9,6 +9,7 @@ use super::{
     Shared,
     admission::Permit,
     application::Opened,
+    auth::Authenticated,
     close::{self, End},
     liveness,
     messages::WindowLimiter,
@@ -18,10 +19,17 @@ use super::{
 };
 use crate::config::{Messages, OnViolation};
 
-/// Serves `client`, which is at `address`, to the end of the session and closes both sides.
+/// Who is at the other end of a session.
+pub(super) struct Client {
+    pub(super) address: IpAddr,
+    /// `None` where anybody may connect.
+    pub(super) user: Option<Authenticated>,
+}
+
+/// Serves `client`, which is `who`, to the end of the session and closes both sides.
 pub(super) async fn run(
     client: WebSocketStream<Socket>,
-    address: IpAddr,
+    who: Client,
     application: Opened,
     permit: Permit,
     mut open: OpenSession<'_>,
@@ -46,10 +54,11 @@ pub(super) async fn run(
         biased;
         () = shared.drain.wait() => End::Draining,
         end = liveness::watch(&client, config) => end,
+        end = lapse(who.user.as_ref(), shared) => end,
         end = served => end,
     };
     open.ends(end.label());
-    log(&end, &client, address, open.lasted(), shared);
+    log(&end, &client, &who, open.lasted(), shared);
 
     let close_upstream = async {
         if let Some(upstream) = upstream {
@@ -67,14 +76,24 @@ pub(super) async fn run(
     tokio::join!(close_client, close_upstream);
 }
 
-fn log(end: &End, client: &Peer<Socket>, address: IpAddr, lasted: Duration, shared: &Shared) {
+fn log(end: &End, client: &Peer<Socket>, who: &Client, lasted: Duration, shared: &Shared) {
     let reason = end.label();
+    let Client { address, user } = who;
+    let user = user.as_ref().map(|user| &**user.user());
     let remote = client.transport(|socket| socket.connection().remote);
-    tracing::debug!(client = %address, %remote, reason, ?lasted, "session ends");
+    tracing::debug!(client = %address, %remote, user, reason, ?lasted, "session ends");
     if end.is_abuse()
         && let Some(left_out) = shared.log.admit(reason)
     {
-        tracing::info!(client = %address, %remote, reason, left_out, "session closed for what its client does");
+        tracing::info!(client = %address, %remote, user, reason, left_out, "session closed for what its client does");
+    }
+}
+
+/// Completes when the client's right to go on ends; never where anybody may connect.
+async fn lapse(user: Option<&Authenticated>, shared: &Shared) -> End {
+    match (user, &shared.auth) {
+        (Some(user), Some(auth)) => auth.lapse(user).await,
+        _ => std::future::pending().await,
     }
 }
 

@@ -1,11 +1,6 @@
 //! TLS towards the clients: the certificates, and how they are replaced while clients connect.
 
-use std::{
-    fs,
-    os::unix::fs::MetadataExt,
-    sync::{Arc, PoisonError, RwLock},
-    time::{Duration, SystemTime},
-};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustls::{
     ServerConfig,
@@ -13,28 +8,24 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
-use tokio::{task::spawn_blocking, time::interval};
 use tokio_rustls::TlsAcceptor;
 
-use super::metrics::Metrics;
+use super::{metrics::Metrics, watch::FileWatch};
 use crate::config::{self, CertificateError};
-
-/// How often the files are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What the gateway needs to speak TLS.
 pub(super) struct Tls {
     files: config::Tls,
     acceptor: TlsAcceptor,
     certificates: Arc<Certificates>,
-    /// The files as they were before they were read.
-    loaded: Fingerprint,
+    watch: FileWatch,
 }
 
 impl Tls {
     /// Loads every certificate.
     pub(super) fn new(files: &config::Tls) -> Result<Self, CertificateError> {
-        let loaded = fingerprint(files);
+        let paths = files.files().flat_map(|(pair, _)| [pair.certificate.clone(), pair.key.clone()]);
+        let watch = FileWatch::new(paths);
         let certificates = Arc::new(Certificates(RwLock::new(Arc::new(Set::load(files)?))));
         let resolver = Arc::clone(&certificates);
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -47,7 +38,7 @@ impl Tls {
         if let Ok(ticketer) = ring::Ticketer::new() {
             config.ticketer = ticketer;
         }
-        Ok(Self { files: files.clone(), acceptor: TlsAcceptor::from(Arc::new(config)), certificates, loaded })
+        Ok(Self { files: files.clone(), acceptor: TlsAcceptor::from(Arc::new(config)), certificates, watch })
     }
 
     pub(super) fn acceptor(&self) -> &TlsAcceptor {
@@ -56,69 +47,25 @@ impl Tls {
 
     /// Looks at the files for ever, and takes new ones into use. Those that are no good are told, and the old ones stay.
     pub(super) async fn watch(self: Arc<Self>, metrics: Arc<Metrics>) {
-        let mut ticks = interval(LOOK_INTERVAL);
-        let mut watch = Watch { loaded: self.loaded.clone(), changing: None };
-        loop {
-            ticks.tick().await;
-            let tls = Arc::clone(&self);
-            let looked = spawn_blocking(move || {
-                let reloaded = watch.look(&tls);
-                (watch, reloaded)
-            });
-            // It does not panic; if it did, the certificates in hand would stay.
-            let Ok((next, reloaded)) = looked.await else { return };
-            watch = next;
-            match reloaded {
-                None => {}
-                Some(Ok(())) => {
-                    metrics.certificates_reloaded("ok");
-                    tracing::info!("the certificates have changed: the new ones are in use");
-                }
-                Some(Err(error)) => {
-                    metrics.certificates_reloaded("failed");
-                    tracing::error!(%error, "the certificates have changed and can't be used: the old ones stay in use");
-                }
+        let watch = self.watch.clone();
+        let reload = move || self.reload();
+        let tell = |reloaded| match reloaded {
+            Ok(()) => {
+                metrics.certificates_reloaded("ok");
+                tracing::info!("the certificates have changed: the new ones are in use");
             }
-        }
+            Err(error) => {
+                let error: CertificateError = error;
+                metrics.certificates_reloaded("failed");
+                tracing::error!(%error, "the certificates have changed and can't be used: the old ones stay in use");
+            }
+        };
+        watch.run(reload, tell).await;
     }
-}
 
-/// What was last seen of the files.
-struct Watch {
-    loaded: Fingerprint,
-    /// Another state, seen once: somebody may be in the middle of writing two files.
-    changing: Option<Fingerprint>,
-}
-
-impl Watch {
-    /// Loads the files if they have changed since, and not since the last look.
-    fn look(&mut self, tls: &Tls) -> Option<Result<(), CertificateError>> {
-        let seen = fingerprint(&tls.files);
-        if seen == self.loaded {
-            self.changing = None;
-            return None;
-        }
-        if self.changing.as_ref() != Some(&seen) {
-            self.changing = Some(seen);
-            return None;
-        }
-        self.changing = None;
-        // Also if they are no good: once is enough to say so.
-        self.loaded = seen;
-        Some(Set::load(&tls.files).map(|set| tls.certificates.replace(set)))
+    fn reload(&self) -> Result<(), CertificateError> {
+        Set::load(&self.files).map(|set| self.certificates.replace(set))
     }
-}
-
-/// What changes when a file is written or replaced; `None` for one that can't be looked at.
-type Fingerprint = Vec<Option<(SystemTime, u64, u64)>>;
-
-fn fingerprint(files: &config::Tls) -> Fingerprint {
-    let paths = files.files().flat_map(|(pair, _)| [&pair.certificate, &pair.key]);
-    let look = |path| {
-        let file = fs::metadata(path).ok()?;
-        Some((file.modified().ok()?, file.ino(), file.len()))
-    };
-    paths.map(look).collect()
 }
 
 /// The certificates in use.

@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::{fs, path::Path};
 
 use tempfile::TempDir;
 
@@ -45,9 +45,10 @@ fn new_files_are_taken_when_they_have_settled_and_bad_ones_are_told_once() {
     let default = write(folder.path(), "localhost");
     let tls = Tls::new(&config::Tls { default: default.clone(), hosts: Vec::new() }).unwrap();
     let in_use = || der(&tls.certificates.0.read().unwrap().default);
-    let mut watch = Watch { loaded: tls.loaded.clone(), changing: None };
+    let mut watch = tls.watch.clone();
+    let mut look = || watch.changed().then(|| tls.reload());
     let first = in_use();
-    assert!(watch.look(&tls).is_none());
+    assert!(look().is_none());
 
     // Replaced as tools do it, so that it is another file whatever the clock says.
     let replace = |path: &Path, content: &[u8]| {
@@ -57,20 +58,20 @@ fn new_files_are_taken_when_they_have_settled_and_bad_ones_are_told_once() {
     };
     let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     replace(&default.certificate, other.cert.pem().as_bytes());
-    assert!(watch.look(&tls).is_none(), "the key may be under way");
-    let error = watch.look(&tls).unwrap().unwrap_err();
+    assert!(look().is_none(), "the key may be under way");
+    let error = look().unwrap().unwrap_err();
     assert!(matches!(error, CertificateError::Mismatch { .. }), "{error}");
     assert_eq!(in_use(), first, "the old one stays");
-    assert!(watch.look(&tls).is_none(), "told once");
+    assert!(look().is_none(), "told once");
 
     replace(&default.key, other.signing_key.serialize_pem().as_bytes());
-    assert!(watch.look(&tls).is_none());
-    watch.look(&tls).unwrap().unwrap();
+    assert!(look().is_none());
+    look().unwrap().unwrap();
     assert_eq!(in_use(), other.cert.der().to_vec());
-    assert!(watch.look(&tls).is_none());
+    assert!(look().is_none());
 
     fs::remove_file(&default.key).unwrap();
-    assert!(watch.look(&tls).is_none());
-    assert!(matches!(watch.look(&tls).unwrap(), Err(CertificateError::Unreadable { .. })));
+    assert!(look().is_none());
+    assert!(matches!(look().unwrap(), Err(CertificateError::Unreadable { .. })));
     assert_eq!(in_use(), other.cert.der().to_vec());
 }

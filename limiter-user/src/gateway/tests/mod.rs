@@ -1,6 +1,7 @@
 //! The gateway with real sockets on loopback.
 
 mod admissions;
+mod auth;
 mod drains;
 mod handshakes;
 mod liveness;

@@ -1,0 +1,116 @@
+//! `[gateway.auth]`, from its text.
+
+use std::{ops::Range, time::Duration};
+
+use super::{
+    Auth, Jwt, Places, TokenKeys,
+    read::{Fault, Item, Section},
+    value,
+};
+
+/// Most that clocks may be apart, so that an expired token is not good for a day.
+const LONGEST_LEEWAY: Duration = Duration::from_mins(10);
+
+/// Shortest time between two looks at a session's right to go on.
+const SHORTEST_REAUTH: Duration = Duration::from_secs(1);
+
+/// Where the file says what, for complaints about files that it names.
+#[derive(Clone, Debug, Default)]
+pub(super) struct AuthSpans {
+    pub(super) jwt: Range<usize>,
+}
+
+/// Reads `[gateway.auth]` of `gateway`. `origins`: whether the pages that may connect are named.
+pub(super) fn parse(gateway: &mut Section, origins: bool, auth: &mut Option<Auth>) -> AuthSpans {
+    let span = gateway.item("auth").map_or(0..0, Item::span);
+    let mut section = gateway.section("auth");
+    let mut read = Auth::default();
+    places(&mut section, &mut read.places);
+    section.read("pass_on", &mut read.pass_on, value::boolean);
+    section.read("reauth_interval", &mut read.reauth_interval, |item| {
+        let interval = value::duration(item, Duration::ZERO, value::LONGEST)?;
+        if !interval.is_zero() && interval < SHORTEST_REAUTH {
+            return Err(Fault::new(item, r#"expected "0s" (only when a token expires), or 1s at least"#));
+        }
+        Ok(interval)
+    });
+    let jwt = section.item("jwt").map_or(0..0, Item::span);
+    read.jwt = self::jwt(section.section("jwt"), &jwt);
+
+    let has_method = read.jwt.is_some();
+    if has_method && read.places.is_empty() {
+        let advice = "it says where no credential is looked for: set authorization = true, or name a cookie, a query \
+                      parameter or a subprotocol";
+        section.complain(&span, "authorization", advice);
+    }
+    if !has_method && !read.places.is_empty() {
+        section.complain(&span, "jwt", "there is nothing to check a credential with: name the keys of its tokens");
+    }
+    if read.places.cookie.is_some() && !origins {
+        let advice = "a browser sends cookies along with the handshake of any site's page: name those that may connect in \
+                      gateway.allowed_origins";
+        let span = section.item("cookie").map_or(span, Item::span);
+        section.complain(&span, "cookie", advice);
+    }
+    section.finish();
+    *auth = has_method.then_some(read);
+    AuthSpans { jwt }
+}
+
+fn places(section: &mut Section, places: &mut Places) {
+    section.read("authorization", &mut places.authorization, value::boolean);
+    section.read("cookie", &mut places.cookie, |item| optional_token(item, "the name of a cookie"));
+    section.read("query", &mut places.query, |item| optional_token(item, "the name of a parameter"));
+    section.read("subprotocol", &mut places.subprotocol, |item| optional_token(item, "the name of a subprotocol"));
+}
+
+fn jwt(mut section: Section, span: &Range<usize>) -> Option<Jwt> {
+    let mut jwt = Jwt::default();
+    let files = |item: &Item| value::list(item, value::absolute_path, "absolute paths");
+    let names = |item: &Item| value::list(item, |item| name(item, "a name"), "names");
+    section.read("public_keys", &mut jwt.public_keys, files);
+    section.read("secrets", &mut jwt.secrets, files);
+    section.read("jwks", &mut jwt.jwks, value::optional_path);
+    section.read("issuers", &mut jwt.issuers, names);
+    section.read("audiences", &mut jwt.audiences, names);
+    section.read("leeway", &mut jwt.leeway, |item| value::duration(item, Duration::ZERO, LONGEST_LEEWAY));
+    section.read("user_claim", &mut jwt.user_claim, |item| name(item, "the name of a claim"));
+    let has_keys = jwt.files().next().is_some();
+    let restricts = !(jwt.issuers.is_empty() && jwt.audiences.is_empty());
+    if restricts && !has_keys {
+        section.complain(
+            span,
+            "public_keys",
+            "tokens can't be checked without keys: give public_keys, secrets or jwks",
+        );
+    }
+    section.finish();
+    has_keys.then_some(jwt)
+}
+
+fn name(item: &Item, what: &str) -> Result<String, Fault> {
+    match value::text(item, what)? {
+        "" => Err(value::expected(item, what)),
+        name => Ok(name.to_owned()),
+    }
+}
+
+/// RFC 9110's `token`, which names of cookies and subprotocols are, or nothing for `""`.
+fn optional_token(item: &Item, what: &str) -> Result<Option<String>, Fault> {
+    let what = format!("{what} (letters, digits and -_.), or \"\" for none");
+    match value::text(item, &what)? {
+        "" => Ok(None),
+        name if name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) => Ok(Some(name.to_owned())),
+        _ => Err(value::expected(item, what)),
+    }
+}
+
+/// What is wrong with the files that it names, each with its place.
+pub(super) fn check_files(auth: &Auth, spans: &AuthSpans) -> Vec<(Range<usize>, String)> {
+    let jwt = auth.jwt.as_ref().and_then(|jwt| TokenKeys::load(jwt).err());
+    jwt.map(|error| (spans.jwt.clone(), format!("gateway.auth.jwt: {error}"))).into_iter().collect()
+}
+
+#[cfg(test)]
+#[path = "auth_tests.rs"]
+mod tests;

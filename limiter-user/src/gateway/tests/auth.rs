@@ -1,0 +1,221 @@
+//! Clients that must show who they are.
+
+use std::{
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::StreamExt;
+use serde_json::json;
+use tempfile::TempDir;
+use tokio_tungstenite::tungstenite::{Error, client::IntoClientRequest};
+
+use super::{relays, support::*};
+use crate::{
+    config::{self, Auth, Jwt, Places},
+    gateway::auth::signing::{Signer, now},
+};
+
+/// A gateway that takes the tokens of one key, wherever they are shown.
+struct Setup {
+    folder: TempDir,
+    signer: Signer,
+    auth: Auth,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let signer = Signer::es256();
+        let public_keys = vec![signer.write(folder.path(), "key.pem")];
+        let places = Places {
+            authorization: true,
+            cookie: Some("session".into()),
+            query: Some("token".into()),
+            subprotocol: Some("bearer".into()),
+        };
+        let jwt = Jwt { public_keys, leeway: Duration::ZERO, ..Jwt::default() };
+        Self { folder, signer, auth: Auth { places, jwt: Some(jwt), ..Auth::default() } }
+    }
+
+    fn config(&self) -> config::Gateway {
+        config::Gateway { auth: Some(self.auth.clone()), ..quiet() }
+    }
+}
+
+/// A connect, or the answer that it is refused with.
+async fn connect(
+    gateway: &Running,
+    path: &str,
+    headers: &[(&'static str, String)],
+) -> Result<Client, Box<hyper::Response<Option<Vec<u8>>>>> {
+    let mut request = format!("ws://{}{path}", gateway.addr).into_client_request().unwrap();
+    for (name, value) in headers {
+        request.headers_mut().insert(*name, value.parse().unwrap());
+    }
+    match tokio_tungstenite::connect_async(request).await {
+        Ok((client, _)) => Ok(client),
+        Err(Error::Http(response)) => Err(response),
+        Err(e) => panic!("neither admitted nor refused: {e}"),
+    }
+}
+
+fn bearer(token: &str) -> [(&'static str, String); 1] {
+    [("authorization", format!("Bearer {token}"))]
+}
+
+#[tokio::test]
+async fn without_a_good_token_a_client_gets_401_before_the_upgrade() {
+    let setup = Setup::new();
+    let gateway = start(&setup.config());
+    let other = Signer::es256();
+    let expired = setup.signer.token(&json!({"sub": "alice", "exp": now() - 1}));
+    for (headers, result, challenge) in [
+        (vec![], "no_token", "Bearer realm=\"limiter\""),
+        (bearer("nonsense").into(), "token_malformed", "error=\"invalid_token\""),
+        (bearer(&other.token_of("alice", 60)).into(), "token_signature", "not signed by a key"),
+        (bearer(&expired).into(), "token_expired", "has expired"),
+    ] {
+        let refused = connect(&gateway, "/", &headers).await.unwrap_err();
+        assert_eq!(refused.status(), 401);
+        assert_eq!(refused.headers()["content-type"], "application/problem+json");
+        let shown = refused.headers()["www-authenticate"].to_str().unwrap();
+        assert!(shown.starts_with("Bearer realm=") && shown.contains(challenge), "{shown}");
+        let body = String::from_utf8(refused.into_body().unwrap()).unwrap();
+        assert!(body.contains("\"status\":401"), "{body}");
+        assert_eq!(gateway.metric(&format!("limiter_handshakes_total{{result=\"{result}\"}}")), 1, "{result}");
+    }
+    gateway.wait_released().await;
+}
+
+#[tokio::test]
+async fn a_good_token_is_taken_from_every_place() {
+    let setup = Setup::new();
+    let gateway = start(&setup.config());
+    let token = setup.signer.token_of("alice", 60);
+    for (path, headers) in [
+        ("/".to_owned(), bearer(&token).into()),
+        (format!("/?x=1&token={token}"), vec![]),
+        ("/".to_owned(), vec![("cookie", format!("a=b; session={token}"))]),
+        ("/".to_owned(), vec![("sec-websocket-protocol", format!("bearer, {token}"))]),
+    ] {
+        let mut client = connect(&gateway, &path, &headers).await.unwrap();
+        echoes(&mut client, "in").await;
+    }
+}
+
+#[tokio::test]
+async fn the_upstream_is_told_the_user_and_not_the_token() {
+    for pass_on in [false, true] {
+        let mut setup = Setup::new();
+        setup.auth.pass_on = pass_on;
+        let (gateway, request) =
+            relays::relay_with(setup.config(), "", |mut server| async move { while server.next().await.is_some() {} })
+                .await;
+        let token = setup.signer.token_of("\u{e4}lice", 60);
+        let headers = [
+            ("authorization", format!("Bearer {token}")),
+            ("cookie", format!("session={token}; a=b")),
+            ("x-limiter-user", "root".to_owned()),
+        ];
+        let _client = connect(&gateway, &format!("/chat?token={token}&room=1"), &headers).await.unwrap();
+        let request = request.await.unwrap();
+        assert_eq!(request.headers()["x-limiter-user"].as_bytes(), "\u{e4}lice".as_bytes());
+        assert_eq!(format!("{request:?}").contains(&token), pass_on);
+        if !pass_on {
+            assert_eq!(request.uri().path_and_query().unwrap(), "/chat?room=1");
+            assert_eq!(request.headers()["cookie"], "a=b");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_is_closed_with_4401_when_its_token_expires() {
+    let setup = Setup::new();
+    let gateway = start(&setup.config());
+    let until = now() + 2;
+    let token = setup.signer.token(&json!({"sub": "alice", "exp": until}));
+    let mut client = connect(&gateway, "/", &bearer(&token)).await.unwrap();
+    echoes(&mut client, "in").await;
+    assert_eq!(next_close(&mut client).await, (4401, "token expired".into()));
+    assert!(now() >= until);
+    gateway.wait_released().await;
+    assert_eq!(gateway.metric("limiter_sessions_closed_total{reason=\"expired\"}"), 1);
+}
+
+#[tokio::test]
+async fn a_session_whose_key_is_gone_is_closed_with_4401_and_others_go_on() {
+    let mut setup = Setup::new();
+    setup.auth.reauth_interval = Duration::from_secs(1);
+    let kept = Signer::eddsa();
+    let jwt = setup.auth.jwt.as_mut().unwrap();
+    jwt.public_keys.push(kept.write(setup.folder.path(), "kept.pem"));
+    let gateway = start(&setup.config());
+    let mut gone = connect(&gateway, "/", &bearer(&setup.signer.token_of("alice", 600))).await.unwrap();
+    let mut stays = connect(&gateway, "/", &bearer(&kept.token_of("bob", 600))).await.unwrap();
+    echoes(&mut gone, "in").await;
+
+    let renewed = Signer::es256();
+    renewed.write(setup.folder.path(), "key.pem");
+    assert_eq!(next_close(&mut gone).await, (4401, "not authenticated any more".into()));
+    assert_eq!(gateway.metric("limiter_key_reloads_total{result=\"ok\"}"), 1);
+    echoes(&mut stays, "in").await;
+    assert_eq!(connect(&gateway, "/", &bearer(&setup.signer.token_of("a", 60))).await.unwrap_err().status(), 401);
+    let _new = connect(&gateway, "/", &bearer(&renewed.token_of("alice", 60))).await.unwrap();
+}
+
+/// What a subscriber writes, kept.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn no_token_gets_into_the_log_at_any_level() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    let guard = tracing::subscriber::set_default(subscriber);
+    let setup = Setup::new();
+    let gateway = start(&setup.config());
+    let good = setup.signer.token_of("alice", 60);
+    let bad = Signer::hs256().token_of("alice", 60);
+    for token in [&good, &bad] {
+        for (path, headers) in [
+            ("/".to_owned(), bearer(token).into()),
+            (format!("/?token={token}"), vec![]),
+            (format!("/?token={token}&token={token}"), vec![]),
+            ("/".to_owned(), vec![("cookie", format!("session={token}"))]),
+            ("/".to_owned(), vec![("sec-websocket-protocol", format!("bearer, {token}"))]),
+        ] {
+            // By hand, since the client's own library would write its part of the log.
+            let mut request = good_request(&path);
+            for (name, value) in headers {
+                request = request.replace("\r\n\r\n", &format!("\r\n{name}: {value}\r\n\r\n"));
+            }
+            let mut request = request.into_bytes();
+            request.extend(frame(0x88, &[]));
+            assert!(gateway.raw(&request).await.starts_with("HTTP/1.1 "));
+        }
+    }
+    gateway.wait_released().await;
+    drop(guard);
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert!(log.contains("token_signature") && log.contains("session ends") && log.contains("alice"), "{log}");
+    for token in [&good, &bad] {
+        for part in token.split('.') {
+            assert!(!log.contains(part), "{part} is in the log: {log}");
+        }
+    }
+}
