@@ -33,6 +33,9 @@ pub mod op {
     pub const ADOPT: u32 = 3;
     /// Only count, for the service that has the connection's local port.
     pub const COUNT: u32 = 4;
+    /// Say what a SYN of the connection's client to its local port would get now. Counts nothing, reports nothing and
+    /// changes nothing; only the client's address and the local port are looked at.
+    pub const JUDGE: u32 = 5;
 }
 
 /// How many reservations one [`op::EXPIRE`] looks at.
@@ -52,6 +55,8 @@ pub mod answer {
     pub const THERE_ALREADY: u32 = 4;
     /// The ledger has no room.
     pub const FULL: u32 = 5;
+    /// To [`super::op::JUDGE`]: nothing speaks against the SYN. With the number of a [`crate::DenyReason`] added: that does.
+    pub const ADMITTED: u32 = 0x100;
 }
 
 /// What the watching program writes for each socket of a service, one byte each.

@@ -33,6 +33,17 @@ impl DenyReason {
         }
     }
 
+    /// What it means, as the end of "refused because …".
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::SourceLimit => "its source holds as many connections as it may",
+            Self::ServiceLimit => "the service holds as many connections as it may",
+            Self::LedgerFull => "the ledger has no room, and on_full is closed",
+            Self::RateLimit => "its source opens connections faster than it may",
+            Self::Rule => "a rule denies it",
+        }
+    }
+
     /// The reason of that number, if there is one.
     pub const fn from_number(number: u8) -> Option<Self> {
         match number {

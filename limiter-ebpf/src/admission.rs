@@ -100,6 +100,15 @@ fn syn(ctx: &impl Packet, ends: &Endpoints, service: u16, policy: &ServicePolicy
     if observed { Verdict::Pass } else { Verdict::Drop }
 }
 
+/// What a SYN would be refused for now, if it came. Nothing is counted or reported.
+#[inline(always)]
+pub fn judge(ends: &Endpoints, service: u16) -> Option<DenyReason> {
+    let policy = SERVICES.get_ptr(u32::from(service))?;
+    let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    refusal(ends, service, unsafe { &*policy }, state).map(|(reason, _)| reason)
+}
+
 /// Why a SYN is to be refused, if it is.
 #[inline(always)]
 fn refusal(

@@ -9,6 +9,7 @@ use limiter_common::{
 };
 
 use crate::{
+    admission,
     counters::count_at,
     ledger::{self, Entered},
     maps::service_on,
@@ -61,6 +62,11 @@ pub fn serve(ctx: &XdpContext) -> u32 {
             let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
             count_at(service, request.counter);
             answer::DONE
+        }
+        op::JUDGE => {
+            let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
+            let reason = admission::judge(&request.connection, service);
+            answer::ADMITTED + reason.map_or(0, |reason| reason as u32)
         }
         _ => answer::MALFORMED,
     }

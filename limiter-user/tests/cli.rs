@@ -58,7 +58,9 @@ fn assert_messages(answer: &Answer, complaints: &[&str]) {
 fn help_and_version_are_no_error() {
     let help = run(&["--help"]);
     assert_eq!((help.status, help.stderr.as_str()), (Some(0), ""));
-    for verb in ["run", "attach", "detach", "status", "sources", "connections", "kick", "limit", "config", "doctor"] {
+    for verb in
+        ["run", "attach", "detach", "status", "sources", "connections", "explain", "kick", "limit", "config", "doctor"]
+    {
         assert!(help.stdout.contains(&format!("\n  {verb} ")), "{verb} is not in the help");
     }
     assert!(help.stdout.ends_with(".\n"));
@@ -90,6 +92,7 @@ fn bad_usage_exits_with_2_and_says_what_was_wrong() {
         (&["attach", "--port", "80"], "name it with --interface"),
         (&["sources", "--top", "many"], "invalid value 'many'"),
         (&["connections", "--source", "192.0.2.0/33"], "expected an address or a prefix"),
+        (&["explain", "192.0.2.0/24"], "invalid value '192.0.2.0/24' for '<IP>'"),
         (&["limit", "set"], "KEY=VALUE"),
         (&["limit", "set", "burst=1"], "there is no limit \"burst\""),
         (&["limit", "set", "ipv4_prefix=33"], "expected a whole number from 1 to 32"),

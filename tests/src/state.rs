@@ -1,6 +1,6 @@
 //! What limiter has pinned, opened to look at it and to spoil it: the faults that an audit is there for.
 
-use std::{fmt, path::Path};
+use std::{fmt, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -8,7 +8,8 @@ use aya::{
     maps::{Array, HashMap, Map, MapData},
 };
 use limiter_common::{
-    ConnectionKey, Endpoints, LedgerEntry, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
+    ConnectionKey, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
+    bucket::Rate,
     policy::ServiceState,
 };
 
@@ -24,6 +25,7 @@ pub struct State {
     sources: HashMap<MapData, SourceKey, SourceEntry>,
     service: Array<MapData, ServiceState>,
     audit: Array<MapData, AuditReport>,
+    policy: Array<MapData, ServicePolicy>,
 }
 
 impl fmt::Debug for State {
@@ -42,6 +44,7 @@ impl State {
             sources: hash(&root.join(abi::MAP_SOURCES))?,
             service: array(&root.join(abi::MAP_SERVICE_STATE))?,
             audit: array(&root.join(abi::MAP_AUDIT))?,
+            policy: array(&root.join(abi::MAP_SERVICES))?,
         })
     }
 
@@ -70,6 +73,14 @@ impl State {
         let mut held = self.sources.get(source, 0).context("the source holds a connection")?;
         held.connections = held.connections.wrapping_add_signed(by);
         Ok(self.sources.insert(source, held, 0)?)
+    }
+
+    /// Gives every source a bucket of `burst` new connections that fills slower than any configuration can say.
+    pub fn slow_down(&mut self, token: Duration, burst: u32) -> Result<()> {
+        let mut policy = self.policy.get(&0, 0)?;
+        let token_ns = u64::try_from(token.as_nanos())?;
+        policy.rate = Rate { token_ns, full_ns: token_ns * u64::from(burst) };
+        Ok(self.policy.set(0, policy, 0)?)
     }
 
     fn count(&mut self, source: &SourceKey, by: i64) -> Result<()> {

@@ -7,6 +7,7 @@ mod connections;
 mod detach;
 mod doctor;
 mod exit;
+mod explain;
 mod kick;
 mod limit;
 mod logging;
@@ -83,6 +84,8 @@ enum Command {
     Sources(sources::Args),
     /// Show the connections in the ledger, oldest first
     Connections(connections::Args),
+    /// Show what applies to an address, and what its next SYN gets and why
+    Explain(explain::Args),
     /// Show the rules: what holds for some addresses, whatever the limits are
     Rules(rules::RulesArgs),
     /// Let an address or a prefix past all limits
@@ -122,6 +125,7 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Status(args) => status::run(&global, &args),
         Command::Sources(args) => sources::run(&global, &args),
         Command::Connections(args) => connections::run(&global, &args),
+        Command::Explain(args) => explain::run(&global, &args),
         Command::Rules(args) => rules::rules(&global, &args),
         Command::Allow(args) => rules::allow(&global, &args),
         Command::Deny(args) => rules::deny(&global, &args),

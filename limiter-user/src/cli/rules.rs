@@ -93,18 +93,18 @@ struct Document {
 
 /// A rule, with the keys of the configuration. `null`: as the service has it; for ever.
 #[derive(Serialize)]
-struct Row {
-    cidr: String,
-    action: &'static str,
+pub(super) struct Row {
+    pub(super) cidr: String,
+    pub(super) action: &'static str,
     connections_per_source: Option<u32>,
     connection_rate: Option<u32>,
     connection_burst: Option<u32>,
     seconds_left: Option<u64>,
-    from: &'static str,
+    pub(super) from: &'static str,
 }
 
 impl Row {
-    fn new(rule: &RuleInForce) -> Self {
+    pub(super) fn new(rule: &RuleInForce) -> Self {
         let own = match rule.rule.action {
             Action::Limit(own) => own,
             Action::Allow | Action::Deny => crate::policy::OwnLimits::default(),
@@ -120,6 +120,11 @@ impl Row {
             from: if rule.from_file { "file" } else { "command" },
         }
     }
+
+    /// How long it will hold yet, for people.
+    pub(super) fn left(&self) -> Option<String> {
+        self.seconds_left.map(|seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string())
+    }
 }
 
 fn text(rules: &[Row]) -> String {
@@ -130,13 +135,12 @@ fn text(rules: &[Row]) -> String {
             (Some(rate), Some(burst)) => format!("{rate}/s, {burst} at once"),
             _ => as_service(),
         };
-        let left = |seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string();
         [
             row.cidr.clone(),
             row.action.to_owned(),
             row.connections_per_source.map_or_else(as_service, limit),
             rate,
-            row.seconds_left.map_or_else(|| "-".to_owned(), left),
+            row.left().unwrap_or_else(|| "-".to_owned()),
             row.from.to_owned(),
         ]
     });

@@ -3,7 +3,7 @@
 use std::{
     fmt, io,
     io::Read as _,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{PoisonError, RwLock},
 };
 
@@ -12,7 +12,7 @@ use aya::{
     programs::{Iter, Program, ProgramError, TestRunOptions, Xdp},
 };
 use limiter_common::{
-    Counter, Endpoints, abi,
+    Counter, DenyReason, Endpoints, abi,
     control::{Request, answer, op, watch},
 };
 
@@ -70,6 +70,22 @@ impl Control {
             answer::FULL => Adoption::Full,
             _ => Adoption::NotNeeded,
         })
+    }
+
+    /// Why a SYN of that client to that port would be refused now, if it would. Nothing comes of the question. The port must be
+    /// a service's.
+    pub(super) fn judge(&self, client: IpAddr, port: u16) -> Result<Option<DenyReason>, KernelError> {
+        let ends = Endpoints { remote: client.into(), local_port: port, ..Endpoints::default() };
+        let answer = self.ask(&Request { op: op::JUDGE, connection: ends, ..Request::default() })?;
+        let reason = answer.checked_sub(answer::ADMITTED).and_then(|number| u8::try_from(number).ok());
+        match reason.map(|number| (number, DenyReason::from_number(number))) {
+            Some((0, _)) => Ok(None),
+            Some((_, Some(reason))) => Ok(Some(reason)),
+            _ => Err(KernelError::Failed {
+                what: format!("the control program can't say what a SYN to port {port} gets"),
+                source: format!("it answered {answer}").into(),
+            }),
+        }
     }
 
     /// Counts something that happened to a connection.

@@ -96,6 +96,25 @@ pub fn load_unpinned(config: &Kernel, netns_cookie: u64) -> Result<Loaded, Kerne
     load_with(config, None, netns_cookie)
 }
 
+/// The control program alone, with the pinned maps, for a command that has a question.
+pub fn load_control(pins: &Pins) -> Result<Loaded, KernelError> {
+    let mut loader = EbpfLoader::new();
+    loader.override_global(aya_log::LEVEL, &0_u8, true).map_max_entries(LOG_MAP, LOG_BYTES_OFF);
+    pin(&mut loader, pins);
+    let mut programs = loader.load(OBJECT).map_err(KernelError::failed(MAPS))?;
+    let control: &mut Xdp = program(&mut programs, abi::PROGRAM_CONTROL)?;
+    control.load().map_err(|error| refused(abi::PROGRAM_CONTROL, error))?;
+    Ok(Loaded { programs, verifies_handshakes: false, debug_log: None })
+}
+
+fn pin(loader: &mut EbpfLoader<'_>, pins: &Pins) {
+    for name in abi::PINNED_MAPS {
+        loader.map_pin_path(name, pins.map(name));
+    }
+}
+
+const MAPS: &str = "can't load the kernel programs' maps";
+
 fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<Loaded, KernelError> {
     let isn_offset = btf::field_offset(Path::new(VMLINUX), "tcp_request_sock", "snt_isn")
         .map_err(KernelError::failed(format!("can't read {VMLINUX}")))?
@@ -114,11 +133,9 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
         loader.map_max_entries(LOG_MAP, LOG_BYTES_OFF);
     }
     if let Some(pins) = pins {
-        for name in abi::PINNED_MAPS {
-            loader.map_pin_path(name, pins.map(name));
-        }
+        pin(&mut loader, pins);
     }
-    let mut programs = loader.load(OBJECT).map_err(KernelError::failed("can't load the kernel programs' maps"))?;
+    let mut programs = loader.load(OBJECT).map_err(KernelError::failed(MAPS))?;
 
     make_secret(&mut programs)?;
 

@@ -252,6 +252,27 @@ impl Sources {
     }
 }
 
+/// The buckets of new connections, to look at.
+pub struct Rates(HashMap<MapData, SourceKey, u64>);
+
+impl fmt::Debug for Rates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rates").finish_non_exhaustive()
+    }
+}
+
+impl Rates {
+    /// Opens the pinned map.
+    pub fn open(pins: &Pins) -> Result<Self, KernelError> {
+        open(&pins.map(abi::MAP_RATES), Map::LruHashMap).map(Self)
+    }
+
+    /// The word of a source's bucket; that of a full one if it has none.
+    pub fn word(&self, source: &SourceKey) -> Result<u64, KernelError> {
+        Ok(there(self.0.get(source, 0), "can't read how fast a source opens connections")?.unwrap_or(0))
+    }
+}
+
 /// What the last audit found of each service.
 pub struct Audits(Array<MapData, AuditReport>);
 

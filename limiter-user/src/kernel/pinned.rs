@@ -175,6 +175,11 @@ impl Pinned {
         }
     }
 
+    /// Connections that the ledger has room for.
+    pub(super) fn ledger_size(&self) -> u64 {
+        self.ledger_size.into()
+    }
+
     /// Where the maps are.
     pub(super) fn pins(&self) -> &Pins {
         &self.pins

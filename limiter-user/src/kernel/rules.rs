@@ -86,6 +86,12 @@ impl Rules {
         }
     }
 
+    /// The same as it is shown.
+    pub(super) fn holding_shown(&self, ip: IpAddr) -> Result<Option<RuleInForce>, KernelError> {
+        let now = host::monotonic();
+        Ok(self.holding(ip)?.and_then(|(cidr, entry)| from_entry(cidr, &entry, now)))
+    }
+
     /// Puts a rule in force, in the place of another of the same prefix. `time`: how long it holds; `None`: for ever.
     pub fn set(&mut self, rule: &Rule, time: Option<Duration>, from_file: bool) -> Result<(), KernelError> {
         let expires_ns = time.map_or(0, |time| nanoseconds(host::monotonic().saturating_add(time)).max(1));
@@ -273,7 +279,8 @@ fn action(entry: &RuleEntry) -> Action {
     }
 }
 
-fn nanoseconds(time: Duration) -> u64 {
+/// As the programs count time.
+pub(super) fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
