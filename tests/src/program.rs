@@ -1,19 +1,19 @@
 //! The programs of admission by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{collections::HashMap, net::IpAddr, os::fd::AsFd as _};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Pod, TestRun as _,
     maps::{
-        Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf,
+        Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use limiter::{
     config::Kernel,
-    kernel::{Hook, Loaded},
+    kernel::{EventLog, Hook, Loaded},
 };
 use limiter_common::{
     Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
@@ -180,6 +180,20 @@ impl Program {
     /// What a source holds, if it is there.
     pub fn source(&mut self, key: &SourceKey) -> Result<Option<SourceEntry>> {
         Ok(self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?.get(key, 0).ok())
+    }
+
+    /// Has a source hold so many connections, as if nothing had ever been reported of it.
+    pub fn set_source(&mut self, key: &SourceKey, connections: u64) -> Result<()> {
+        let entry = SourceEntry { connections, key: *key, ..SourceEntry::default() };
+        Ok(self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?.insert(key, entry, 0)?)
+    }
+
+    /// Another reader of the reported refusals.
+    pub fn event_log(&self) -> Result<EventLog> {
+        match self.loaded.programs.map(abi::MAP_EVENTS).context("no events")? {
+            Map::RingBuf(data) => Ok(EventLog::on(data.fd().as_fd())?),
+            _ => bail!("no ring buffer"),
+        }
     }
 
     /// Takes the reported refusals.

@@ -6,6 +6,7 @@ mod config;
 mod connections;
 mod detach;
 mod doctor;
+mod events;
 mod exit;
 mod explain;
 mod kick;
@@ -86,6 +87,8 @@ enum Command {
     Connections(connections::Args),
     /// Show what applies to an address, and what its next SYN gets and why
     Explain(explain::Args),
+    /// Show refusals: those that are remembered, and with --follow those that come
+    Events(events::Args),
     /// Show the rules: what holds for some addresses, whatever the limits are
     Rules(rules::RulesArgs),
     /// Let an address or a prefix past all limits
@@ -126,6 +129,7 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Sources(args) => sources::run(&global, &args),
         Command::Connections(args) => connections::run(&global, &args),
         Command::Explain(args) => explain::run(&global, &args),
+        Command::Events(args) => events::run(&global, &args),
         Command::Rules(args) => rules::rules(&global, &args),
         Command::Allow(args) => rules::allow(&global, &args),
         Command::Deny(args) => rules::deny(&global, &args),

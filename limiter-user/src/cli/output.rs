@@ -77,7 +77,7 @@ pub(super) fn ports(ports: &[u16]) -> String {
 }
 
 /// Names come from files and maps: nothing in them may steer the terminal.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 

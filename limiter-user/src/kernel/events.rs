@@ -78,7 +78,11 @@ fn parse(record: &[u8]) -> Option<Event> {
         return None;
     }
     // SAFETY: the length was checked, and every bit pattern is a record.
-    let refusal = unsafe { record.as_ptr().cast::<Refusal>().read_unaligned() };
+    from_record(&unsafe { record.as_ptr().cast::<Refusal>().read_unaligned() })
+}
+
+/// `None` for an unknown reason or stage.
+pub(super) fn from_record(refusal: &Refusal) -> Option<Event> {
     Some(Event {
         since_boot: Duration::from_nanos(refusal.time_ns),
         service: u32::from(refusal.service),

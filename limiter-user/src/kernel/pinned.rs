@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::Path, sync::OnceLock, time::Duration};
 use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
 
 use super::{
-    AttachedInterface, ConnectionRow, KernelError, REPAIRS, ServiceRow, SourceRow, Status, host, layout,
+    AttachedInterface, ConnectionRow, EventLog, KernelError, REPAIRS, ServiceRow, SourceRow, Status, host, layout,
     maps::{Audits, Ledger, ServiceEntry, Services, Sources},
     pins::Pins,
     rules::{self, Rules},
@@ -59,7 +59,7 @@ impl Pinned {
         Ok(Status {
             pin_path: self.pins.root().display().to_string(),
             abi: abi::ABI_VERSION,
-            daemon: self.pins.lock_holder(),
+            daemon: self.daemon(),
             accounting: "socket",
             interfaces: self.interfaces()?,
             ledger_entries: services.iter().map(|service| service.connections).sum(),
@@ -145,6 +145,16 @@ impl Pinned {
                 })
             })
             .collect()
+    }
+
+    /// The refusals that were reported, to be read beside whoever reads them already.
+    pub fn event_log(&self) -> Result<EventLog, KernelError> {
+        EventLog::open(&self.pins)
+    }
+
+    /// The process that works on this state, if one does.
+    pub fn daemon(&self) -> Option<u32> {
+        self.pins.lock_holder()
     }
 
     /// Every connection in the ledger, oldest first.
