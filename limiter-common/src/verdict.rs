@@ -189,6 +189,20 @@ impl Counter {
         }
     }
 
+    /// What [`Self::of_refusal`] puts into this counter: when, why, and whether it was only observed. `None` if it counts
+    /// something else.
+    pub fn as_refusal(self) -> Option<(Stage, DenyReason, bool)> {
+        // The handshake first: a full ledger is found out there.
+        [Stage::Handshake, Stage::Syn].into_iter().find_map(|stage| {
+            DenyReason::ALL.into_iter().find_map(|reason| {
+                [false, true]
+                    .into_iter()
+                    .find(|&observed| Self::of_refusal(reason, stage, observed) == self)
+                    .map(|observed| (stage, reason, observed))
+            })
+        })
+    }
+
     /// The name in metrics, logs and `--json`.
     pub const fn name(self) -> &'static str {
         match self {
@@ -237,6 +251,23 @@ mod tests {
     fn every_counter_stands_at_its_number() {
         for (place, counter) in Counter::ALL.into_iter().enumerate() {
             assert_eq!(counter as usize, place);
+        }
+    }
+
+    #[test]
+    fn each_counter_of_a_refusal_says_which() {
+        assert_eq!(Counter::SynAdmitted.as_refusal(), None);
+        assert_eq!(Counter::LedgerFull.as_refusal(), None);
+        assert_eq!(Counter::HandshakeLedgerFull.as_refusal(), Some((Stage::Handshake, DenyReason::LedgerFull, false)));
+        for reason in DenyReason::ALL {
+            for stage in [Stage::Syn, Stage::Handshake] {
+                for observed in [false, true] {
+                    let counter = Counter::of_refusal(reason, stage, observed);
+                    let told = counter.as_refusal().expect("it counts a refusal");
+                    assert_eq!(told.1, reason);
+                    assert_eq!(counter, Counter::of_refusal(told.1, told.0, told.2));
+                }
+            }
         }
     }
 

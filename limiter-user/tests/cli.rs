@@ -185,6 +185,30 @@ fn completions_are_made_for_every_common_shell() {
 }
 
 #[test]
+fn every_command_has_a_manual_page() {
+    let answer = run(&["man"]);
+    assert_eq!((answer.status, answer.stderr.as_str()), (Some(0), ""));
+    assert!(answer.stdout.contains(".TH limiter 1") && answer.stdout.contains("limiter\\-run(1)"), "{}", answer.stdout);
+    let answer = run(&["man", "limit", "set"]);
+    assert!(
+        answer.stdout.contains("connections_per_source") && answer.stdout.contains("\\-\\-save"),
+        "{}",
+        answer.stdout
+    );
+    let answer = run(&["man", "limit", "sit"]);
+    assert_eq!((answer.status, answer.stdout.as_str()), (Some(2), ""));
+    assert_messages(&answer, &["limit has no command \"sit\"; it has: show, set"]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("man1");
+    let answer = run(&["man", "--dir", dir.to_str().unwrap()]);
+    assert_eq!((answer.status, answer.stdout.as_str(), answer.stderr.as_str()), (Some(0), "", ""));
+    for page in ["limiter.1", "limiter-run.1", "limiter-limit-set.1", "limiter-events.1"] {
+        assert!(dir.join(page).is_file(), "{page}");
+    }
+}
+
+#[test]
 fn doctor_prints_one_document_and_fails_on_a_missing_interface() {
     let answer = run(&["doctor", "--json", "--interface", "no-such-dev"]);
     assert_eq!(answer.status, Some(1));

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    io::{ErrorKind, Read as _},
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 both_families!(
     whom_a_rule_denies_gets_no_answer_and_keeps_what_is_open,
+    whom_a_rule_cuts_is_closed_at_once,
     a_rule_ends_by_itself,
     a_handshake_under_way_is_refused,
     whom_a_rule_allows_is_counted_and_not_limited,
@@ -51,6 +53,47 @@ fn whom_a_rule_denies_gets_no_answer_and_keeps_what_is_open(family: Family) -> R
     assert_eq!(again.status.code(), Some(1));
     assert!(again.stderr.contains("there is no rule for"), "{}", again.stderr);
     drop((before, denied, after));
+    limiter.wait_empty()
+}
+
+fn whom_a_rule_cuts_is_closed_at_once(family: Family) -> Result<()> {
+    let lab = Lab::new(2)?;
+    let (client, other) = (&lab.clients[0], &lab.clients[1]);
+    let server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 5, &[])?;
+    let mut open =
+        (0..3).map(|_| connect_served(&client.namespace, client.service(family), SOON)).collect::<Result<Vec<_>>>()?;
+    let elsewhere = connect_served(&other.namespace, other.service(family), SOON)?;
+    let cidr = host(client.address(family));
+
+    let output = limiter.output(["deny", &cidr, "--for", "1h", "--cut", "--json"])?;
+    let document: Value = serde_json::from_str(&output)?;
+    assert_eq!(document["rule"]["cidr"], *cidr);
+    assert_eq!((&document["rule"]["action"], &document["instead_of"]), (&Value::from("deny"), &Value::Null));
+    let mut cut: Vec<_> = document["cut"].as_array().context("a list")?.iter().collect();
+    let mut expected =
+        open.iter().map(|stream| Ok(Value::from(stream.local_addr()?.to_string()))).collect::<Result<Vec<_>>>()?;
+    cut.sort_by_key(|address| address.to_string());
+    expected.sort_by_key(ToString::to_string);
+    assert_eq!(cut, expected.iter().collect::<Vec<_>>());
+    for stream in &mut open {
+        stream.set_read_timeout(Some(SOON))?;
+        let error = stream.read(&mut [0]).expect_err("it was reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    limiter.wait_held(client.address(family), 0)?;
+    assert_eq!(server.seen(other.address(family)).open, 1, "nobody else is cut");
+    let denied = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(denied.unanswered.len(), 1);
+
+    // The other verbs, as documents.
+    let allowed: Value = serde_json::from_str(&limiter.output(["allow", &cidr, "--json"])?)?;
+    assert_eq!((&allowed["instead_of"], &allowed["cut"]), (&Value::from("deny"), &Value::Null));
+    let forgotten: Value = serde_json::from_str(&limiter.output(["forget", &cidr, "--json"])?)?;
+    assert_eq!(forgotten["forgotten"], *cidr);
+    assert_eq!(limiter.output(["deny", &cidr, "--cut"])?, format!("denied: {cidr}\nclosed 0 connections\n"));
+    drop((elsewhere, denied));
     limiter.wait_empty()
 }
 

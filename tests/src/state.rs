@@ -9,8 +9,7 @@ use aya::{
 };
 use limiter_common::{
     ConnectionKey, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
-    bucket::Rate,
-    policy::ServiceState,
+    bucket::Rate, policy::ServiceState,
 };
 
 use crate::{

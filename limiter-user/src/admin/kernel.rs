@@ -1,46 +1,91 @@
 //! What the kernel holds, as metrics.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
-use limiter_common::Counter;
+use limiter_common::{Counter, event::Stage};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabel, NoLabelSet},
     metrics::MetricType,
 };
 
-use crate::kernel::{KernelError, Pinned, REPAIRS, ServiceRow, Status};
+use crate::{
+    kernel::{KernelError, Pinned, REPAIRS, ServiceRow, Status},
+    policy::Action,
+};
 
 /// Where the state of the kernel is read from at a scrape.
 pub trait KernelState: fmt::Debug + Send + Sync + 'static {
     /// What is in force now. Called from a thread that may block.
     fn status(&self) -> Result<Status, KernelError>;
+
+    /// How many rules there are of each action. Called from a thread that may block; takes long where there are many.
+    fn rules(&self) -> Result<Vec<(&'static str, u64)>, KernelError>;
 }
 
 impl KernelState for Pinned {
     fn status(&self) -> Result<Status, KernelError> {
         Self::status(self)
     }
+
+    fn rules(&self) -> Result<Vec<(&'static str, u64)>, KernelError> {
+        let rules = Self::rules(self)?.all()?;
+        let count = |action| rules.iter().filter(|rule| rule.rule.action.name() == action).count() as u64;
+        Ok(Action::NAMES.map(|action| (action, count(action))).to_vec())
+    }
 }
 
 #[derive(Debug)]
 pub(super) struct KernelCollector {
     kernel: Arc<dyn KernelState>,
+    rules: Mutex<Option<RuleCounts>>,
 }
+
+/// Rules, counted at some time.
+#[derive(Clone, Debug)]
+struct RuleCounts {
+    counted: Instant,
+    took: Duration,
+    by_action: Vec<(&'static str, u64)>,
+}
+
+/// Rules are counted again only after so many times as long as it took the last time: a hundred thousand of them must not
+/// be walked through at each scrape.
+const RULES_PAUSE: u32 = 50;
 
 impl KernelCollector {
     pub(super) fn new(kernel: Arc<dyn KernelState>) -> Self {
-        Self { kernel }
+        Self { kernel, rules: Mutex::default() }
+    }
+
+    fn rules(&self) -> Result<Vec<(&'static str, u64)>, KernelError> {
+        let mut last = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = last.as_ref().filter(|last| last.counted.elapsed() < last.took * RULES_PAUSE) {
+            return Ok(last.by_action.clone());
+        }
+        let begin = Instant::now();
+        let by_action = self.kernel.rules()?;
+        *last = Some(RuleCounts { counted: Instant::now(), took: begin.elapsed(), by_action: by_action.clone() });
+        Ok(by_action)
     }
 }
 
 impl Collector for KernelCollector {
     fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
         let mut writer = Writer(encoder);
-        match self.kernel.status() {
-            Ok(status) => {
+        match self.kernel.status().and_then(|status| Ok((status, self.rules()?))) {
+            Ok((status, rules)) => {
                 writer.gauge("kernel_up", "Whether the kernel's state could be read", [(&[][..], 1)])?;
-                write_status(&mut writer, &status)
+                write_status(&mut writer, &status)?;
+                writer.gauge(
+                    "rules",
+                    "Rules in force, by what they do",
+                    rules.into_iter().map(|(action, count)| ([("action", action)], count)),
+                )
             }
             Err(error) => {
                 tracing::warn!(%error, "can't read the kernel's state for a scrape");
@@ -53,34 +98,9 @@ impl Collector for KernelCollector {
 /// A label and its value.
 type Label<'a> = (&'static str, &'a str);
 
-/// How a refused, observed or admitted packet is labelled: verdict and reason.
-type Outcome = (Counter, &'static str, &'static str);
-
-const SYNS: [Outcome; 9] = [
-    (Counter::SynAdmitted, "admitted", ""),
-    (Counter::SynSourceLimit, "denied", "source_limit"),
-    (Counter::SynServiceLimit, "denied", "service_limit"),
-    (Counter::SynRateLimit, "denied", "rate_limit"),
-    (Counter::SynRule, "denied", "rule"),
-    (Counter::SynObservedSourceLimit, "observed", "source_limit"),
-    (Counter::SynObservedServiceLimit, "observed", "service_limit"),
-    (Counter::SynObservedRateLimit, "observed", "rate_limit"),
-    (Counter::SynObservedRule, "observed", "rule"),
-];
-
 /// What completed handshakes came to. Those that were admitted are `connections_opened_total`.
-const ACKS: [Outcome; 10] = [
-    (Counter::HandshakeSourceLimit, "denied", "source_limit"),
-    (Counter::HandshakeServiceLimit, "denied", "service_limit"),
-    (Counter::HandshakeRateLimit, "denied", "rate_limit"),
-    (Counter::HandshakeRule, "denied", "rule"),
-    (Counter::HandshakeLedgerFull, "denied", "ledger_full"),
-    (Counter::HandshakeObservedSourceLimit, "observed", "source_limit"),
-    (Counter::HandshakeObservedServiceLimit, "observed", "service_limit"),
-    (Counter::HandshakeObservedRateLimit, "observed", "rate_limit"),
-    (Counter::HandshakeObservedRule, "observed", "rule"),
-    (Counter::HandshakeUnproven, "passed", "unproven"),
-];
+const ACKS_PASSED: (Counter, &str, &str) = (Counter::HandshakeUnproven, "passed", "unproven");
+const SYNS_PASSED: (Counter, &str, &str) = (Counter::SynAdmitted, "admitted", "");
 
 const OPENED: [(Counter, &str); 4] = [
     (Counter::OpenedReserved, "xdp"),
@@ -124,11 +144,15 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
             .iter()
             .map(|interface| ([("interface", interface.name.as_deref().unwrap_or("")), ("mode", interface.mode)], 1)),
     )?;
-    writer.counter("syn", "SYNs by what was done with them", services().flat_map(|row| outcomes(row, &SYNS)))?;
+    writer.counter(
+        "syn",
+        "SYNs by what was done with them",
+        services().flat_map(|row| outcomes(row, Stage::Syn, SYNS_PASSED)),
+    )?;
     writer.counter(
         "ack",
         "Segments that completed a handshake past a limit, or claimed to complete one",
-        services().flat_map(|row| outcomes(row, &ACKS)),
+        services().flat_map(|row| outcomes(row, Stage::Handshake, ACKS_PASSED)),
     )?;
     writer.counter(
         "connections_opened",
@@ -180,8 +204,17 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
     )
 }
 
-fn outcomes<'a>(service: &'a ServiceRow, outcomes: &'a [Outcome]) -> impl Iterator<Item = ([Label<'a>; 3], u64)> {
-    outcomes.iter().map(|&(counter, verdict, reason)| {
+/// What was done at that stage, by verdict and reason: what passed, and each way to be refused.
+fn outcomes<'a>(
+    service: &'a ServiceRow,
+    stage: Stage,
+    passed: (Counter, &'static str, &'static str),
+) -> impl Iterator<Item = ([Label<'a>; 3], u64)> {
+    let refusals = Counter::ALL.into_iter().filter_map(move |counter| {
+        let (of, reason, observed) = counter.as_refusal()?;
+        (of == stage).then_some((counter, if observed { "observed" } else { "denied" }, reason.name()))
+    });
+    std::iter::once(passed).chain(refusals).map(|(counter, verdict, reason)| {
         let labels = [("service", service.name.as_str()), ("verdict", verdict), ("reason", reason)];
         (labels, service.counters.get(counter))
     })

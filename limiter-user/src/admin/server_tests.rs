@@ -58,6 +58,10 @@ impl KernelState for Fake {
     fn status(&self) -> Result<Status, KernelError> {
         self.0.clone().ok_or_else(|| KernelError::NotAttached { pin_path: "/p".into() })
     }
+
+    fn rules(&self) -> Result<Vec<(&'static str, u64)>, KernelError> {
+        Ok(vec![("allow", 1), ("deny", 200), ("limit", 0)])
+    }
 }
 
 fn status() -> Status {
@@ -115,6 +119,9 @@ async fn metrics_of_the_kernel_and_the_process_are_openmetrics() {
         "limiter_ack_total{service=\"ch\\\"at\",verdict=\"passed\",reason=\"unproven\"} 2",
         "limiter_connections_opened_total{service=\"ch\\\"at\",by=\"xdp\"} 0",
         "limiter_connections_closed_total{service=\"ch\\\"at\",reason=\"gateway\"} 4",
+        "limiter_ack_total{service=\"ch\\\"at\",verdict=\"denied\",reason=\"ledger_full\"} 0",
+        "limiter_syn_total{service=\"ch\\\"at\",verdict=\"observed\",reason=\"rule\"} 0",
+        "limiter_rules{action=\"deny\"} 200",
         "limiter_ledger_drift 6",
         "limiter_ledger_repairs_total{service=\"ch\\\"at\",kind=\"removed\"} 1",
         "limiter_connections_cut_total{service=\"ch\\\"at\"} 0",

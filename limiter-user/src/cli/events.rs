@@ -10,8 +10,12 @@ use std::{
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::{Global, connections::parse_cidr, exit,
-    output::{print, printable}};
+use super::{
+    Global,
+    connections::parse_cidr,
+    exit,
+    output::{print, printable},
+};
 use crate::kernel::{Event, EventBatch, EventLog, KernelError, Pinned, monotonic};
 
 /// How often the buffer is looked at. The kernel wakes the one who consumes it, and nobody else.

@@ -12,12 +12,14 @@ mod explain;
 mod kick;
 mod limit;
 mod logging;
+mod man;
 mod output;
 mod rules;
 mod run;
 mod settings;
 mod sources;
 mod status;
+mod top;
 
 use std::{
     path::{Path, PathBuf},
@@ -93,7 +95,7 @@ enum Command {
     Rules(rules::RulesArgs),
     /// Let an address or a prefix past all limits
     Allow(rules::AllowArgs),
-    /// Keep an address or a prefix out; connections that are open stay open
+    /// Keep an address or a prefix out; connections that are open stay open without --cut
     Deny(rules::DenyArgs),
     /// Take the rule of an address or a prefix away
     Forget(rules::ForgetArgs),
@@ -107,8 +109,12 @@ enum Command {
     Config(config::Command),
     /// Say what this host supports, and what to do about what it doesn't
     Doctor(doctor::Args),
+    /// Show services and sources again and again
+    Top(top::Args),
     /// Print the completions for a shell
     Completions(completions::Args),
+    /// Print the manual page of limiter or of one of its commands
+    Man(man::Args),
 }
 
 /// The binary's `main`: parses, does what was asked, and says with which status to exit.
@@ -138,7 +144,9 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Limit(command) => limit::run(&global, command),
         Command::Config(command) => config::run(&command),
         Command::Doctor(args) => doctor::run(&global, &args),
+        Command::Top(args) => top::run(&global, &args),
         Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
     }
 }
 

@@ -1,15 +1,16 @@
 //! `limiter rules`, `allow`, `deny` and `forget`.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
+use anyhow::Context as _;
 use serde::Serialize;
 
 use super::{
     Global, Usage,
-    output::{Format, limit, print, table},
+    output::{Format, limit, table},
 };
 use crate::{
-    kernel::{KernelError, Pinned, RuleInForce},
+    kernel::{Cutter, KernelError, Pinned, RuleInForce},
     policy::{Action, Cidr, Rule},
 };
 
@@ -26,6 +27,8 @@ pub(super) struct RulesArgs {
 pub(super) struct AllowArgs {
     /// The address or the prefix
     cidr: Cidr,
+    #[command(flatten)]
+    format: Format,
 }
 
 #[derive(Debug, clap::Args)]
@@ -35,12 +38,19 @@ pub(super) struct DenyArgs {
     /// How long, such as 10m; without, until it is forgotten
     #[arg(long = "for", value_name = "TIME", value_parser = parse_time)]
     time: Option<Duration>,
+    /// Also close what is open from there
+    #[arg(long)]
+    cut: bool,
+    #[command(flatten)]
+    format: Format,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ForgetArgs {
     /// The prefix of the rule
     cidr: Cidr,
+    #[command(flatten)]
+    format: Format,
 }
 
 pub(super) fn rules(global: &Global, args: &RulesArgs) -> anyhow::Result<()> {
@@ -50,11 +60,22 @@ pub(super) fn rules(global: &Global, args: &RulesArgs) -> anyhow::Result<()> {
 }
 
 pub(super) fn allow(global: &Global, args: &AllowArgs) -> anyhow::Result<()> {
-    set(global, Rule { cidr: args.cidr, action: Action::Allow }, None)
+    let pinned = Pinned::open(&global.pin_path()?)?;
+    let document = set(&pinned, Rule { cidr: args.cidr, action: Action::Allow }, None)?;
+    args.format.print(&document, || document.text())
 }
 
 pub(super) fn deny(global: &Global, args: &DenyArgs) -> anyhow::Result<()> {
-    set(global, Rule { cidr: args.cidr, action: Action::Deny }, args.time)
+    let pinned = Pinned::open(&global.pin_path()?)?;
+    // Whatever can be refused is refused before anything is in force.
+    let mut cutter = args.cut.then(|| Cutter::new(&pinned)).transpose()?;
+    let mut document = set(&pinned, Rule { cidr: args.cidr, action: Action::Deny }, args.time)?;
+    if let Some(cutter) = &mut cutter {
+        let cut = cutter.cut_all(&args.cidr.network());
+        document.cut =
+            Some(cut.with_context(|| format!("{} is denied, and what is open from there stays open", args.cidr))?);
+    }
+    args.format.print(&document, || document.text())
 }
 
 pub(super) fn forget(global: &Global, args: &ForgetArgs) -> anyhow::Result<()> {
@@ -64,18 +85,46 @@ pub(super) fn forget(global: &Global, args: &ForgetArgs) -> anyhow::Result<()> {
         return Err(KernelError::Failed { what: format!("there is no rule for {}", args.cidr), source }.into());
     }
     rules.remove_ended()?;
-    print(&format!("forgotten: {}\n", args.cidr))
+    let document = ForgetDocument { forgotten: args.cidr.to_string() };
+    args.format.print(&document, || format!("forgotten: {}\n", document.forgotten))
 }
 
-fn set(global: &Global, rule: Rule, time: Option<Duration>) -> anyhow::Result<()> {
-    let mut rules = Pinned::open(&global.pin_path()?)?.rules()?;
+#[derive(Serialize)]
+struct ForgetDocument {
+    forgotten: String,
+}
+
+/// What `allow` and `deny` have done.
+#[derive(Serialize)]
+struct SetDocument {
+    rule: Row,
+    /// What the rule that it replaces did; `null`: there was none.
+    instead_of: Option<&'static str>,
+    /// The clients whose connections were closed; `null` without `--cut`.
+    cut: Option<Vec<SocketAddr>>,
+}
+
+fn set(pinned: &Pinned, rule: Rule, time: Option<Duration>) -> anyhow::Result<SetDocument> {
+    let mut rules = pinned.rules()?;
     let before = rules.get(rule.cidr)?;
     rules.set(&rule, time, false)?;
     rules.remove_ended()?;
-    let verb = if rule.action == Action::Allow { "allowed" } else { "denied" };
-    let time = time.map_or_else(String::new, |time| format!(" for {}", humantime::format_duration(time)));
-    let instead = before.map_or_else(String::new, |before| format!(", instead of: {}", before.rule.action.name()));
-    print(&format!("{verb}: {}{time}{instead}\n", rule.cidr))
+    let rule = Row::new(&RuleInForce { rule, left: time, from_file: false });
+    Ok(SetDocument { rule, instead_of: before.map(|before| before.rule.action.name()), cut: None })
+}
+
+impl SetDocument {
+    fn text(&self) -> String {
+        let verb = if self.rule.action == Action::Allow.name() { "allowed" } else { "denied" };
+        let time = self.rule.left().map_or_else(String::new, |time| format!(" for {time}"));
+        let instead = self.instead_of.map_or_else(String::new, |before| format!(", instead of: {before}"));
+        let cut = match self.cut.as_deref().map(<[_]>::len) {
+            None => String::new(),
+            Some(1) => "closed 1 connection\n".to_owned(),
+            Some(count) => format!("closed {count} connections\n"),
+        };
+        format!("{verb}: {}{time}{instead}\n{cut}", self.rule.cidr)
+    }
 }
 
 fn parse_time(text: &str) -> Result<Duration, String> {

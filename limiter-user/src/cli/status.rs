@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use limiter_common::Counter;
+use limiter_common::{Counter, DenyReason, event::Stage};
 
 use super::{
     Global,
@@ -40,6 +40,11 @@ fn text(status: &Status) -> String {
     let header = ["SERVICE", "PORTS", "ON DENY", "CONNECTIONS", "TOTAL LIMIT", "PER SOURCE", "RATE", "SOURCE IS"];
     text += &table(header, &[3, 4, 5], status.services.iter().map(service));
 
+    let refused: Vec<[String; 5]> = status.services.iter().flat_map(refusals).collect();
+    if !refused.is_empty() {
+        text.push('\n');
+        text += &table(["SERVICE", "REFUSED FOR", "SYNS", "HANDSHAKES", "OBSERVED"], &[2, 3, 4], refused);
+    }
     let counted: Vec<[String; 3]> = status.services.iter().flat_map(counters).collect();
     if !counted.is_empty() {
         text.push('\n');
@@ -81,9 +86,29 @@ fn service(service: &ServiceRow) -> [String; 8] {
     ]
 }
 
-/// What has been counted at all, in the order of the counters.
+/// What was refused, by reason. Observed: what would have been.
+pub(super) fn refusals(service: &ServiceRow) -> impl Iterator<Item = [String; 5]> + '_ {
+    DenyReason::ALL.into_iter().filter_map(|reason| {
+        let sum = |stage: Option<Stage>, observed: bool| -> u64 {
+            Counter::ALL
+                .into_iter()
+                .filter(|counter| {
+                    counter.as_refusal().is_some_and(|(at, why, seen)| {
+                        why == reason && seen == observed && stage.is_none_or(|stage| stage == at)
+                    })
+                })
+                .map(|counter| service.counters.get(counter))
+                .sum()
+        };
+        let sums = [sum(Some(Stage::Syn), false), sum(Some(Stage::Handshake), false), sum(None, true)];
+        let [syns, handshakes, observed] = sums.map(|sum| sum.to_string());
+        (sums != [0; 3]).then(|| [service.name.clone(), reason.name().to_owned(), syns, handshakes, observed])
+    })
+}
+
+/// What else has been counted at all, in the order of the counters.
 fn counters(service: &ServiceRow) -> impl Iterator<Item = [String; 3]> + '_ {
-    Counter::ALL.into_iter().filter_map(|counter| {
+    Counter::ALL.into_iter().filter(|counter| counter.as_refusal().is_none()).filter_map(|counter| {
         let value = service.counters.get(counter);
         (value > 0).then(|| [service.name.clone(), counter.name().to_owned(), value.to_string()])
     })
@@ -113,7 +138,16 @@ mod tests {
                 on_deny: "drop",
                 limits: Limits { connections_total: 0, ..Limits::default() },
                 connections: 3,
-                counters: Counters(BTreeMap::from([("syn_admitted", 5), ("syn_source_limit", 0), ("ledger_full", 2)])),
+                counters: Counters(BTreeMap::from([
+                    ("syn_admitted", 5),
+                    ("syn_source_limit", 7),
+                    ("handshake_source_limit", 1),
+                    ("syn_rate_limit", 0),
+                    ("handshake_observed_rule", 2),
+                    ("syn_observed_rule", 3),
+                    ("handshake_ledger_full", 4),
+                    ("ledger_full", 2),
+                ])),
             }],
             ledger_entries: 3,
             ledger_size: 1000,
@@ -139,6 +173,11 @@ eth0                                 2  native
 
 SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  RATE              SOURCE IS
 chat     8080,8443  drop               3    unlimited          20  10/s, 20 at once  /32 and /64
+
+SERVICE  REFUSED FOR   SYNS  HANDSHAKES  OBSERVED
+chat     source_limit     7           1         0
+chat     ledger_full      0           4         0
+chat     rule             0           0         5
 
 SERVICE  COUNTER       VALUE
 chat     syn_admitted      5

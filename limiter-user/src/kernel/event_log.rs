@@ -76,7 +76,7 @@ impl EventLog {
         let consumer = Mapping::new(map, 0, page, libc::PROT_READ | libc::PROT_WRITE)?;
         let producer = Mapping::new(map, page, page + 2 * RING_BYTES, libc::PROT_READ)?;
         let mut log = Self { consumer, producer, page, position: 0, pin: None };
-        log.position = oldest(log.end());
+        log.position = log.oldest();
         Ok(log)
     }
 
@@ -84,8 +84,7 @@ impl EventLog {
     pub fn read(&mut self) -> EventBatch {
         let mut batch = EventBatch::default();
         loop {
-            let end = self.end();
-            let oldest = oldest(end);
+            let (oldest, end) = (self.oldest(), self.end());
             if self.position < oldest {
                 batch.lost += ((oldest - self.position) / RECORD_BYTES) as u64;
                 self.position = oldest;
@@ -100,7 +99,7 @@ impl EventLog {
             let refusal = self.record(self.position);
             fence(Ordering::Acquire);
             // Written over while it was read: look again where the oldest is now.
-            if self.position < self::oldest(self.end()) {
+            if self.position < self.oldest() {
                 continue;
             }
             if header as usize == size_of::<Refusal>() {
@@ -135,6 +134,14 @@ impl EventLog {
         unsafe { self.producer.at(0).cast::<AtomicUsize>().as_ref() }.load(Ordering::Acquire)
     }
 
+    /// The position of the oldest record that is whole.
+    fn oldest(&self) -> usize {
+        // What is not consumed is not written over. Positions only grow, so what this was true of stays whole until the next
+        // look.
+        let consumed = self.consumed().load(Ordering::Acquire);
+        oldest(self.end()).min(consumed)
+    }
+
     fn consumed(&self) -> &AtomicUsize {
         // SAFETY: as above; this page may be written to.
         unsafe { self.consumer.at(0).cast::<AtomicUsize>().as_ref() }
@@ -154,7 +161,7 @@ impl EventLog {
     }
 }
 
-/// The oldest position of a whole record, if the kernel has come as far as `end`. The header of the record that is begun next is
+/// The oldest position of a whole record, if everything is consumed and the kernel has come as far as `end`. The header of the record that is begun next is
 /// written before `end` moves, so one record's room is left out.
 const fn oldest(end: usize) -> usize {
     end.saturating_sub(RING_BYTES - RECORD_BYTES).next_multiple_of(RECORD_BYTES)

@@ -1,13 +1,14 @@
 //! Closes what an address has open, now.
 
-use std::{net::SocketAddr, path::Path};
+use std::{net::SocketAddr, path::Path, thread, time::Duration};
 
 use ipnet::IpNet;
-use limiter_common::ledger::{OWNER_REMOVED, is_reservation};
+use limiter_common::ledger::{OWNER_REMOVED, RESERVATION_NS, is_reservation};
 
 use super::{
     KernelError,
     audit::no_list,
+    host,
     maps::Ledger,
     pinned::Pinned,
     sock_diag::{Destroyed, SockDiag, Socket},
@@ -20,19 +21,69 @@ use super::{
 /// [`KernelError::NoDestroy`] if this kernel can't close sockets on behalf of others, and those of [`Pinned::open`].
 pub fn kick(pin_path: &Path, clients: &IpNet) -> Result<Vec<SocketAddr>, KernelError> {
     let pinned = Pinned::open(pin_path)?;
-    pinned.require_this_namespace()?;
-    let mut sockets = SockDiag::open().map_err(no_list)?;
-    let mut kicked = Vec::new();
-    for (connection, entry) in Ledger::open(pinned.pins())?.entries()? {
-        let is_open = entry.owner != OWNER_REMOVED && !is_reservation(entry.owner);
-        if !is_open || !clients.contains(&connection.remote().ip()) {
-            continue;
-        }
-        match sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
-            Destroyed::Yes => kicked.push(connection.remote()),
-            Destroyed::Gone => {}
-            Destroyed::Unsupported => return Err(KernelError::NoDestroy),
-        }
+    Cutter::new(&pinned)?.cut(clients)
+}
+
+/// How often it is looked whether the stack has opened what was half open.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Closes connections on behalf of whoever holds them.
+#[derive(Debug)]
+pub struct Cutter {
+    ledger: Ledger,
+    sockets: SockDiag,
+    /// Slots of these clients that the stack has not confirmed yet.
+    pending: usize,
+}
+
+impl Cutter {
+    /// For the connections of that state.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::OtherNamespace`] if its sockets are not of this network namespace.
+    pub fn new(pinned: &Pinned) -> Result<Self, KernelError> {
+        pinned.require_this_namespace()?;
+        Ok(Self { ledger: Ledger::open(pinned.pins())?, sockets: SockDiag::open().map_err(no_list)?, pending: 0 })
     }
-    Ok(kicked)
+
+    /// Closes every open connection whose client is in `clients`. Returns their clients.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::NoDestroy`] if this kernel can't close sockets on behalf of others.
+    pub fn cut(&mut self, clients: &IpNet) -> Result<Vec<SocketAddr>, KernelError> {
+        let mut cut = Vec::new();
+        self.pending = 0;
+        for (connection, entry) in self.ledger.entries()? {
+            if entry.owner == OWNER_REMOVED || !clients.contains(&connection.remote().ip()) {
+                continue;
+            }
+            if is_reservation(entry.owner) {
+                self.pending += 1;
+                continue;
+            }
+            match self.sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
+                Destroyed::Yes => cut.push(connection.remote()),
+                Destroyed::Gone => {}
+                Destroyed::Unsupported => return Err(KernelError::NoDestroy),
+            }
+        }
+        Ok(cut)
+    }
+
+    /// The same, and those too that were half open at that moment and open yet, or expire. For when nobody new gets in.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::cut`].
+    pub fn cut_all(&mut self, clients: &IpNet) -> Result<Vec<SocketAddr>, KernelError> {
+        let deadline = host::monotonic() + Duration::from_nanos(RESERVATION_NS);
+        let mut cut = self.cut(clients)?;
+        while self.pending > 0 && host::monotonic() < deadline {
+            thread::sleep(LOOK_INTERVAL);
+            cut.extend(self.cut(clients)?);
+        }
+        Ok(cut)
+    }
 }

@@ -25,6 +25,9 @@ pub enum Action {
 }
 
 impl Action {
+    /// The names of all.
+    pub const NAMES: [&'static str; 3] = ["allow", "deny", "limit"];
+
     /// Its name in `--json`.
     pub const fn name(&self) -> &'static str {
         match self {
@@ -59,6 +62,11 @@ impl Cidr {
             (Some(v4), Some(prefix)) => Ipv4Net::new(v4, prefix).ok().map(|net| Self(net.into())),
             _ => Some(Self(net)),
         }
+    }
+
+    /// As a network.
+    pub fn network(&self) -> IpNet {
+        self.0
     }
 
     /// The first address.
@@ -104,6 +112,12 @@ impl FromStr for Cidr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_action_has_its_name_in_the_list() {
+        let actions = [Action::Allow, Action::Deny, Action::Limit(OwnLimits::default())];
+        assert_eq!(actions.map(|action| action.name()), Action::NAMES);
+    }
 
     #[test]
     fn a_prefix_is_taken_as_it_is_meant() {
