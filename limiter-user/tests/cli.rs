@@ -58,9 +58,20 @@ fn assert_messages(answer: &Answer, complaints: &[&str]) {
 fn help_and_version_are_no_error() {
     let help = run(&["--help"]);
     assert_eq!((help.status, help.stderr.as_str()), (Some(0), ""));
-    for verb in
-        ["run", "attach", "detach", "status", "sources", "connections", "explain", "kick", "limit", "config", "doctor"]
-    {
+    for verb in [
+        "run",
+        "attach",
+        "detach",
+        "status",
+        "sources",
+        "connections",
+        "explain",
+        "kick",
+        "key",
+        "limit",
+        "config",
+        "doctor",
+    ] {
         assert!(help.stdout.contains(&format!("\n  {verb} ")), "{verb} is not in the help");
     }
     assert!(help.stdout.ends_with(".\n"));

@@ -9,6 +9,7 @@ mod doctor;
 mod events;
 mod exit;
 mod explain;
+mod key;
 mod kick;
 mod limit;
 mod logging;
@@ -101,6 +102,9 @@ enum Command {
     Forget(rules::ForgetArgs),
     /// Close the connections of a client, or of a prefix of clients, now
     Kick(kick::Args),
+    /// Make API keys for clients of the gateway
+    #[command(subcommand)]
+    Key(key::Command),
     /// Show or change the limits in force
     #[command(subcommand)]
     Limit(limit::Command),
@@ -141,6 +145,7 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Deny(args) => rules::deny(&global, &args),
         Command::Forget(args) => rules::forget(&global, &args),
         Command::Kick(args) => kick::run(&global, &args),
+        Command::Key(command) => key::run(&command),
         Command::Limit(command) => limit::run(&global, command),
         Command::Config(command) => config::run(&command),
         Command::Doctor(args) => doctor::run(&global, &args),

@@ -1,6 +1,11 @@
 //! `[gateway.auth]`: who may connect.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use super::{ApiKeyError, TokenKeyError};
+
+/// Longest name of a user, in bytes.
+const LONGEST_USER: usize = 128;
 
 /// `[gateway.auth]`: every client must show a credential.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,8 +16,43 @@ pub struct Auth {
     pub pass_on: bool,
     /// How often a session's right to go on is looked at again; zero: only when the token expires.
     pub reauth_interval: Duration,
+    /// `[gateway.auth.users]`: how many connections each user may have.
+    pub users: UserLimits,
+    /// The file of API keys; `None`: none are taken.
+    pub api_keys: Option<PathBuf>,
     /// `[gateway.auth.jwt]`: JSON Web Tokens; `None`: not taken.
     pub jwt: Option<Jwt>,
+}
+
+/// `[gateway.auth.users]`: what each user may do. An API key may say otherwise of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserLimits {
+    /// Connections that a user may have at a time; 0: any number.
+    pub connections: u32,
+    /// What one more does.
+    pub on_excess: OnExcess,
+    /// Connection attempts per minute; 0: any number.
+    pub attempts_per_minute: u32,
+}
+
+/// What a user's connection too many does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnExcess {
+    /// The user's oldest connection is closed (4409).
+    Replace,
+    /// It is refused (429).
+    Refuse,
+}
+
+/// Why clients can't be told who they are: a file that is no good.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthError {
+    /// The keys of tokens.
+    #[error("gateway.auth.jwt: {0}")]
+    Tokens(#[from] TokenKeyError),
+    /// The file of API keys.
+    #[error("gateway.auth.api_keys: {0}")]
+    ApiKeys(#[from] ApiKeyError),
 }
 
 /// Where in a request a credential may stand; each is off by default.
@@ -56,7 +96,20 @@ pub struct Jwt {
 
 impl Default for Auth {
     fn default() -> Self {
-        Self { places: Places::default(), pass_on: false, reauth_interval: Duration::from_mins(15), jwt: None }
+        Self {
+            places: Places::default(),
+            pass_on: false,
+            reauth_interval: Duration::from_mins(15),
+            users: UserLimits::default(),
+            api_keys: None,
+            jwt: None,
+        }
+    }
+}
+
+impl Default for UserLimits {
+    fn default() -> Self {
+        Self { connections: 1, on_excess: OnExcess::Replace, attempts_per_minute: 5 }
     }
 }
 
@@ -79,4 +132,12 @@ impl Jwt {
     pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
         self.public_keys.iter().chain(&self.secrets).chain(&self.jwks)
     }
+}
+
+/// A user's name, if `text` can be one: it goes into logs and headers, so it has no control characters, and no space at
+/// either end, which a header would lose.
+pub fn user_name(text: &str) -> Option<Arc<str>> {
+    let is_good =
+        !text.is_empty() && text.len() <= LONGEST_USER && text.trim() == text && !text.chars().any(char::is_control);
+    is_good.then(|| text.into())
 }

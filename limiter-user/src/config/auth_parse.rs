@@ -3,13 +3,16 @@
 use std::{ops::Range, time::Duration};
 
 use super::{
-    Auth, Jwt, Places, TokenKeys,
+    ApiKeys, Auth, AuthError, Jwt, Places, TokenKeys, UserLimits,
     read::{Fault, Item, Section},
     value,
 };
 
 /// Most that clocks may be apart, so that an expired token is not good for a day.
 const LONGEST_LEEWAY: Duration = Duration::from_mins(10);
+
+/// Most attempts per minute that are counted one by one.
+const MOST_ATTEMPTS: u32 = 1000;
 
 /// Shortest time between two looks at a session's right to go on.
 const SHORTEST_REAUTH: Duration = Duration::from_secs(1);
@@ -18,6 +21,7 @@ const SHORTEST_REAUTH: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, Default)]
 pub(super) struct AuthSpans {
     pub(super) jwt: Range<usize>,
+    pub(super) api_keys: Range<usize>,
 }
 
 /// Reads `[gateway.auth]` of `gateway`. `origins`: whether the pages that may connect are named.
@@ -34,17 +38,24 @@ pub(super) fn parse(gateway: &mut Section, origins: bool, auth: &mut Option<Auth
         }
         Ok(interval)
     });
+    users(section.section("users"), &mut read.users);
+    let api_keys = section.read("api_keys", &mut read.api_keys, value::optional_path).unwrap_or(0..0);
     let jwt = section.item("jwt").map_or(0..0, Item::span);
     read.jwt = self::jwt(section.section("jwt"), &jwt);
 
-    let has_method = read.jwt.is_some();
+    let has_method = read.jwt.is_some() || read.api_keys.is_some();
     if has_method && read.places.is_empty() {
         let advice = "it says where no credential is looked for: set authorization = true, or name a cookie, a query \
                       parameter or a subprotocol";
         section.complain(&span, "authorization", advice);
     }
     if !has_method && !read.places.is_empty() {
-        section.complain(&span, "jwt", "there is nothing to check a credential with: name the keys of its tokens");
+        section.complain(
+            &span,
+            "jwt",
+            "there is nothing to check a credential with: name the keys of its tokens, or a file of \
+             api_keys",
+        );
     }
     if read.places.cookie.is_some() && !origins {
         let advice = "a browser sends cookies along with the handshake of any site's page: name those that may connect in \
@@ -54,7 +65,7 @@ pub(super) fn parse(gateway: &mut Section, origins: bool, auth: &mut Option<Auth
     }
     section.finish();
     *auth = has_method.then_some(read);
-    AuthSpans { jwt }
+    AuthSpans { jwt, api_keys }
 }
 
 fn places(section: &mut Section, places: &mut Places) {
@@ -62,6 +73,17 @@ fn places(section: &mut Section, places: &mut Places) {
     section.read("cookie", &mut places.cookie, |item| optional_token(item, "the name of a cookie"));
     section.read("query", &mut places.query, |item| optional_token(item, "the name of a parameter"));
     section.read("subprotocol", &mut places.subprotocol, |item| optional_token(item, "the name of a subprotocol"));
+}
+
+fn users(mut section: Section, users: &mut UserLimits) {
+    section.read("connections", &mut users.connections, |item| {
+        value::integer(item, 0..=u32::MAX, "connections; 0: any number")
+    });
+    section.read("on_excess", &mut users.on_excess, value::choice);
+    section.read("attempts_per_minute", &mut users.attempts_per_minute, |item| {
+        value::integer(item, 0..=MOST_ATTEMPTS, "connection attempts per minute; 0: any number")
+    });
+    section.finish();
 }
 
 fn jwt(mut section: Section, span: &Range<usize>) -> Option<Jwt> {
@@ -108,7 +130,10 @@ fn optional_token(item: &Item, what: &str) -> Result<Option<String>, Fault> {
 /// What is wrong with the files that it names, each with its place.
 pub(super) fn check_files(auth: &Auth, spans: &AuthSpans) -> Vec<(Range<usize>, String)> {
     let jwt = auth.jwt.as_ref().and_then(|jwt| TokenKeys::load(jwt).err());
-    jwt.map(|error| (spans.jwt.clone(), format!("gateway.auth.jwt: {error}"))).into_iter().collect()
+    let jwt = jwt.map(|error| (spans.jwt.clone(), AuthError::from(error)));
+    let api_keys = auth.api_keys.as_ref().and_then(|path| ApiKeys::load(path).err());
+    let api_keys = api_keys.map(|error| (spans.api_keys.clone(), AuthError::from(error)));
+    jwt.into_iter().chain(api_keys).map(|(span, error)| (span, error.to_string())).collect()
 }
 
 #[cfg(test)]

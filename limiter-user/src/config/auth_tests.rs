@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::super::{ConfigError, parse::parse};
+use super::super::{ConfigError, OnExcess, parse::parse};
 use super::*;
 
 fn auth(text: &str) -> Option<Auth> {
@@ -19,6 +19,11 @@ fn every_key_is_read() {
         subprotocol = "bearer"
         pass_on = true
         reauth_interval = "1m"
+        api_keys = "/k.toml"
+        [gateway.auth.users]
+        connections = 3
+        on_excess = "refuse"
+        attempts_per_minute = 0
         [gateway.auth.jwt]
         public_keys = ["/a.pem"]
         secrets = ["/b"]
@@ -37,6 +42,8 @@ fn every_key_is_read() {
         },
         pass_on: true,
         reauth_interval: Duration::from_mins(1),
+        users: UserLimits { connections: 3, on_excess: OnExcess::Refuse, attempts_per_minute: 0 },
+        api_keys: Some("/k.toml".into()),
         jwt: Some(Jwt {
             public_keys: vec!["/a.pem".into()],
             secrets: vec!["/b".into()],
@@ -66,6 +73,8 @@ fn what_would_not_protect_is_refused_with_its_place() {
             "name those that may connect in gateway.allowed_origins",
         ),
         ("[gateway.auth]\ncookie = \"a b\"", "2:10", "expected the name of a cookie"),
+        ("[gateway.auth.users]\nattempts_per_minute = 1001", "2:23", "from 0 to 1000"),
+        ("[gateway.auth.users]\non_excess = \"close\"", "2:13", "expected one of replace, refuse"),
         ("[gateway.auth]\nreauth_interval = \"10ms\"", "2:19", "or 1s at least"),
         ("[gateway.auth.jwt]\naudiences = [\"chat\"]", "1:1", "tokens can't be checked without keys"),
         ("[gateway.auth.jwt]\nleeway = \"1h\"", "2:10", "to 10m"),

@@ -3,6 +3,7 @@
 //! A key has one value: that of its flag, else of its environment variable, else of the file, else its default
 //! ([`Config::resolve`]).
 
+mod api_keys;
 mod auth;
 mod auth_parse;
 mod bounded;
@@ -19,7 +20,8 @@ mod token_keys;
 mod upstream;
 mod value;
 
-pub use auth::{Auth, Jwt, Places};
+pub use api_keys::{API_KEY_PREFIX, ApiKey, ApiKeyError, ApiKeys, new_api_key};
+pub use auth::{Auth, AuthError, Jwt, OnExcess, Places, UserLimits, user_name};
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{LimitKey, PreparedFile, prepare_limits};
 pub use error::{ConfigError, Problem};

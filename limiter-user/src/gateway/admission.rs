@@ -27,8 +27,8 @@ struct Counts {
 #[must_use]
 pub(super) struct Permit {
     admission: Arc<Admission>,
-    /// As it was when the slot was taken: the prefixes may have been changed since.
-    source: Source,
+    /// As it was when the slot was taken: the prefixes may have been changed since. `None`: it counts as a user's.
+    source: Option<Source>,
 }
 
 /// Which limit is reached.
@@ -54,7 +54,7 @@ impl Admission {
         }
         counts.sources.insert(source, held + 1);
         counts.total += 1;
-        Ok(Permit { admission: Arc::clone(self), source })
+        Ok(Permit { admission: Arc::clone(self), source: Some(source) })
     }
 
     /// How many sessions are open.
@@ -68,7 +68,14 @@ impl Admission {
         (counts.sources.get(&source).copied().unwrap_or(0), counts.total)
     }
 
-    fn release(&self, source: Source) {
+    fn release(&self, source: Option<Source>) {
+        if let Some(source) = source {
+            self.release_source(source);
+        }
+        self.counts().total -= 1;
+    }
+
+    fn release_source(&self, source: Source) {
         let mut counts = self.counts();
         let held = counts.sources.get_mut(&source).map(|held| {
             *held -= 1;
@@ -81,7 +88,6 @@ impl Admission {
                 counts.sources.shrink_to(KEEP_CAPACITY.max(capacity / 2));
             }
         }
-        counts.total -= 1;
     }
 
     fn counts(&self) -> MutexGuard<'_, Counts> {
@@ -93,6 +99,15 @@ impl Admission {
 /// 0: there is no limit.
 fn reached(held: u32, limit: u32) -> bool {
     limit != 0 && held >= limit
+}
+
+impl Permit {
+    /// Counts no longer against its source: its client has shown who it is, and counts as its user's.
+    pub(super) fn leave_source(&mut self) {
+        if let Some(source) = self.source.take() {
+            self.admission.release_source(source);
+        }
+    }
 }
 
 impl Drop for Permit {
@@ -143,6 +158,19 @@ mod tests {
         assert_eq!(admission.total(), 100);
         drop(permits);
         assert_eq!(admission.total(), 0);
+    }
+
+    #[test]
+    fn who_leaves_its_source_makes_room_there_and_still_counts_in_all() {
+        let admission = Arc::new(Admission::default());
+        let mut first = admission.try_admit(ip(1), &limits(1, 2)).unwrap();
+        first.leave_source();
+        first.leave_source();
+        let second = admission.try_admit(ip(1), &limits(1, 2)).unwrap();
+        assert_eq!(admission.try_admit(ip(2), &limits(1, 2)).err(), Some(Full::Service));
+        drop((first, second));
+        assert_eq!(admission.total(), 0);
+        assert!(admission.counts().sources.is_empty());
     }
 
     #[test]

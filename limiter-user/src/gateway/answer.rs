@@ -11,7 +11,10 @@ use hyper::{
 };
 use serde::Serialize;
 
-use super::{auth::Rejection, handshake::Handshake};
+use super::{
+    auth::{Crowded, Rejection},
+    handshake::Handshake,
+};
 
 /// Headers of an upstream's refusal that a client can do something with.
 const PASSED_ON: [HeaderName; 2] = [RETRY_AFTER, WWW_AUTHENTICATE];
@@ -33,6 +36,8 @@ pub(super) enum Refusal {
     Origin(String),
     /// It does not show who it is.
     Unauthenticated(Rejection),
+    /// Its user has, or tries, too many.
+    Crowded(Crowded),
     /// A rule denies the client's address.
     Denied,
     /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
@@ -74,6 +79,8 @@ impl Refusal {
             Self::Timeout => "timeout",
             Self::Origin(_) => "origin",
             Self::Unauthenticated(rejection) => rejection.label(),
+            Self::Crowded(Crowded::Connections(_)) => "user_full",
+            Self::Crowded(Crowded::Attempts(_)) => "user_attempts",
             Self::Denied => "rule",
             Self::ProxyHeader(_) => "proxy_header",
             Self::Tls(_) => "tls",
@@ -96,7 +103,7 @@ impl Refusal {
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
-            Self::SourceFull(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::SourceFull(_) | Self::Crowded(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
             // What goes wrong behind the gateway is no fault of the client; only what it can act on is passed on.
@@ -132,6 +139,10 @@ impl Refusal {
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
             Self::Unauthenticated(rejection) => rejection.detail().into(),
+            Self::Crowded(Crowded::Connections(limit)) => {
+                format!("too many connections of your user; {limit} at a time are allowed")
+            }
+            Self::Crowded(Crowded::Attempts(_)) => "too many connection attempts of your user in a minute".into(),
             Self::Denied => "connections from your address are not allowed".into(),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
@@ -147,7 +158,9 @@ impl Refusal {
     /// Seconds after which to try again. Jittered, so that those who were refused together don't return together.
     fn retry_after(&self) -> Option<u16> {
         match self {
-            Self::SourceFull(_) => Some(fastrand::u16(5..=10)),
+            // Whole seconds, and not a moment too early.
+            Self::Crowded(Crowded::Attempts(wait)) => Some(u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX)),
+            Self::SourceFull(_) | Self::Crowded(Crowded::Connections(_)) => Some(fastrand::u16(5..=10)),
             Self::ServiceFull => Some(fastrand::u16(5..=15)),
             Self::Draining => Some(fastrand::u16(1..=5)),
             _ => None,

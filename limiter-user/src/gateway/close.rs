@@ -27,6 +27,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Close code of a client that is not who it was any more.
 const UNAUTHENTICATED: u16 = 4401;
 
+/// Close code of a session that another one of the same user takes the place of.
+const REPLACED: u16 = 4409;
+
 /// Why a session ends.
 #[derive(Debug)]
 pub(super) enum End {
@@ -50,6 +53,8 @@ pub(super) enum End {
     Expired,
     /// What the client has shown is not good any more.
     Revoked,
+    /// A newer session of the same user takes its place.
+    Replaced,
     /// The gateway is being shut down.
     Draining,
     /// The upstream closes.
@@ -102,6 +107,7 @@ impl End {
             Self::SlowConsumer => "slow_consumer",
             Self::Expired => "expired",
             Self::Revoked => "revoked",
+            Self::Replaced => "replaced",
             Self::Draining => "draining",
             Self::Upstream(_) => "upstream",
             Self::UpstreamGone => "upstream_gone",
@@ -128,6 +134,7 @@ impl End {
             Self::SlowConsumer => (CloseCode::Policy, "too slow to receive"),
             Self::Expired => (CloseCode::Library(UNAUTHENTICATED), "token expired"),
             Self::Revoked => (CloseCode::Library(UNAUTHENTICATED), "not authenticated any more"),
+            Self::Replaced => (CloseCode::Library(REPLACED), "replaced by a newer login"),
             Self::Draining => (CloseCode::Away, "server is shutting down"),
             Self::UpstreamGone => (CloseCode::Restart, "application went away"),
             Self::UpstreamMalformed => (CloseCode::Error, "application error"),

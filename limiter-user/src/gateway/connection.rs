@@ -24,7 +24,7 @@ use super::{
     answer::{Refusal, switching_protocols},
     application::Opened,
     arrival::{self, Arrived, Endpoints},
-    auth::Authenticated,
+    auth::Member,
     forwarded::{self, Identity},
     handshake, messages, origin, proxy_hint,
     relay::Client,
@@ -50,7 +50,7 @@ struct Accepted {
     client: IpAddr,
     permit: Permit,
     /// `None` where anybody may connect.
-    user: Option<Authenticated>,
+    user: Option<Member>,
     application: Opened,
 }
 
@@ -205,13 +205,24 @@ async fn decide(
         NoRoom::Service => Refusal::ServiceFull,
     });
     proxy_hint::warn(shared, endpoints.remote.ip(), &head.headers, &limits);
-    let permit = admitted?;
-    let user = shared.auth.as_ref().map(|auth| auth.authenticate(head, &mut handshake)).transpose()?;
-    let client = Client::new(identity, endpoints, user.as_ref().map(Authenticated::user));
+    let mut permit = admitted?;
+    let user = match &shared.auth {
+        Some(auth) => {
+            let member = auth.enter(auth.authenticate(head, &mut handshake)?, &shared.metrics)?;
+            // From here on it counts as its user's, so that users behind one address leave each other room.
+            permit.leave_source();
+            Some(member)
+        }
+        None => None,
+    };
+    let client = Client::new(identity, endpoints, user.as_ref().map(Member::user));
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) =
         shared.application.open(head, &handshake, client, &shared.config.messages, upstream_deadline).await?;
+    if let Some(member) = &user {
+        member.take_over();
+    }
     let response = switching_protocols(&handshake, protocol.or_else(|| handshake.fallback_protocol.clone()));
     Ok((response, Accepted { client: identity.ip, permit, user, application }))
 }

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{Shared, connection, socket::Socket};
-use crate::config::{CertificateError, TokenKeyError};
+use crate::config::{AuthError, CertificateError};
 
 /// Connections that completed their handshake and wait for the accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -44,8 +44,8 @@ pub enum BindError {
     #[error("gateway.tls: {0}; `limiter config check` says so before the start")]
     Certificate(CertificateError),
     /// The keys of `gateway.auth` can't be used.
-    #[error("gateway.auth.jwt: {0}; `limiter config check` says so before the start")]
-    TokenKeys(TokenKeyError),
+    #[error("{0}; `limiter config check` says so before the start")]
+    Auth(AuthError),
     /// `gateway.upstream` is no URL that can be relayed to.
     #[error(
         "gateway.upstream = \"{url}\": {problem}; give the address of a WebSocket server, for example \
@@ -65,9 +65,9 @@ impl From<CertificateError> for BindError {
     }
 }
 
-impl From<TokenKeyError> for BindError {
-    fn from(error: TokenKeyError) -> Self {
-        Self::TokenKeys(error)
+impl From<AuthError> for BindError {
+    fn from(error: AuthError) -> Self {
+        Self::Auth(error)
     }
 }
 

@@ -25,6 +25,7 @@ pub struct Metrics {
     tls_failures: Family<ReasonLabel, Counter>,
     certificate_reloads: Family<ResultLabel, Counter>,
     key_reloads: Family<ResultLabel, Counter>,
+    pub(super) users: Gauge,
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
     pub(super) accept_errors: Counter,
@@ -93,6 +94,7 @@ impl Default for Metrics {
             tls_failures: Family::default(),
             certificate_reloads: Family::default(),
             key_reloads: Family::default(),
+            users: Gauge::default(),
             accept_errors: Counter::default(),
             messages,
             message_bytes,
@@ -111,6 +113,7 @@ impl Metrics {
         );
         registry.register("sessions", "WebSocket sessions that are open in the gateway", self.sessions.clone());
         registry.register("sessions_closed", "WebSocket sessions that ended, by reason", self.sessions_closed.clone());
+        registry.register("users", "Users (and API keys) that have a session", self.users.clone());
         registry.register("connection_seconds", "How long WebSocket sessions lasted", self.connection_seconds.clone());
         registry.register("tls_failures", "TLS handshakes that failed, by reason", self.tls_failures.clone());
         registry.register(
@@ -120,7 +123,7 @@ impl Metrics {
         );
         registry.register(
             "key_reloads",
-            "Keys for tokens that changed on disk, by whether the new ones could be used",
+            "Keys of clients that changed on disk, by whether the new ones could be used",
             self.key_reloads.clone(),
         );
         registry.register(
@@ -151,7 +154,7 @@ impl Metrics {
         self.certificate_reloads.get_or_create(&ResultLabel { result }).inc();
     }
 
-    /// Keys for tokens have changed on disk.
+    /// Keys of clients have changed on disk.
     pub(super) fn keys_reloaded(&self, result: &'static str) {
         self.key_reloads.get_or_create(&ResultLabel { result }).inc();
     }

@@ -1,6 +1,6 @@
 //! The way to an upstream WebSocket server.
 
-use std::{future::poll_fn, net::IpAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{future::poll_fn, net::IpAddr, pin::pin, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Empty;
@@ -87,7 +87,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(identity: Identity, endpoints: Endpoints, user: Option<&Arc<str>>) -> Self {
+    pub(super) fn new(identity: Identity, endpoints: Endpoints, user: Option<&str>) -> Self {
         // Through an HTTP proxy, it is the proxy that connected to us.
         let is_direct = identity.ip == endpoints.remote.ip();
         Self {

@@ -9,7 +9,7 @@ use super::{
     Shared,
     admission::Permit,
     application::Opened,
-    auth::Authenticated,
+    auth::Member,
     close::{self, End},
     liveness,
     messages::WindowLimiter,
@@ -23,7 +23,7 @@ use crate::config::{Messages, OnViolation};
 pub(super) struct Client {
     pub(super) address: IpAddr,
     /// `None` where anybody may connect.
-    pub(super) user: Option<Authenticated>,
+    pub(super) user: Option<Member>,
 }
 
 /// Serves `client`, which is `who`, to the end of the session and closes both sides.
@@ -79,7 +79,7 @@ pub(super) async fn run(
 fn log(end: &End, client: &Peer<Socket>, who: &Client, lasted: Duration, shared: &Shared) {
     let reason = end.label();
     let Client { address, user } = who;
-    let user = user.as_ref().map(|user| &**user.user());
+    let user = user.as_ref().map(Member::user);
     let remote = client.transport(|socket| socket.connection().remote);
     tracing::debug!(client = %address, %remote, user, reason, ?lasted, "session ends");
     if end.is_abuse()
@@ -90,7 +90,7 @@ fn log(end: &End, client: &Peer<Socket>, who: &Client, lasted: Duration, shared:
 }
 
 /// Completes when the client's right to go on ends; never where anybody may connect.
-async fn lapse(user: Option<&Authenticated>, shared: &Shared) -> End {
+async fn lapse(user: Option<&Member>, shared: &Shared) -> End {
     match (user, &shared.auth) {
         (Some(user), Some(auth)) => auth.lapse(user).await,
         _ => std::future::pending().await,

@@ -1,9 +1,11 @@
 //! Who a client is, by what it shows in its handshake; and for how long that holds.
 
+mod api_keys;
 mod credential;
 #[cfg(test)]
 pub(in crate::gateway) mod signing;
 mod token;
+mod users;
 
 use std::{
     sync::Arc,
@@ -14,27 +16,37 @@ use hyper::http::{HeaderValue, request::Parts};
 use tokio::time::{Instant, sleep};
 
 use super::{answer::Refusal, close::End, handshake::Handshake, metrics::Metrics};
-use crate::config::{self, TokenKeyError};
+use crate::config::{self, API_KEY_PREFIX, AuthError, user_name};
+use api_keys::KeyFile;
 use credential::Credential;
 use token::Tokens;
+use users::{Account, Users};
+
+pub(super) use users::{Crowded, Seat};
 
 /// The wall clock may be set while a session sleeps, so it is looked at this often at least.
 const LONGEST_SLEEP: Duration = Duration::from_mins(1);
-
-/// Longest name of a user, in bytes.
-const LONGEST_USER: usize = 128;
 
 /// What `[gateway.auth]` asks of clients.
 pub(super) struct Auth {
     config: config::Auth,
     tokens: Option<Arc<Tokens>>,
+    keys: Option<Arc<KeyFile>>,
+    users: Arc<Users>,
 }
 
 /// A client that has shown who it is.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Authenticated {
-    user: Arc<str>,
+    account: Account,
+    limits: config::UserLimits,
     basis: Basis,
+}
+
+/// A client with its place among the sessions of its user.
+pub(super) struct Member {
+    authenticated: Authenticated,
+    seat: Seat,
 }
 
 /// What a session's right to go on rests on.
@@ -42,6 +54,8 @@ pub(super) struct Authenticated {
 enum Basis {
     /// A token. It is not kept: which key signed it, and until when, is all there is to check again.
     Token { key: [u8; 32], expires: SystemTime },
+    /// An API key, by its hash.
+    Key([u8; 32]),
 }
 
 /// Why a client is not let in.
@@ -53,6 +67,8 @@ pub(super) enum Rejection {
     Malformed,
     /// No key of ours has signed the token.
     Signature,
+    /// The API key is not in the file.
+    Key,
     /// The token has expired, or does not say when it does.
     Expired,
     /// The token is for later.
@@ -72,6 +88,7 @@ impl Rejection {
             Self::Missing => "no_token",
             Self::Malformed => "token_malformed",
             Self::Signature => "token_signature",
+            Self::Key => "key_unknown",
             Self::Expired => "token_expired",
             Self::NotYet => "token_not_yet",
             Self::Issuer => "token_issuer",
@@ -86,6 +103,7 @@ impl Rejection {
             Self::Missing => "this server takes clients with a token only",
             Self::Malformed => "what stands in the place of the token is not one that this server takes",
             Self::Signature => "the token is not signed by a key that this server knows",
+            Self::Key => "this server does not know the API key",
             Self::Expired => "the token has expired, or never expires",
             Self::NotYet => "the token is not valid yet",
             Self::Issuer => "the token is not by an issuer that this server knows",
@@ -108,9 +126,10 @@ impl Rejection {
 
 impl Auth {
     /// Reads the keys.
-    pub(super) fn new(config: &config::Auth) -> Result<Self, TokenKeyError> {
+    pub(super) fn new(config: &config::Auth) -> Result<Self, AuthError> {
         let tokens = config.jwt.as_ref().map(Tokens::new).transpose()?.map(Arc::new);
-        Ok(Self { config: config.clone(), tokens })
+        let keys = config.api_keys.as_deref().map(KeyFile::new).transpose()?.map(Arc::new);
+        Ok(Self { config: config.clone(), tokens, keys, users: Arc::default() })
     }
 
     /// Who the client is. What it shows is taken out of the request that the application will see, unless that is wanted.
@@ -123,29 +142,70 @@ impl Auth {
     }
 
     fn check(&self, shown: &Credential) -> Result<Authenticated, Rejection> {
+        let limits = self.config.users;
+        if let Some(keys) = &self.keys
+            && shown.text().starts_with(API_KEY_PREFIX)
+        {
+            let key = keys.find(shown.text()).ok_or(Rejection::Key)?;
+            let limits = config::UserLimits {
+                connections: key.connections.unwrap_or(limits.connections),
+                attempts_per_minute: key.attempts_per_minute.unwrap_or(limits.attempts_per_minute),
+                ..limits
+            };
+            let account = Account { user: Arc::clone(&key.user), key: Some(key.id()) };
+            return Ok(Authenticated { account, limits, basis: Basis::Key(key.id()) });
+        }
         let tokens = self.tokens.as_ref().ok_or(Rejection::Malformed)?;
         let token = tokens.verify(shown.text(), SystemTime::now())?;
-        Ok(Authenticated { user: token.user, basis: Basis::Token { key: token.key, expires: token.expires } })
+        let account = Account { user: token.user, key: None };
+        Ok(Authenticated { account, limits, basis: Basis::Token { key: token.key, expires: token.expires } })
+    }
+
+    /// Takes a place for the client among the sessions of its user.
+    pub(super) fn enter(&self, authenticated: Authenticated, metrics: &Metrics) -> Result<Member, Refusal> {
+        let seat = self
+            .users
+            .enter(authenticated.account.clone(), authenticated.limits, metrics.users.clone(), Instant::now())
+            .map_err(Refusal::Crowded)?;
+        Ok(Member { authenticated, seat })
     }
 
     /// Completes when a session may not go on, with what ends it.
-    pub(super) async fn lapse(&self, client: &Authenticated) -> End {
+    pub(super) async fn lapse(&self, client: &Member) -> End {
+        tokio::select! {
+            () = client.seat.replaced() => End::Replaced,
+            end = self.outlive(&client.authenticated.basis) => end,
+        }
+    }
+
+    async fn outlive(&self, basis: &Basis) -> End {
         let mut next_check = self.next_check();
         loop {
-            let Basis::Token { key, expires } = &client.basis;
-            let Some(left) = expires.duration_since(SystemTime::now()).ok().filter(|left| !left.is_zero()) else {
-                return End::Expired;
+            let left = match basis {
+                Basis::Token { expires, .. } => expires.duration_since(SystemTime::now()).unwrap_or_default(),
+                Basis::Key(_) => Duration::MAX,
             };
+            if left.is_zero() {
+                return End::Expired;
+            }
             let now = Instant::now();
             let until_check = next_check.map_or(Duration::MAX, |at| at.saturating_duration_since(now));
             if until_check.is_zero() {
-                if !self.tokens.as_ref().is_some_and(|tokens| tokens.knows(key)) {
+                if !self.holds(basis) {
                     return End::Revoked;
                 }
                 next_check = self.next_check();
                 continue;
             }
             sleep(left.min(until_check).min(LONGEST_SLEEP)).await;
+        }
+    }
+
+    /// Whether what the client has shown would be taken again.
+    fn holds(&self, basis: &Basis) -> bool {
+        match basis {
+            Basis::Token { key, .. } => self.tokens.as_ref().is_some_and(|tokens| tokens.knows(key)),
+            Basis::Key(digest) => self.keys.as_ref().is_some_and(|keys| keys.knows(digest)),
         }
     }
 
@@ -158,32 +218,38 @@ impl Auth {
     /// Looks at the files with keys for ever, and takes new ones into use. Those that are no good are told, and the old
     /// ones stay.
     pub(super) async fn watch(self: Arc<Self>, metrics: Arc<Metrics>) {
-        let Some(tokens) = self.tokens.clone() else { return };
-        let tell = |reloaded: Result<(), TokenKeyError>| match reloaded {
+        let tell = |reloaded: Result<(), AuthError>| match reloaded {
             Ok(()) => {
                 metrics.keys_reloaded("ok");
-                tracing::info!("the keys for tokens have changed: the new ones are in use");
+                tracing::info!("the keys of clients have changed: the new ones are in use");
             }
             Err(error) => {
                 metrics.keys_reloaded("failed");
-                tracing::error!(%error, "the keys for tokens have changed and can't be used: the old ones stay in use");
+                tracing::error!(%error, "the keys of clients have changed and can't be used: the old ones stay in use");
             }
         };
-        tokens.watch().run(move || tokens.reload(), tell).await;
+        let tokens = async {
+            if let Some(tokens) = self.tokens.clone() {
+                tokens.watch().run(move || tokens.reload().map_err(AuthError::from), tell).await;
+            }
+        };
+        let keys = async {
+            if let Some(keys) = self.keys.clone() {
+                keys.watch().run(move || keys.reload().map_err(AuthError::from), tell).await;
+            }
+        };
+        tokio::join!(tokens, keys);
     }
 }
 
-impl Authenticated {
+impl Member {
     /// The user's name.
-    pub(super) fn user(&self) -> &Arc<str> {
-        &self.user
+    pub(super) fn user(&self) -> &str {
+        &self.authenticated.account.user
     }
-}
 
-/// A user's name, if `text` can be one: it goes into logs and headers, so it has no control characters, and no space at
-/// either end, which a header would lose.
-fn user_name(text: &str) -> Option<Arc<str>> {
-    let is_good =
-        !text.is_empty() && text.len() <= LONGEST_USER && text.trim() == text && !text.chars().any(char::is_control);
-    is_good.then(|| text.into())
+    /// Has those of the user's older sessions leave that are too many. Called when this one is sure to begin.
+    pub(super) fn take_over(&self) {
+        self.seat.take_over();
+    }
 }

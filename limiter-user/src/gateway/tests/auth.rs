@@ -13,8 +13,9 @@ use tokio_tungstenite::tungstenite::{Error, client::IntoClientRequest};
 
 use super::{relays, support::*};
 use crate::{
-    config::{self, Auth, Jwt, Places},
+    config::{self, Auth, Jwt, OnExcess, Places, UserLimits, new_api_key},
     gateway::auth::signing::{Signer, now},
+    policy::Limits,
 };
 
 /// A gateway that takes the tokens of one key, wherever they are shown.
@@ -165,6 +166,115 @@ async fn a_session_whose_key_is_gone_is_closed_with_4401_and_others_go_on() {
     let _new = connect(&gateway, "/", &bearer(&renewed.token_of("alice", 60))).await.unwrap();
 }
 
+fn users(connections: u32, on_excess: OnExcess, attempts_per_minute: u32) -> UserLimits {
+    UserLimits { connections, on_excess, attempts_per_minute }
+}
+
+#[tokio::test]
+async fn a_newer_login_replaces_the_older_which_is_closed_with_4409() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(2, OnExcess::Replace, 0);
+    let gateway = start(&setup.config());
+    let alice = bearer(&setup.signer.token_of("alice", 60));
+    let mut other = connect(&gateway, "/", &bearer(&setup.signer.token_of("bob", 60))).await.unwrap();
+    let mut clients = Vec::new();
+    for _ in 0..3 {
+        clients.push(connect(&gateway, "/", &alice).await.unwrap());
+    }
+    assert_eq!(next_close(&mut clients[0]).await, (4409, "replaced by a newer login".into()));
+    for client in &mut clients[1..] {
+        echoes(client, "still here").await;
+    }
+    echoes(&mut other, "still here").await;
+    eventually("it is counted", || gateway.metric("limiter_sessions_closed_total{reason=\"replaced\"}") == 1).await;
+    assert_eq!(gateway.metric("limiter_users"), 2);
+    drop((clients, other));
+    gateway.wait_released().await;
+    eventually("nobody is left", || gateway.metric("limiter_users") == 0).await;
+}
+
+#[tokio::test]
+async fn a_newer_login_is_refused_with_429_where_so_configured() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(1, OnExcess::Refuse, 0);
+    let gateway = start(&setup.config());
+    let alice = bearer(&setup.signer.token_of("alice", 60));
+    let mut first = connect(&gateway, "/", &alice).await.unwrap();
+    let refused = connect(&gateway, "/", &alice).await.unwrap_err();
+    assert_eq!(refused.status(), 429);
+    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"user_full\"}"), 1);
+    echoes(&mut first, "still here").await;
+    first.close(None).await.unwrap();
+    gateway.wait_released().await;
+    let _second = connect(&gateway, "/", &alice).await.unwrap();
+}
+
+#[tokio::test]
+async fn attempts_are_counted_per_user_and_wrong_tokens_are_nobodys() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(0, OnExcess::Refuse, 2);
+    let gateway = start(&setup.config());
+    let alice = bearer(&setup.signer.token_of("alice", 60));
+    let forged = bearer(&Signer::es256().token_of("alice", 60));
+    for _ in 0..3 {
+        assert_eq!(connect(&gateway, "/", &forged).await.unwrap_err().status(), 401);
+    }
+    for _ in 0..2 {
+        drop(connect(&gateway, "/", &alice).await.unwrap());
+    }
+    let refused = connect(&gateway, "/", &alice).await.unwrap_err();
+    assert_eq!(refused.status(), 429);
+    let retry: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=60).contains(&retry), "{retry}");
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"user_attempts\"}"), 1);
+    let _other = connect(&gateway, "/", &bearer(&setup.signer.token_of("bob", 60))).await.unwrap();
+}
+
+#[tokio::test]
+async fn users_behind_one_address_leave_each_other_room() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(1, OnExcess::Refuse, 0);
+    let gateway =
+        start_with(&setup.config(), Limits { connections_per_source: 1, connections_total: 3, ..unlimited() });
+    let mut clients = Vec::new();
+    for name in ["a", "b", "c"] {
+        clients.push(connect(&gateway, "/", &bearer(&setup.signer.token_of(name, 60))).await.unwrap());
+    }
+    let refused = connect(&gateway, "/", &bearer(&setup.signer.token_of("d", 60))).await.unwrap_err();
+    assert_eq!(refused.status(), 503, "they count in all");
+}
+
+#[tokio::test]
+async fn an_api_key_has_its_own_limit_and_is_closed_when_it_goes() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(1, OnExcess::Refuse, 0);
+    setup.auth.reauth_interval = Duration::from_secs(1);
+    let (key, entry) = new_api_key("robot", Some(2), None).unwrap();
+    let (other, other_entry) = new_api_key("robot", None, None).unwrap();
+    let path = setup.folder.path().join("keys.toml");
+    let write = |text: &str| {
+        let new = setup.folder.path().join("keys.new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, &path).unwrap();
+    };
+    write(&format!("{entry}\n{other_entry}"));
+    setup.auth.api_keys = Some(path.clone());
+    let gateway = start(&setup.config());
+    let mut first = connect(&gateway, "/", &bearer(&key)).await.unwrap();
+    let _second = connect(&gateway, &format!("/?token={key}"), &[]).await.unwrap();
+    assert_eq!(connect(&gateway, "/", &bearer(&key)).await.unwrap_err().status(), 429);
+    let mut stays = connect(&gateway, "/", &bearer(&other)).await.unwrap();
+    assert_eq!(connect(&gateway, "/", &bearer("lk_unknown")).await.unwrap_err().status(), 401);
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"key_unknown\"}"), 1);
+    let _by_token = connect(&gateway, "/", &bearer(&setup.signer.token_of("robot", 60))).await.unwrap();
+
+    write(&other_entry);
+    assert_eq!(next_close(&mut first).await, (4401, "not authenticated any more".into()));
+    echoes(&mut stays, "still here").await;
+    assert_eq!(connect(&gateway, "/", &bearer(&key)).await.unwrap_err().status(), 401);
+}
+
 /// What a subscriber writes, kept.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -187,11 +297,16 @@ async fn no_token_gets_into_the_log_at_any_level() {
     let subscriber =
         tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
     let guard = tracing::subscriber::set_default(subscriber);
-    let setup = Setup::new();
+    let mut setup = Setup::new();
+    let (key, entry) = new_api_key("robot", None, None).unwrap();
+    let path = setup.folder.path().join("keys.toml");
+    std::fs::write(&path, entry).unwrap();
+    setup.auth.api_keys = Some(path);
     let gateway = start(&setup.config());
     let good = setup.signer.token_of("alice", 60);
     let bad = Signer::hs256().token_of("alice", 60);
-    for token in [&good, &bad] {
+    let unknown = new_api_key("robot", None, None).unwrap().0;
+    for token in [&good, &bad, &key, &unknown] {
         for (path, headers) in [
             ("/".to_owned(), bearer(token).into()),
             (format!("/?token={token}"), vec![]),
@@ -212,9 +327,10 @@ async fn no_token_gets_into_the_log_at_any_level() {
     gateway.wait_released().await;
     drop(guard);
     let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    assert!(log.contains("token_signature") && log.contains("session ends") && log.contains("alice"), "{log}");
-    for token in [&good, &bad] {
-        for part in token.split('.') {
+    assert!(log.contains("token_signature") && log.contains("session ends") && log.contains("robot"), "{log}");
+    assert!(log.contains("alice") && log.contains("key_unknown"), "{log}");
+    for token in [&good, &bad, &key, &unknown] {
+        for part in token.trim_start_matches("lk_").split('.') {
             assert!(!log.contains(part), "{part} is in the log: {log}");
         }
     }
