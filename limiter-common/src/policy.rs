@@ -37,9 +37,15 @@ pub struct ServicePolicy {
 pub enum OnDeny {
     /// Nothing: the packet is dropped.
     Drop = 0,
+    /// A RST, as long as there are not more than [`RESET_RATE`] of them; past that, nothing.
+    Reset = 1,
     /// It is counted and passes.
     Observe = 2,
 }
+
+/// How many RSTs a service answers refused SYNs with: a thousand a second, and as many at once. A client that is told
+/// spares itself the wait; a flood, whose source addresses may be anybody's, is not to be answered one for one.
+pub const RESET_RATE: Rate = Rate::new(1000, 1000);
 
 /// What happens to a connection that the ledger has no room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +75,8 @@ pub struct ServiceState {
     pub reported_ns: u64,
     /// Such refusals since then that were not reported; a few may be missing where several CPUs refuse at once.
     pub unreported: u64,
+    /// The word of the [`crate::bucket`] of [`RESET_RATE`].
+    pub resets_ns: u64,
 }
 
 /// A service's name as it lies in a map.

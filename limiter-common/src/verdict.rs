@@ -126,11 +126,16 @@ pub enum Counter {
     /// VLAN tags or extension headers than anybody needs. Dropped, or passed where the service only observes. Where not even
     /// the port can be read, they are counted with the first service.
     HeadersHidden = 30,
+    /// Refused SYNs that were answered by a RST.
+    ResetSent = 31,
+    /// Refused SYNs of a service that answers by a RST, and that were dropped: there had been too many, or there is no right
+    /// answer to such a packet.
+    ResetSuppressed = 32,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -162,6 +167,8 @@ impl Counter {
         Self::ClosedAudit,
         Self::CutPastLimit,
         Self::HeadersHidden,
+        Self::ResetSent,
+        Self::ResetSuppressed,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -237,6 +244,8 @@ impl Counter {
             Self::ClosedAudit => "closed_audit",
             Self::CutPastLimit => "cut_past_limit",
             Self::HeadersHidden => "headers_hidden",
+            Self::ResetSent => "reset_sent",
+            Self::ResetSuppressed => "reset_suppressed",
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Who may connect. Decides on two kinds of packets: the SYN, which asks, and the segment that completes the handshake,
 //! which proves who asks. Everything else passes untouched.
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::{
+    bindings::{__sk_buff, xdp_md},
+    helpers::bpf_ktime_get_ns,
+    programs::XdpContext,
+};
 use aya_log_ebpf::debug;
 use limiter_common::{
     Counter, DenyReason, Endpoints, ServicePolicy, SourceEntry, SourceKey,
@@ -12,7 +16,7 @@ use limiter_common::{
 
 use crate::{
     atomic,
-    context::Packet,
+    context::{Packet, Skb},
     counters::count,
     handshake::{self, Proof},
     ledger::{self, Reserved},
@@ -30,22 +34,27 @@ const EXPIRE_ON_RESERVE: usize = 2;
 
 /// What becomes of a packet.
 #[derive(Clone, Copy)]
+#[repr(u32)]
 pub enum Verdict {
     Pass,
     Drop,
+    /// It is answered by a RST.
+    Reset,
 }
 
-/// The verdict on a packet.
+const DROP: u32 = Verdict::Drop as u32;
+const RESET: u32 = Verdict::Reset as u32;
+
+/// The verdict on a packet of this service, if it is one's.
 #[inline(always)]
-pub fn admit(ctx: &impl Packet) -> Verdict {
-    match try_admit(ctx) {
-        Some(verdict) => verdict,
-        None => Verdict::Pass,
-    }
+pub fn admit(ctx: &impl Packet) -> (Verdict, u16) {
+    try_admit(ctx).unwrap_or((Verdict::Pass, 0))
 }
 
+/// What is done for every packet is done here; the rest, which takes much of the stack, in functions that are called one
+/// after the other and not one in the other.
 #[inline(always)]
-fn try_admit(ctx: &impl Packet) -> Option<Verdict> {
+fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
     let segment = match packet::segment(ctx) {
         Ok(segment) => segment,
         Err(Unread::Other) => return None,
@@ -54,17 +63,18 @@ fn try_admit(ctx: &impl Packet) -> Option<Verdict> {
     let service = service_on(segment.local_port())?;
     let flags = segment.flags();
     if flags & (SYN | ACK | RST | FIN) == SYN {
-        let ends = endpoints(&segment);
-        let policy = SERVICES.get_ptr(u32::from(service))?;
-        let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
-        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-        Some(syn(ctx, &ends, service, unsafe { &*policy }, state))
+        match ctx.syn(service) {
+            DROP => Some((Verdict::Drop, service)),
+            RESET => Some((Verdict::Reset, service)),
+            _ => None,
+        }
     } else if flags & (SYN | ACK | RST) == ACK {
         // Nearly every packet ends here.
         if LEDGER.get_ptr(&segment.key(TAG_SECRET.get(0)?)).is_some() {
-            return Some(Verdict::Pass);
+            return None;
         }
-        Some(unknown(ctx, &segment, &endpoints(&segment), service))
+        ctx.handshake(service);
+        None
     } else {
         None
     }
@@ -73,21 +83,41 @@ fn try_admit(ctx: &impl Packet) -> Option<Verdict> {
 /// What only the stack can read is dropped, unless it is for no service. Where not even the port can be read, it is for any,
 /// and counted with the first.
 #[inline(always)]
-fn hidden(port: u16) -> Option<Verdict> {
+fn hidden(port: u16) -> Option<(Verdict, u16)> {
     let service = if port == 0 { 0 } else { service_on(port)? };
     count(service, Counter::HeadersHidden);
     let policy = SERVICES.get_ptr(u32::from(service))?;
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let observed = unsafe { (*policy).on_deny } == OnDeny::Observe as u8;
-    (!observed).then_some(Verdict::Drop)
+    (!observed).then_some((Verdict::Drop, service))
 }
 
-/// Somebody asks for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against anyone.
+/// Somebody asks a service for a connection; who it is remains to be seen. Nothing is stored, and nothing counted against
+/// anyone. Returns a [`Verdict`].
+///
+/// A global function, like [`crate::packet::limiter_locate`]: it has a stack and a judgement of the verifier for itself.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_syn(ctx: *mut xdp_md, service: u32) -> u32 {
+    syn(&XdpContext::new(ctx), service as u16).unwrap_or(Verdict::Pass) as u32
+}
+
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_syn_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32) -> u32 {
+    syn(&Skb::new(skb, has_ethernet != 0), service as u16).unwrap_or(Verdict::Pass) as u32
+}
+
 #[inline(always)]
-fn syn(ctx: &impl Packet, ends: &Endpoints, service: u16, policy: &ServicePolicy, state: *mut ServiceState) -> Verdict {
+fn syn(ctx: &impl Packet, service: u16) -> Option<Verdict> {
+    let ends = &endpoints(&packet::segment(ctx).ok()?);
+    let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    let policy = unsafe { &*SERVICES.get_ptr(u32::from(service))? };
     let Some((reason, sampler)) = refusal(ends, service, policy, state) else {
         count(service, Counter::SynAdmitted);
-        return Verdict::Pass;
+        return None;
     };
     let observed = policy.on_deny == OnDeny::Observe as u8;
     count(service, Counter::of_refusal(reason, Stage::Syn, observed));
@@ -97,7 +127,13 @@ fn syn(ctx: &impl Packet, ends: &Endpoints, service: u16, policy: &ServicePolicy
     if unsafe { atomic::load(&raw const (*state).unconfirmed) } != 0 {
         expire_for_refused(state);
     }
-    if observed { Verdict::Pass } else { Verdict::Drop }
+    if observed {
+        None
+    } else if policy.on_deny == OnDeny::Reset as u8 {
+        Some(Verdict::Reset)
+    } else {
+        Some(Verdict::Drop)
+    }
 }
 
 /// What a SYN would be refused for now, if it came. Nothing is counted or reported.
@@ -153,24 +189,41 @@ fn refusal(
 }
 
 /// A segment of a connection that is not in the ledger. If it completes a handshake, this is where the slot is reserved.
+/// Whatever comes of it, the segment passes, perhaps changed. Returns 0; the kernel wants a number.
+///
+/// A global function, like [`limiter_syn`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_handshake(ctx: *mut xdp_md, service: u32) -> u32 {
+    let _ = unknown(&XdpContext::new(ctx), service as u16);
+    0
+}
+
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_handshake_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32) -> u32 {
+    let _ = unknown(&Skb::new(skb, has_ethernet != 0), service as u16);
+    0
+}
+
+/// The way out is `None` wherever the segment needs no more than to pass.
 #[inline(always)]
-fn unknown(ctx: &impl Packet, segment: &Segment, ends: &Endpoints, service: u16) -> Verdict {
+fn unknown(ctx: &impl Packet, service: u16) -> Option<()> {
+    let segment = &packet::segment(ctx).ok()?;
+    let ends = &endpoints(segment);
     let by_cookie = match handshake::prove(ctx, segment) {
-        Proof::NoHandshake => return Verdict::Pass,
+        Proof::NoHandshake => return None,
         Proof::Unproven => {
             count(service, Counter::HandshakeUnproven);
-            return Verdict::Pass;
+            return None;
         }
         Proof::Completes => false,
         Proof::CompletesByCookie => true,
     };
-    let (Some(policy), Some(state)) =
-        (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
-    else {
-        return Verdict::Pass;
-    };
+    let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let policy = unsafe { &*policy };
+    let policy = unsafe { &*SERVICES.get_ptr(u32::from(service))? };
     // SAFETY: the helper has no precondition.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     for _ in 0..EXPIRE_ON_RESERVE {
@@ -181,7 +234,7 @@ fn unknown(ctx: &impl Packet, segment: &Segment, ends: &Endpoints, service: u16)
     let limits = rules::limits_for(&ends.remote, policy);
     let observe = policy.on_deny == OnDeny::Observe as u8;
     let (reason, observed) = match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
-        Reserved::Yes | Reserved::Uncounted => return Verdict::Pass,
+        Reserved::Yes | Reserved::Uncounted => return None,
         Reserved::Observed(reason) => (reason, true),
         Reserved::Refused(reason) => (reason, false),
     };
@@ -200,7 +253,7 @@ fn unknown(ctx: &impl Packet, segment: &Segment, ends: &Endpoints, service: u16)
             segment.turn_into_reset(ctx);
         }
     }
-    Verdict::Pass
+    None
 }
 
 /// Who the refusal of a handshake is noted for.

@@ -17,7 +17,10 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 
-use crate::packet::{self, Cursor, Segment, TcpHeader};
+use crate::{
+    admission,
+    packet::{self, Cursor, Segment, TcpHeader},
+};
 
 /// A packet that has come in.
 pub trait Packet: EbpfContext {
@@ -36,6 +39,12 @@ pub trait Packet: EbpfContext {
 
     /// [`packet::limiter_locate`], or its like.
     fn locate(&self) -> u32;
+
+    /// [`admission::limiter_syn`], or its like.
+    fn syn(&self, service: u16) -> u32;
+
+    /// [`admission::limiter_handshake`], or its like.
+    fn handshake(&self, service: u16);
 
     /// Writes the flags of a segment of this packet, and mends the checksum. What pointed into the packet before points
     /// nowhere now.
@@ -67,6 +76,16 @@ impl Packet for XdpContext {
     #[inline(always)]
     fn locate(&self) -> u32 {
         packet::limiter_locate(self.ctx)
+    }
+
+    #[inline(always)]
+    fn syn(&self, service: u16) -> u32 {
+        admission::limiter_syn(self.ctx, service.into())
+    }
+
+    #[inline(always)]
+    fn handshake(&self, service: u16) {
+        admission::limiter_handshake(self.ctx, service.into());
     }
 
     #[inline(always)]
@@ -140,6 +159,16 @@ impl Packet for Skb {
     #[inline(always)]
     fn locate(&self) -> u32 {
         packet::limiter_locate_skb(self.skb, u32::from(self.has_ethernet))
+    }
+
+    #[inline(always)]
+    fn syn(&self, service: u16) -> u32 {
+        admission::limiter_syn_skb(self.skb, u32::from(self.has_ethernet), service.into())
+    }
+
+    #[inline(always)]
+    fn handshake(&self, service: u16) {
+        admission::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into());
     }
 
     // Not by writing to the packet: for a program that does, the kernel copies the headers of every packet that somebody

@@ -29,6 +29,7 @@ mod ledger;
 mod maps;
 mod packet;
 mod rates;
+mod reply;
 mod report;
 mod rules;
 mod sockets;
@@ -42,12 +43,15 @@ use aya_ebpf::{
     programs::{SockOpsContext, TcContext, XdpContext},
 };
 use context::Skb;
+use limiter_common::Counter;
 
 #[xdp]
 pub fn limiter_xdp(ctx: XdpContext) -> u32 {
-    match admission::admit(&ctx) {
-        Verdict::Drop => xdp_action::XDP_DROP,
+    let (verdict, service) = admission::admit(&ctx);
+    match verdict {
         Verdict::Pass => xdp_action::XDP_PASS,
+        Verdict::Drop => xdp_action::XDP_DROP,
+        Verdict::Reset => reply::limiter_reset(ctx.ctx, service.into()),
     }
 }
 
@@ -63,10 +67,15 @@ pub fn limiter_tc_l3(ctx: TcContext) -> i32 {
 
 /// To pass is to leave the decision to whoever comes next (`TCX_NEXT`).
 #[inline(always)]
-fn tc_action(verdict: Verdict) -> i32 {
+fn tc_action((verdict, service): (Verdict, u16)) -> i32 {
     match verdict {
-        Verdict::Drop => TC_ACT_SHOT,
         Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::Drop => TC_ACT_SHOT,
+        // Answers are made by XDP alone.
+        Verdict::Reset => {
+            counters::count(service, Counter::ResetSuppressed);
+            TC_ACT_SHOT
+        }
     }
 }
 

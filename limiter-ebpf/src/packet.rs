@@ -26,7 +26,7 @@ const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
 /// Nobody needs more than two; but the stack steps over any number of tags that only give a priority (VLAN 0).
 const MAX_VLAN_TAGS: usize = 4;
 
-const PROTOCOL_TCP: u8 = 6;
+pub const PROTOCOL_TCP: u8 = 6;
 const HEADER_HOP_BY_HOP: u8 = 0;
 const HEADER_ROUTING: u8 = 43;
 const HEADER_FRAGMENT: u8 = 44;
@@ -47,10 +47,10 @@ const MORE_FRAGMENTS: u16 = 0x2000;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 #[repr(C)]
-struct EthernetHeader {
-    destination: [u8; 6],
-    source: [u8; 6],
-    ethertype: u16,
+pub struct EthernetHeader {
+    pub destination: [u8; 6],
+    pub source: [u8; 6],
+    pub ethertype: u16,
 }
 
 #[repr(C)]
@@ -61,27 +61,27 @@ struct VlanTag {
 
 #[repr(C)]
 pub struct Ipv4Header {
-    version_and_length: u8,
-    service: u8,
-    total_length: u16,
-    identification: u16,
-    flags_and_fragment: u16,
-    ttl: u8,
-    protocol: u8,
-    checksum: u16,
-    source: u32,
-    destination: u32,
+    pub version_and_length: u8,
+    pub service: u8,
+    pub total_length: u16,
+    pub identification: u16,
+    pub flags_and_fragment: u16,
+    pub ttl: u8,
+    pub protocol: u8,
+    pub checksum: u16,
+    pub source: u32,
+    pub destination: u32,
 }
 
 #[repr(C)]
 pub struct Ipv6Header {
-    version_and_class: u8,
-    class_and_flow: [u8; 3],
-    payload_length: u16,
-    next_header: u8,
-    hop_limit: u8,
-    source: [u32; 4],
-    destination: [u32; 4],
+    pub version_and_class: u8,
+    pub class_and_flow: [u8; 3],
+    pub payload_length: u16,
+    pub next_header: u8,
+    pub hop_limit: u8,
+    pub source: [u32; 4],
+    pub destination: [u32; 4],
 }
 
 #[repr(C)]
@@ -215,16 +215,18 @@ const PLAIN_HEADERS: u32 = 14 + 60 + 20;
 const ALL_HEADERS: u32 = 14 + 4 * MAX_VLAN_TAGS as u32 + 40 + 2048 * MAX_EXTENSION_HEADERS as u32 + 20;
 
 /// In the answer of [`limiter_locate`]: the network header is that of IPv6.
-const IS_V6: u32 = 1 << 31;
+pub const IS_V6: u32 = 1 << 31;
 /// In the answer of [`limiter_locate`]: there is none, but for [`Unread::Hidden`]; the port is in the lowest 16 bits.
-const HIDDEN: u32 = 1 << 30;
+pub const HIDDEN: u32 = 1 << 30;
+/// In the answer of [`limiter_locate`]: this is the first of several fragments.
+pub const IS_FRAGMENT: u32 = 1 << 15;
 /// In the answer of [`limiter_locate`]: how far to shift for the offset of the network header. That of the TCP header is
 /// in the lowest bits.
-const NETWORK_SHIFT: u32 = 16;
+pub const NETWORK_SHIFT: u32 = 16;
 /// Network headers begin before this offset.
-const NETWORK_END: usize = 32;
+pub const NETWORK_END: usize = 32;
 /// TCP headers begin before this offset: 8 extension headers have 2048 bytes each at most.
-const TCP_END: usize = 1 << 15;
+pub const TCP_END: usize = 1 << 15;
 
 /// Where the network header and the TCP header of a frame begin; 0 if there is no TCP header; or [`HIDDEN`].
 ///
@@ -254,13 +256,13 @@ pub struct Cursor {
 
 impl Cursor {
     #[inline(always)]
-    fn new(ctx: &impl Packet) -> Self {
+    pub fn new(ctx: &impl Packet) -> Self {
         Self { start: ctx.data(), end: ctx.data_end(), offset: 0 }
     }
 
     /// The next `T`.
     #[inline(always)]
-    fn take<T>(&mut self) -> Option<*mut T> {
+    pub fn take<T>(&mut self) -> Option<*mut T> {
         let at = self.start + self.offset;
         if at + mem::size_of::<T>() > self.end {
             return None;
@@ -270,7 +272,7 @@ impl Cursor {
     }
 
     #[inline(always)]
-    fn skip(&mut self, bytes: usize) {
+    pub fn skip(&mut self, bytes: usize) {
         self.offset += bytes;
     }
 }
@@ -334,8 +336,11 @@ fn locate_in_v6(cursor: &mut Cursor) -> Option<u32> {
 #[inline(always)]
 fn whole(cursor: &mut Cursor, fragment: bool, end: usize) -> u32 {
     let place = cursor.offset;
-    if !fragment || place + mem::size_of::<TcpHeader>() <= end {
+    if !fragment {
         return place as u32;
+    }
+    if place + mem::size_of::<TcpHeader>() <= end {
+        return place as u32 | IS_FRAGMENT;
     }
     // SAFETY: take checked it.
     let port = match cursor.take::<Ports>() {

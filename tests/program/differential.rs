@@ -7,8 +7,8 @@ use limiter::kernel::Hook;
 use limiter_common::{
     Counter, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
-    model::{Admission, Handshake, Verdict},
-    policy::OnDeny,
+    model::{Admission, Handshake, Verdict, reset},
+    policy::{OnDeny, RESET_RATE},
     rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
 use limiter_tests::{
@@ -21,15 +21,19 @@ use limiter_tests::{
 const PACKETS: u64 = 100_000;
 const PACKETS_IN_FULL: u64 = 10_000_000;
 
+/// How many RSTs are sent at once.
+const RESET_BURST: u64 = RESET_RATE.full_ns / RESET_RATE.token_ns;
+
 /// So slow that no token comes back while the test runs.
 const RATE: Rate = Rate { token_ns: 3_600_000_000_000, full_ns: 7_200_000_000_000 };
 
-/// Three services with different limits, prefixes and manners.
-fn services() -> [(u16, u16, ServicePolicy); 3] {
+/// Four services with different limits, prefixes and manners.
+fn services() -> [(u16, u16, ServicePolicy); 4] {
     let base = ServicePolicy { ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() };
     [
         (0, 8080, ServicePolicy { connections_per_source: 2, connections_total: 60, ..base }),
         (1, 443, ServicePolicy { connections_per_source: 3, rate: RATE, ipv4_prefix: 28, ipv6_prefix: 120, ..base }),
+        (3, 9001, ServicePolicy { connections_per_source: 1, on_deny: OnDeny::Reset as u8, ..base }),
         (
             2,
             9000,
@@ -89,7 +93,7 @@ fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
     let source = SocketAddr::new(address(random, v4), 1 + random.u16(0..6));
     let local: IpAddr =
         if v4 { Ipv4Addr::new(192, 0, 2, 1).into() } else { Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into() };
-    let port = [8080, 8080, 443, 9000, 22][random.usize(0..5)];
+    let port = [8080, 8080, 443, 9000, 9001, 22][random.usize(0..6)];
     let mut frame = Frame::syn(source, SocketAddr::new(local, port));
     frame.flags = match random.u64(0..4) {
         0 | 1 => 0x02,
@@ -115,6 +119,8 @@ fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
             })
             .collect();
     }
+    frame.sequence = random.u32(..);
+    frame.tcp_options = (0..random.usize(0..11) * 4).map(|_| random.u8(..)).collect();
     frame.payload = vec![0; random.usize(0..40)];
     let mut bytes = frame.to_bytes();
     if random.u64(0..8) == 0 {
@@ -152,7 +158,8 @@ fn program_and_model_agree(hook: Hook) {
         std::env::var("LIMITER_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     let mut random = fastrand::Rng::with_seed(seed);
     let mut program = Program::load_for(hook).unwrap();
-    let mut model = Admission { ledger_size: 1024, now_ns: now_ns(), ..Admission::default() };
+    let answering = hook == Hook::Xdp;
+    let mut model = Admission { ledger_size: 1024, answers: answering, now_ns: now_ns(), ..Admission::default() };
     for (index, port, policy) in services() {
         program.set_service(index, port, &policy).unwrap();
         model.ports.insert(port, index);
@@ -163,6 +170,7 @@ fn program_and_model_agree(hook: Hook) {
         model.rules.insert(cidr, rule);
     }
     let mut drops = 0;
+    let mut answers = 0;
     for number in 0..packets {
         // Connections come by now and then, as the stack would confirm them.
         if number % 1000 == 0 {
@@ -186,6 +194,10 @@ fn program_and_model_agree(hook: Hook) {
                 program.set_bucket(&source, word).unwrap();
             }
         }
+        // The model knows no limit of RSTs, so it is not to be reached.
+        if number % (RESET_BURST / 2) == 0 {
+            program.set_state(3, |state| state.resets_ns = 0).unwrap();
+        }
         let frame = frame(&mut random);
         if !program.takes(&frame) {
             continue;
@@ -196,9 +208,15 @@ fn program_and_model_agree(hook: Hook) {
         let found = match action {
             Action::Drop => Verdict::Drop,
             Action::Pass => Verdict::Pass,
+            Action::Transmit => Verdict::Answer,
         };
         assert_eq!(found, wanted, "seed {seed}, packet {number}: {frame:02x?}");
-        assert_eq!(out, frame, "seed {seed}, packet {number} was changed");
+        if found == Verdict::Answer {
+            assert_eq!(Some(out), reset(&frame).as_deref(), "seed {seed}, the answer to packet {number}: {frame:02x?}");
+            answers += 1;
+        } else {
+            assert_eq!(out, frame, "seed {seed}, packet {number} was changed");
+        }
         drops += u64::from(action == Action::Drop);
         if number % 5000 == 0 {
             assert_eq!(program.counters().unwrap(), model.counters, "seed {seed}, up to packet {number}");
@@ -209,4 +227,6 @@ fn program_and_model_agree(hook: Hook) {
         assert!(model.counters.contains_key(&(1, counter)), "no packet was refused for {}", counter.name());
     }
     assert!((packets / 100..packets / 2).contains(&drops), "{drops} drops: the packets don't try the limits");
+    assert_eq!(answers > packets / 200, answering, "{answers} answers");
+    assert!(model.counters.contains_key(&(3, Counter::ResetSuppressed)), "no packet was without a right answer");
 }

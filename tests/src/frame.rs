@@ -5,6 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::segment::flags;
 
+/// Hardware address of the server: where frames go.
+pub const SERVER_MAC: [u8; 6] = [2; 6];
+/// Hardware address of the client: where they come from.
+pub const CLIENT_MAC: [u8; 6] = [4; 6];
+
 /// What comes between the IP header and TCP, or before the IP header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
@@ -20,11 +25,15 @@ pub struct Frame {
     pub ipv4_fragment: (bool, u16),
     /// IPv6 extension headers, in order.
     pub extensions: Vec<Extension>,
+    /// The sequence number.
+    pub sequence: u32,
     /// The acknowledgement number.
     pub acknowledgement: u32,
     /// Of [`flags`].
     pub flags: u8,
-    /// What follows the TCP header, options included.
+    /// TCP options, in whole words.
+    pub tcp_options: Vec<u8>,
+    /// What follows the TCP header.
     pub payload: Vec<u8>,
 }
 
@@ -71,8 +80,10 @@ impl Frame {
             ipv4_option_words: 0,
             ipv4_fragment: (false, 0),
             extensions: Vec::new(),
+            sequence: 1,
             acknowledgement: 0,
             flags: flags::SYN,
+            tcp_options: Vec::new(),
             payload: Vec::new(),
         }
     }
@@ -89,7 +100,7 @@ impl Frame {
     /// # Panics
     /// If the addresses are of different families.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0x02; 12];
+        let mut bytes = [SERVER_MAC, CLIENT_MAC].concat();
         for tag in &self.vlan_tags {
             bytes.extend(tag.to_be_bytes());
             bytes.extend([0x00, 0x64]);
@@ -137,9 +148,12 @@ impl Frame {
         let mut tcp = Vec::with_capacity(20 + self.payload.len());
         tcp.extend(self.source.port().to_be_bytes());
         tcp.extend(self.destination.port().to_be_bytes());
-        tcp.extend([0, 0, 0, 1]);
+        tcp.extend(self.sequence.to_be_bytes());
         tcp.extend(self.acknowledgement.to_be_bytes());
-        tcp.extend([5 << 4, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        assert!(self.tcp_options.len() <= 40 && self.tcp_options.len().is_multiple_of(4), "options are whole words");
+        let offset = 5 + u8::try_from(self.tcp_options.len() / 4).expect("ten words at most");
+        tcp.extend([offset << 4, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        tcp.extend(&self.tcp_options);
         tcp.extend(&self.payload);
         tcp
     }

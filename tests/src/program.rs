@@ -29,6 +29,8 @@ pub enum Action {
     Drop,
     /// `XDP_PASS`, `TC_ACT_UNSPEC`
     Pass,
+    /// `XDP_TX`
+    Transmit,
 }
 
 /// The programs' time, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -91,9 +93,10 @@ impl Program {
         let action = match (self.hook, result.return_value.cast_signed()) {
             (Hook::Xdp, 1) | (Hook::Tc | Hook::TcL3, 2) => Action::Drop,
             (Hook::Xdp, 2) | (Hook::Tc | Hook::TcL3, -1) => Action::Pass,
+            (Hook::Xdp, 3) => Action::Transmit,
             (_, other) => bail!("the program answered {other}"),
         };
-        Ok((action, &self.out[..frame.len()]))
+        Ok((action, &self.out[..result.data_size_out as usize]))
     }
 
     /// Runs it so many times on one frame and returns the nanoseconds that one run takes, as the kernel measures it.
@@ -175,6 +178,13 @@ impl Program {
     /// What a service holds.
     pub fn state(&mut self, service: u16) -> Result<ServiceState> {
         Ok(self.array::<ServiceState>(abi::MAP_SERVICE_STATE)?.get(&u32::from(service), 0)?)
+    }
+
+    /// Changes what a service holds.
+    pub fn set_state(&mut self, service: u16, change: impl FnOnce(&mut ServiceState)) -> Result<()> {
+        let mut state = self.state(service)?;
+        change(&mut state);
+        Ok(self.array::<ServiceState>(abi::MAP_SERVICE_STATE)?.set(u32::from(service), state, 0)?)
     }
 
     /// What a source holds, if it is there.

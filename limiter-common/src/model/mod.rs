@@ -4,8 +4,10 @@
 //! tests feed both the same packets and compare each verdict and each counter.
 
 mod packet;
+mod reply;
 
 pub use packet::{Frame, Segment};
+pub use reply::reset;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -29,6 +31,8 @@ pub enum Verdict {
     Drop,
     /// It passes as a RST.
     Reset,
+    /// It goes back as [`reset`] makes it.
+    Answer,
 }
 
 /// What the TCP stack knows of the connection that a segment belongs to.
@@ -57,6 +61,8 @@ pub struct Admission {
     pub rates: HashMap<SourceKey, u64>,
     /// Rules by prefix: an address and how many bits of it count, in its own family.
     pub rules: HashMap<(IpAddr, u8), RuleEntry>,
+    /// Whether refused SYNs can be answered; only XDP does.
+    pub answers: bool,
     /// The time, in nanoseconds.
     pub now_ns: u64,
     /// What was counted.
@@ -64,7 +70,8 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Decides on a frame. `stack` tells what the TCP stack knows of a segment, and is asked only if that matters.
+    /// Decides on a frame, as if there never were more RSTs than there may be. `stack` tells what the TCP stack knows of a
+    /// segment, and is asked only if that matters.
     pub fn admit(&mut self, frame: &[u8], stack: impl FnOnce(&Segment) -> Handshake) -> Verdict {
         let segment = match Frame::parse(frame) {
             Frame::Segment(segment) => segment,
@@ -75,7 +82,7 @@ impl Admission {
         let Some(&policy) = self.policies.get(&service) else { return Verdict::Pass };
         let ends = Endpoints::new(segment.remote, segment.local);
         if segment.asks() {
-            self.syn(service, &policy, &ends)
+            self.syn(service, &policy, &ends, frame)
         } else if segment.continues() && !self.ledger.contains_key(&ends) {
             match stack(&segment) {
                 Handshake::None => Verdict::Pass,
@@ -102,14 +109,24 @@ impl Admission {
         if observe { Verdict::Pass } else { Verdict::Drop }
     }
 
-    fn syn(&mut self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Verdict {
+    fn syn(&mut self, service: u16, policy: &ServicePolicy, ends: &Endpoints, frame: &[u8]) -> Verdict {
         let observe = policy.on_deny == OnDeny::Observe as u8;
         let Some(reason) = self.reason(service, policy, ends) else {
             self.count(service, Counter::SynAdmitted);
             return Verdict::Pass;
         };
         self.count(service, Counter::of_refusal(reason, Stage::Syn, observe));
-        if observe { Verdict::Pass } else { Verdict::Drop }
+        if observe {
+            Verdict::Pass
+        } else if policy.on_deny != OnDeny::Reset as u8 {
+            Verdict::Drop
+        } else if self.answers && reset(frame).is_some() {
+            self.count(service, Counter::ResetSent);
+            Verdict::Answer
+        } else {
+            self.count(service, Counter::ResetSuppressed);
+            Verdict::Drop
+        }
     }
 
     fn handshake(&mut self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Verdict {

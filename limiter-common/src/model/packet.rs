@@ -11,6 +11,12 @@ pub struct Segment {
     pub local: SocketAddr,
     /// The acknowledgement number.
     pub acknowledgement: u32,
+    /// Where in the frame the network header begins.
+    pub network_at: usize,
+    /// Where in the frame the TCP header begins.
+    pub tcp_at: usize,
+    /// Whether more fragments of it follow.
+    pub is_fragment: bool,
     /// FIN, SYN, RST, PSH, ACK, URG, ECE, CWR, from the lowest bit up.
     pub flags: u8,
 }
@@ -68,6 +74,9 @@ impl Frame {
         }
         let tcp = data.get(..20)?;
         Some(Self::Segment(Segment {
+            network_at: frame.len() - packet.len(),
+            tcp_at: frame.len() - data.len(),
+            is_fragment: fragment.is_some(),
             remote: SocketAddr::new(remote, be16(tcp, 0)?),
             local: SocketAddr::new(local, be16(tcp, 2)?),
             acknowledgement: u32::from_be_bytes(tcp[8..12].try_into().ok()?),

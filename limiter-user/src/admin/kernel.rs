@@ -98,6 +98,8 @@ impl Collector for KernelCollector {
 /// A label and its value.
 type Label<'a> = (&'static str, &'a str);
 
+const RESETS: [(Counter, &str); 2] = [(Counter::ResetSent, "sent"), (Counter::ResetSuppressed, "suppressed")];
+
 /// What completed handshakes came to. Those that were admitted are `connections_opened_total`.
 const ACKS_PASSED: (Counter, &str, &str) = (Counter::HandshakeUnproven, "passed", "unproven");
 const SYNS_PASSED: (Counter, &str, &str) = (Counter::SynAdmitted, "admitted", "");
@@ -148,6 +150,15 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
         "syn",
         "SYNs by what was done with them",
         services().flat_map(|row| outcomes(row, Stage::Syn, SYNS_PASSED)),
+    )?;
+    writer.counter(
+        "resets",
+        "Refused SYNs of services that answer by a RST, by whether they got one",
+        services().flat_map(|row| {
+            RESETS.map(|(counter, result)| {
+                ([("service", row.name.as_str()), ("result", result)], row.counters.get(counter))
+            })
+        }),
     )?;
     writer.counter(
         "ack",

@@ -232,7 +232,7 @@ fn each_problem_is_told_with_its_place() {
             "found the string \"natve\", expected one of auto, native, generic; did you mean \"native\"?",
         ),
         ("[kernel]\nattach_mode = \"tc\"", "2:15", "expected one of auto, native, generic"),
-        ("[kernel]\non_deny = true", "2:11", "kernel.on_deny: found true, expected one of drop, observe"),
+        ("[kernel]\non_deny = true", "2:11", "kernel.on_deny: found true, expected one of drop, reset, observe"),
         ("kernel = 5", "1:10", "kernel: found the number 5, expected a table"),
         ("service = 5", "1:11", "service: found the number 5, expected tables, each under [[service]]"),
         ("[service]\nname = \"a\"", "1:1", "service: found a table, expected tables, each under [[service]]"),

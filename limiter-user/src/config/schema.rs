@@ -78,8 +78,21 @@ pub enum AttachMode {
 pub enum OnDeny {
     /// Nothing.
     Drop,
+    /// A RST, so that the client fails at once; past a thousand a second, nothing.
+    Reset,
     /// It is counted and passes.
     Observe,
+}
+
+impl OnDeny {
+    /// Its name in the file, on the command line and in `--json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Drop => "drop",
+            Self::Reset => "reset",
+            Self::Observe => "observe",
+        }
+    }
 }
 
 /// What happens to a connection that the ledger has no room for.

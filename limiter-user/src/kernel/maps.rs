@@ -7,7 +7,7 @@ use limiter_common::{
     ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     audit::AuditReport,
     bucket::Rate,
-    policy::{ServiceName, ServiceState},
+    policy::{self, ServiceName, ServiceState},
     source::is_gone,
 };
 
@@ -41,39 +41,36 @@ impl ServiceEntry {
             ipv4_prefix: self.limits.ipv4_prefix,
             ipv6_prefix: self.limits.ipv6_prefix,
             on_deny: match self.on_deny {
-                OnDeny::Drop => limiter_common::policy::OnDeny::Drop as u8,
-                OnDeny::Observe => limiter_common::policy::OnDeny::Observe as u8,
+                OnDeny::Drop => policy::OnDeny::Drop as u8,
+                OnDeny::Reset => policy::OnDeny::Reset as u8,
+                OnDeny::Observe => policy::OnDeny::Observe as u8,
             },
             on_full: match self.on_full {
-                OnFull::Open => limiter_common::policy::OnFull::Open as u8,
-                OnFull::Closed => limiter_common::policy::OnFull::Closed as u8,
+                OnFull::Open => policy::OnFull::Open as u8,
+                OnFull::Closed => policy::OnFull::Closed as u8,
             },
             reserved: 0,
             name: ServiceName::new(&self.name)?,
         })
     }
 
-    fn from_policy(policy: &ServicePolicy) -> Option<Self> {
-        (!policy.name.is_empty()).then(|| Self {
-            name: policy.name.to_string_lossy(),
+    fn from_policy(found: &ServicePolicy) -> Option<Self> {
+        (!found.name.is_empty()).then(|| Self {
+            name: found.name.to_string_lossy(),
             limits: Limits {
-                connections_per_source: policy.connections_per_source,
-                connections_total: policy.connections_total,
-                connection_rate: policy.connection_rate,
-                connection_burst: policy.connection_burst,
-                ipv4_prefix: policy.ipv4_prefix,
-                ipv6_prefix: policy.ipv6_prefix,
+                connections_per_source: found.connections_per_source,
+                connections_total: found.connections_total,
+                connection_rate: found.connection_rate,
+                connection_burst: found.connection_burst,
+                ipv4_prefix: found.ipv4_prefix,
+                ipv6_prefix: found.ipv6_prefix,
             },
-            on_deny: if policy.on_deny == limiter_common::policy::OnDeny::Observe as u8 {
-                OnDeny::Observe
-            } else {
-                OnDeny::Drop
+            on_deny: match found.on_deny {
+                number if number == policy::OnDeny::Observe as u8 => OnDeny::Observe,
+                number if number == policy::OnDeny::Reset as u8 => OnDeny::Reset,
+                _ => OnDeny::Drop,
             },
-            on_full: if policy.on_full == limiter_common::policy::OnFull::Closed as u8 {
-                OnFull::Closed
-            } else {
-                OnFull::Open
-            },
+            on_full: if found.on_full == policy::OnFull::Closed as u8 { OnFull::Closed } else { OnFull::Open },
         })
     }
 }
@@ -130,7 +127,7 @@ impl Services {
         // The configuration bounds the length of names.
         let policy = service.to_policy().ok_or_else(|| KernelError::Failed {
             what: format!("the name of the service {} is too long", service.name),
-            source: format!("at most {} bytes", limiter_common::policy::SERVICE_NAME_BYTES).into(),
+            source: format!("at most {} bytes", policy::SERVICE_NAME_BYTES).into(),
         })?;
         self.policies
             .set(index, policy, 0)

@@ -10,7 +10,7 @@ use super::{
     pins::Pins,
     rules::{self, Rules},
 };
-use crate::{config::OnDeny, policy::Limits};
+use crate::policy::Limits;
 
 /// The state of an attached limiter, whether a daemon runs on it or not.
 #[derive(Debug)]
@@ -109,10 +109,7 @@ impl Pinned {
                 Ok(ServiceRow {
                     index,
                     ports: ports.iter().filter(|(_, owner)| *owner == index).map(|(port, _)| *port).collect(),
-                    on_deny: match service.on_deny {
-                        OnDeny::Drop => "drop",
-                        OnDeny::Observe => "observe",
-                    },
+                    on_deny: service.on_deny.name(),
                     name: service.name,
                     limits: service.limits,
                     connections: maps.state(index)?.connections,

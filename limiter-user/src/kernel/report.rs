@@ -61,7 +61,7 @@ pub struct ServiceRow {
     pub name: String,
     /// Its ports.
     pub ports: Vec<u16>,
-    /// `drop` or `observe`.
+    /// `drop`, `reset` or `observe`.
     pub on_deny: &'static str,
     /// Its limits.
     #[serde(flatten)]
