@@ -117,6 +117,13 @@ pub struct Service {
     pub on_deny: OnDeny,
 }
 
+impl Service {
+    /// One with the default limits.
+    pub fn new(name: impl Into<String>, ports: impl Into<Vec<u16>>) -> Self {
+        Self { name: name.into(), ports: ports.into(), limits: Limits::default(), on_deny: OnDeny::Drop }
+    }
+}
+
 /// What a `[[rule]]` without limits of its own does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum RuleAction {

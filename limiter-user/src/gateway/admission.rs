@@ -13,7 +13,7 @@ const KEEP_CAPACITY: usize = 1024;
 
 /// The sessions that are open. Its memory is bounded by them: a source without one is not in it.
 #[derive(Default)]
-pub(super) struct Admission {
+pub(crate) struct Admission {
     counts: Mutex<Counts>,
 }
 
@@ -25,7 +25,7 @@ struct Counts {
 
 /// The right to one session; dropping it gives the slot back.
 #[must_use]
-pub(super) struct Permit {
+pub(crate) struct Permit {
     admission: Arc<Admission>,
     /// As it was when the slot was taken: the prefixes may have been changed since. `None`: it counts as a user's.
     source: Option<Source>,
@@ -33,7 +33,7 @@ pub(super) struct Permit {
 
 /// Which limit is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Full {
+pub(crate) enum Full {
     /// `connections_per_source`, which is this much.
     Source(u32),
     /// `connections_total`.
@@ -42,7 +42,7 @@ pub(super) enum Full {
 
 impl Admission {
     /// Takes a slot for a client at `ip` under the limits of this moment.
-    pub(super) fn try_admit(self: &Arc<Self>, ip: IpAddr, limits: &Limits) -> Result<Permit, Full> {
+    pub(crate) fn try_admit(self: &Arc<Self>, ip: IpAddr, limits: &Limits) -> Result<Permit, Full> {
         let source = limits.source(ip);
         let mut counts = self.counts();
         let held = counts.sources.get(&source).copied().unwrap_or(0);

@@ -21,7 +21,7 @@ const PASSED_ON: [HeaderName; 2] = [RETRY_AFTER, WWW_AUTHENTICATE];
 
 /// Why a handshake does not become a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     /// A plain HTTP request.
     NotWebSocket,
     /// A version of the protocol that nobody speaks.
@@ -52,6 +52,8 @@ pub(super) enum Refusal {
     ServiceFull,
     /// The gateway is being shut down.
     Draining,
+    /// An application that uses [`crate::guard`] was put together wrong.
+    Unguarded,
     /// Nothing answers at the upstream's address, or not in WebSocket; with the cause, for the log.
     UpstreamUnreachable(String),
     /// The upstream takes too long to answer.
@@ -88,6 +90,7 @@ impl Refusal {
             Self::SourceFull(_) => "source_full",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
+            Self::Unguarded => "unguarded",
             Self::UpstreamUnreachable(_) => "upstream_unreachable",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamRefused(..) => "upstream_refused",
@@ -106,6 +109,7 @@ impl Refusal {
             Self::SourceFull(_) | Self::Crowded(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Unguarded => StatusCode::INTERNAL_SERVER_ERROR,
             // What goes wrong behind the gateway is no fault of the client; only what it can act on is passed on.
             Self::UpstreamRefused(status, _)
                 if status.is_client_error() || *status == StatusCode::SERVICE_UNAVAILABLE =>
@@ -149,6 +153,7 @@ impl Refusal {
             }
             Self::ServiceFull => "the service has no room for another connection at the moment".into(),
             Self::Draining => "the server is shutting down".into(),
+            Self::Unguarded => "this server is not set up correctly".into(),
             Self::UpstreamUnreachable(_) => "the application behind this server cannot be reached".into(),
             Self::UpstreamTimeout => "the application behind this server did not answer in time".into(),
             Self::UpstreamRefused(..) => "the application refused the connection".into(),
@@ -168,8 +173,13 @@ impl Refusal {
     }
 
     pub(super) fn response(&self) -> Response<Full<Bytes>> {
+        self.response_as()
+    }
+
+    /// The same with a body of another type.
+    pub(crate) fn response_as<B: From<Bytes>>(&self) -> Response<B> {
         let status = self.status();
-        let mut response = Response::new(Full::new(self.body()));
+        let mut response = Response::new(B::from(self.body()));
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));

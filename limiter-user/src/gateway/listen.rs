@@ -24,7 +24,7 @@ use crate::config::{AuthError, CertificateError};
 const BACKLOG: i32 = 4096;
 
 /// How long the loop rests when the host can give no more sockets; what is established meanwhile waits in the backlog.
-const BACKOFF: Duration = Duration::from_millis(100);
+pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
 /// Why a gateway can't start.
 #[derive(Debug, thiserror::Error)]
@@ -206,7 +206,7 @@ pub(super) fn report_panic(ended: &Result<(), JoinError>) {
 }
 
 /// accept(2) also hands out errors that were pending on the new socket itself.
-fn is_about_one_connection(error: &io::Error) -> bool {
+pub(crate) fn is_about_one_connection(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(

@@ -6,8 +6,8 @@
 //! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
-mod admission;
-mod answer;
+pub(crate) mod admission;
+pub(crate) mod answer;
 mod application;
 mod arrival;
 mod auth;
@@ -16,7 +16,7 @@ mod connection;
 mod drain;
 mod forwarded;
 mod handshake;
-mod listen;
+pub(crate) mod listen;
 mod liveness;
 mod messages;
 mod metrics;

@@ -21,7 +21,7 @@ use tokio_rustls::{
     server::{FallibleAccept, TlsStream},
 };
 
-use crate::policy::{Connection, Policy};
+use crate::policy::{Accepted, Connection, Policy};
 
 /// How much the kernel may hold of what was written but not yet sent, in bytes. Without it a slow client has megabytes
 /// queued before a ping, and is taken for dead.
@@ -31,7 +31,7 @@ const NOT_SENT_LOW_WATER: u32 = 128 * 1024;
 /// descriptor is closed. So it can't be told twice, nor forgotten.
 pub(super) struct Socket {
     // Before `transport`: fields are dropped in this order.
-    over: Over,
+    accepted: Accepted,
     transport: Transport,
     last_read: Instant,
 }
@@ -46,35 +46,19 @@ enum Transport {
     Gone,
 }
 
-struct Over {
-    policy: Arc<dyn Policy>,
-    connection: Connection,
-}
-
-impl Drop for Over {
-    fn drop(&mut self) {
-        self.policy.closed(&self.connection);
-    }
-}
-
 impl Socket {
     /// Takes over what was accepted from `remote` by the listener at `listener`.
     pub(super) fn new(stream: TcpStream, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
         let options = SockRef::from(&stream);
-        let cookie = options.cookie().unwrap_or_else(|e| {
-            tracing::warn!(error = %e, "no SO_COOKIE: the ledger entry of this connection waits for the kernel to end it");
-            0
-        });
         // Both only make things faster or finer; a socket whose client is already gone may refuse them.
         _ = options.set_tcp_nodelay(true);
         _ = options.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER);
-        let local = stream.local_addr().unwrap_or(listener);
-        let connection = Connection { remote: canonical(remote), local: canonical(local), cookie };
-        Self { over: Over { policy, connection }, transport: Transport::Plain(stream), last_read: Instant::now() }
+        let accepted = Accepted::new(&stream, remote, listener, policy);
+        Self { accepted, transport: Transport::Plain(stream), last_read: Instant::now() }
     }
 
     pub(super) fn connection(&self) -> &Connection {
-        &self.over.connection
+        self.accepted.connection()
     }
 
     /// The TCP connection below whatever is spoken on it.
@@ -149,10 +133,6 @@ impl Socket {
         })
         .await;
     }
-}
-
-fn canonical(addr: SocketAddr) -> SocketAddr {
-    SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }
 
 fn not_ready() -> io::Error {

@@ -1,7 +1,10 @@
 //! Limits as data, and who to ask for them.
 
+mod accepted;
 mod limits;
 mod rule;
+
+pub(crate) use accepted::Accepted;
 
 pub use limits::{Limits, Source};
 pub use rule::{Action, Cidr, InvalidCidr, OwnLimits, Rule};

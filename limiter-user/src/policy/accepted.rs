@@ -1,0 +1,51 @@
+//! An accepted connection, whose end the policy is told once.
+
+use std::{fmt, net::SocketAddr, sync::Arc};
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+use super::{Connection, Policy};
+
+/// A connection that somebody holds. Whoever drops this, for whatever reason, ends it: the policy is told, once. To be
+/// dropped before the descriptor is closed.
+pub(crate) struct Accepted {
+    policy: Arc<dyn Policy>,
+    connection: Connection,
+}
+
+impl fmt::Debug for Accepted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Accepted").field("connection", &self.connection).finish_non_exhaustive()
+    }
+}
+
+impl Accepted {
+    /// What was accepted from `remote` by the listener at `listener`.
+    pub(crate) fn new(stream: &TcpStream, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
+        let cookie = SockRef::from(stream).cookie().unwrap_or_else(|e| {
+            tracing::warn!(error = %e, "no SO_COOKIE: the ledger entry of this connection waits for the kernel to end it");
+            0
+        });
+        let local = stream.local_addr().unwrap_or(listener);
+        Self { policy, connection: Connection { remote: canonical(remote), local: canonical(local), cookie } }
+    }
+
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    pub(crate) fn policy(&self) -> &Arc<dyn Policy> {
+        &self.policy
+    }
+}
+
+impl Drop for Accepted {
+    fn drop(&mut self) {
+        self.policy.closed(&self.connection);
+    }
+}
+
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
