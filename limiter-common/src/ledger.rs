@@ -64,6 +64,7 @@ impl ConnectionKey {
     ///
     /// The tag is a sum of products modulo 2^64, of which two different pairs of addresses have the same with a chance of
     /// 2^-29 at most, whatever the pairs are, as long as the secret is one (multilinear hashing; Carter and Wegman 1979).
+    #[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
     #[inline(always)]
     pub const fn of_v6(remote: &[u32; 4], local: &[u32; 4], ports: u32, secret: &TagSecret) -> Self {
         let mut sum = 0_u64;
