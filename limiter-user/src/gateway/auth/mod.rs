@@ -60,7 +60,7 @@ enum Basis {
 
 /// Why a client is not let in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rejection {
+pub(crate) enum Rejection {
     /// It shows nothing.
     Missing,
     /// It shows what is no token at all, or one with an algorithm that no key is for.
