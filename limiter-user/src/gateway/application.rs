@@ -1,45 +1,39 @@
 //! What stands behind the gateway.
 
 use hyper::{header::HeaderValue, http::request::Parts};
-use tokio::{net::TcpStream, time::Instant};
-use tokio_tungstenite::WebSocketStream;
+use tokio::time::Instant;
 
 use super::{
     answer::Refusal,
     handshake::Handshake,
     listen::BindError,
-    messages,
-    relay::{Client, Relay},
+    upstream::{Client, Connected, Upstream},
 };
-use crate::config::{self, Upstream};
+use crate::config;
 
 /// Who answers the clients.
 pub(super) enum Application {
     /// The gateway itself, which sends each message back.
     Echo,
     /// A WebSocket server.
-    Relay(Relay),
+    Relay(Upstream),
 }
 
 /// The application's side of one session.
 pub(super) enum Opened {
     Echo,
-    Relay(Box<WebSocketStream<TcpStream>>),
+    Relay(Connected),
 }
 
 impl Application {
-    pub(super) fn new(upstream: &Upstream) -> Result<Self, BindError> {
+    pub(super) fn new(upstream: &config::Upstream) -> Result<Self, BindError> {
         match upstream {
-            Upstream::Echo => Ok(Self::Echo),
-            Upstream::Relay(url) => match Relay::new(url) {
-                Ok(relay) => Ok(Self::Relay(relay)),
+            config::Upstream::Echo => Ok(Self::Echo),
+            config::Upstream::Relay(url) => match Upstream::new(url) {
+                Ok(upstream) => Ok(Self::Relay(upstream)),
                 Err(problem) => Err(BindError::Upstream { url: url.clone(), problem }),
             },
         }
-    }
-
-    pub(super) fn is_relay(&self) -> bool {
-        matches!(self, Self::Relay(_))
     }
 
     /// Makes the application's side ready before the client is told that it is in; with the subprotocol it chose.
@@ -48,15 +42,13 @@ impl Application {
         head: &Parts,
         handshake: &Handshake,
         client: Client,
-        limits: &config::Messages,
         deadline: Instant,
     ) -> Result<(Opened, Option<HeaderValue>), Refusal> {
         match self {
             Self::Echo => Ok((Opened::Echo, None)),
-            Self::Relay(relay) => {
-                let config = messages::upstream_config(limits);
-                let (socket, protocol) = relay.connect(head, handshake, client, config, deadline).await?;
-                Ok((Opened::Relay(Box::new(socket)), protocol))
+            Self::Relay(upstream) => {
+                let (connected, protocol) = upstream.connect(head, handshake, client, deadline).await?;
+                Ok((Opened::Relay(connected), protocol))
             }
         }
     }

@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::timeout,
-};
+use tokio::time::timeout;
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -16,13 +13,13 @@ use tokio_tungstenite::{
     },
 };
 
-use super::{peer::ReceiveError, socket::Socket};
+use super::{messages::Violation, peer::ReceiveError, socket::Socket};
 
 /// How long the Close frame may take to leave.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a client that is told to close may take to do so.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Close code of a client that is not who it was any more.
 const UNAUTHENTICATED: u16 = 4401;
@@ -37,12 +34,10 @@ pub(super) enum End {
     Client(Option<CloseFrame>),
     /// The client's connection broke, or ended without a Close frame.
     Lost,
-    /// The client sent what is no WebSocket frame (1002), or text that is no UTF-8 (1007).
-    Malformed(CloseCode),
-    /// A message over `max_size`.
-    TooBig,
-    /// A message over `rate`.
-    TooMany,
+    /// The client sent what is no WebSocket frame (1002), or text that is no UTF-8 (1007); with what is wrong.
+    Malformed(CloseCode, &'static str),
+    /// The client broke a limit on messages.
+    Violation(Violation),
     /// No message either way for `idle_timeout`.
     Idle,
     /// A ping was not answered within `pong_timeout`.
@@ -73,24 +68,11 @@ impl End {
             ReceiveError::Broken(error) => error,
         };
         match error {
-            Error::Capacity(_) => Self::TooBig,
-            Error::Utf8(_) => Self::Malformed(CloseCode::Invalid),
+            Error::Capacity(_) => Self::Violation(Violation::TooBig),
+            Error::Utf8(_) => Self::Malformed(CloseCode::Invalid, "invalid UTF-8"),
             Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Self::Lost,
-            Error::Protocol(_) => Self::Malformed(CloseCode::Protocol),
+            Error::Protocol(_) => Self::Malformed(CloseCode::Protocol, "malformed frame"),
             _ => Self::Lost,
-        }
-    }
-
-    /// What an error while reading from the upstream means.
-    pub(super) fn of_upstream(error: &ReceiveError) -> Self {
-        let error = match error {
-            ReceiveError::Slow => return Self::UpstreamGone,
-            ReceiveError::Broken(error) => error,
-        };
-        match error {
-            Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Self::UpstreamGone,
-            Error::Capacity(_) | Error::Utf8(_) | Error::Protocol(_) => Self::UpstreamMalformed,
-            _ => Self::UpstreamGone,
         }
     }
 
@@ -99,9 +81,8 @@ impl End {
         match self {
             Self::Client(_) => "client",
             Self::Lost => "lost",
-            Self::Malformed(_) => "malformed",
-            Self::TooBig => "too_big",
-            Self::TooMany => "over_rate",
+            Self::Malformed(..) => "malformed",
+            Self::Violation(violation) => violation.label(),
             Self::Idle => "idle",
             Self::NoPong => "no_pong",
             Self::SlowConsumer => "slow_consumer",
@@ -117,18 +98,16 @@ impl End {
 
     /// Whether the client broke a limit or the protocol.
     pub(super) fn is_abuse(&self) -> bool {
-        matches!(self, Self::Malformed(_) | Self::TooBig | Self::TooMany | Self::SlowConsumer)
+        matches!(self, Self::Malformed(..) | Self::Violation(_) | Self::SlowConsumer)
     }
 
     /// The Close frame for the client.
-    fn for_client(&self) -> Option<CloseFrame> {
+    pub(super) fn for_client(&self) -> Option<CloseFrame> {
         let (code, reason) = match self {
             Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
             Self::Lost => return None,
-            Self::Malformed(CloseCode::Invalid) => (CloseCode::Invalid, "invalid UTF-8"),
-            Self::Malformed(code) => (*code, "malformed frame"),
-            Self::TooBig => (CloseCode::Size, "message too big"),
-            Self::TooMany => (CloseCode::Policy, "too many messages"),
+            Self::Malformed(code, reason) => (*code, *reason),
+            Self::Violation(violation) => violation.close(),
             Self::Idle => (CloseCode::Away, "idle"),
             Self::NoPong => (CloseCode::Away, "no answer to ping"),
             Self::SlowConsumer => (CloseCode::Policy, "too slow to receive"),
@@ -142,8 +121,14 @@ impl End {
         Some(CloseFrame { code, reason: reason.into() })
     }
 
+    /// Whether the reader stopped where no frame begins, or before one that will not be read: there is no Close frame to be
+    /// found in what follows.
+    pub(super) fn loses_frames(&self) -> bool {
+        matches!(self, Self::Malformed(..) | Self::Violation(Violation::TooBig))
+    }
+
     /// The Close frame for the upstream.
-    fn for_upstream(&self) -> Option<CloseFrame> {
+    pub(super) fn for_upstream(&self) -> Option<CloseFrame> {
         let (code, reason) = match self {
             Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
             Self::UpstreamMalformed => (CloseCode::Protocol, "malformed or oversized message"),
@@ -170,8 +155,7 @@ pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain
             send_close(&mut socket, end.for_client()).await;
             false
         }
-        // The reader stopped in the middle of a frame, so there is no Close to be found in what follows.
-        End::Malformed(_) | End::TooBig => {
+        end if end.loses_frames() => {
             if send_close(&mut socket, end.for_client()).await {
                 socket.into_inner().linger(CLOSE_TIMEOUT).await;
             }
@@ -193,30 +177,14 @@ pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain
     }
 }
 
-/// Closes the upstream's side, which is told what its client was, and not waited for longer than a moment.
-pub(super) async fn upstream<S: AsyncRead + AsyncWrite + Unpin>(mut socket: WebSocketStream<S>, end: &End) {
-    match end {
-        End::UpstreamGone => {}
-        End::Upstream(_) => _ = timeout(FLUSH_TIMEOUT, socket.flush()).await,
-        _ => {
-            if send_close(&mut socket, end.for_upstream()).await {
-                _ = timeout(CLOSE_TIMEOUT, answer(&mut socket)).await;
-            }
-        }
-    }
-}
-
 /// Sends the Close frame; false: it could not leave.
-async fn send_close<S: AsyncRead + AsyncWrite + Unpin>(
-    socket: &mut WebSocketStream<S>,
-    frame: Option<CloseFrame>,
-) -> bool {
+async fn send_close(socket: &mut WebSocketStream<Socket>, frame: Option<CloseFrame>) -> bool {
     matches!(timeout(FLUSH_TIMEOUT, socket.send(Message::Close(frame))).await, Ok(Ok(())))
 }
 
 /// Waits for the Close frame that answers ours, or the end of the connection; what was on its way before is dropped.
 /// False: the connection broke.
-async fn answer<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut WebSocketStream<S>) -> bool {
+async fn answer(socket: &mut WebSocketStream<Socket>) -> bool {
     while let Some(received) = socket.next().await {
         match received {
             Ok(Message::Close(_)) | Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)) => return true,

@@ -16,7 +16,6 @@ use tokio::{
     io::AsyncWriteExt,
     time::{Instant, sleep_until, timeout},
 };
-use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 
 use super::{
     Shared,
@@ -26,10 +25,9 @@ use super::{
     arrival::{self, Arrived, Endpoints},
     auth::Member,
     forwarded::{self, Identity},
-    handshake, messages, origin, proxy_hint,
-    relay::Client,
-    session,
+    handshake, origin, proxy_hint, session,
     socket::Socket,
+    upstream::Client,
 };
 
 /// Longest head of a request, in bytes, and most header lines in it. A cookie and a token fit with room to spare.
@@ -46,12 +44,12 @@ const LINGER: Duration = Duration::from_secs(1);
 const DRAIN_GRACE: Duration = Duration::from_secs(1);
 
 /// A handshake that was answered with 101.
-struct Accepted {
-    client: IpAddr,
-    permit: Permit,
+pub(super) struct Accepted {
+    pub(super) client: IpAddr,
+    pub(super) permit: Permit,
     /// `None` where anybody may connect.
-    user: Option<Member>,
-    application: Opened,
+    pub(super) user: Option<Member>,
+    pub(super) application: Opened,
 }
 
 /// Serves a connection until it is closed.
@@ -63,18 +61,19 @@ pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
         let arrived = arrival::arrive(socket, &shared, deadline).await?;
         shake_hands(arrived, &shared, deadline).await
     });
-    if let Some((socket, Accepted { client, permit, user, application })) = handshake.await {
+    if let Some((socket, early, accepted)) = handshake.await {
         let open = shared.metrics.session_opened(started.elapsed());
-        session::run(socket, session::Client { address: client, user }, application, permit, open, &shared).await;
+        session::run(socket, early, accepted, open, &shared).await;
     }
 }
 
-/// Reads the request and answers it. `None`: refused, or the client left; the connection is closed.
+/// Reads the request and answers it; with what the client has sent since. `None`: refused, or the client left; the
+/// connection is closed.
 async fn shake_hands(
     Arrived { socket, endpoints }: Arrived,
     shared: &Arc<Shared>,
     deadline: Instant,
-) -> Option<(WebSocketStream<Socket>, Accepted)> {
+) -> Option<(Socket, Vec<u8>, Accepted)> {
     let peer = endpoints.remote.ip();
     let answered: Arc<Mutex<Answered>> = Arc::default();
     let service = service_fn(|request| answer(request, endpoints, deadline, shared, &answered));
@@ -94,10 +93,7 @@ async fn shake_hands(
 
     match (served, answered) {
         (Ok(Ok(())), Answered::Accepted(accepted)) => {
-            let config = messages::client_config(&shared.config.messages, shared.application.is_relay());
-            let read = parts.read_buf.to_vec();
-            let socket = WebSocketStream::from_partially_read(socket, read, Role::Server, Some(config)).await;
-            return Some((socket, *accepted));
+            return Some((socket, parts.read_buf.to_vec(), *accepted));
         }
         (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
         // The HTTP side has answered what it could not parse, if there was anything.
@@ -218,8 +214,7 @@ async fn decide(
     let client = Client::new(identity, endpoints, user.as_ref().map(Member::user));
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
-    let (application, protocol) =
-        shared.application.open(head, &handshake, client, &shared.config.messages, upstream_deadline).await?;
+    let (application, protocol) = shared.application.open(head, &handshake, client, upstream_deadline).await?;
     if let Some(member) = &user {
         member.take_over();
     }

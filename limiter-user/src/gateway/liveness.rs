@@ -14,45 +14,79 @@ use super::{
 use crate::config;
 
 /// How far to look when nothing is due, and no deadline can be told.
-const FAR: Duration = Duration::from_hours(24);
+pub(super) const FAR: Duration = Duration::from_hours(24);
 
-/// Pings a quiet client; completes when it does not answer, or has been idle for too long.
-pub(super) async fn watch(client: &Peer<Socket>, config: &config::Gateway) -> End {
-    let mut pinged: Option<Instant> = None;
-    loop {
-        let now = Instant::now();
-        let heard = client.transport(Socket::last_read);
+/// What is known of a client's life.
+pub(super) struct Liveness {
+    /// When the last ping went out that nothing has come after.
+    pinged: Option<Instant>,
+}
+
+/// What is to be done about a client.
+pub(super) enum Due {
+    /// Nothing before this.
+    Later(Instant),
+    /// A ping, now.
+    Ping,
+    /// It is over.
+    End(End),
+}
+
+impl Liveness {
+    pub(super) fn new() -> Self {
+        Self { pinged: None }
+    }
+
+    /// Looks at a client of whom something was last `heard` then, and who last took part in a message then.
+    pub(super) fn due(&mut self, now: Instant, heard: Instant, last_message: Instant, config: &config::Gateway) -> Due {
         // Any byte after the ping shows that the client is there.
-        pinged = pinged.filter(|at| heard < *at);
-
-        let idle_at = after(client.last_message(), config.idle_timeout);
+        self.pinged = self.pinged.filter(|at| heard < *at);
+        let idle_at = after(last_message, config.idle_timeout);
         if idle_at.is_some_and(|at| now >= at) {
-            return End::Idle;
+            return Due::End(End::Idle);
         }
-        let next = match pinged {
-            Some(at) if now >= at + config.pong_timeout => return End::NoPong,
+        let next = match self.pinged {
+            Some(at) if now >= at + config.pong_timeout => return Due::End(End::NoPong),
             // Whether the answer has come is also looked at when the next ping would be due.
-            Some(at) => [after(at, config.ping_interval).filter(|due| *due > now), Some(at + config.pong_timeout)]
-                .into_iter()
-                .flatten()
-                .min(),
+            Some(at) => {
+                earliest([after(at, config.ping_interval).filter(|due| *due > now), Some(at + config.pong_timeout)])
+            }
             None => match after(heard, config.ping_interval) {
-                Some(due) if now >= due => {
-                    match client.send(Message::Ping(Bytes::new())).await {
-                        // From here on: a ping that waits behind a long message can't be answered yet.
-                        Ok(()) => pinged = Some(Instant::now()),
-                        Err(SendError::Slow) => return End::SlowConsumer,
-                        // Whoever reads finds out how it broke, and ends the session.
-                        Err(SendError::Broken) => std::future::pending().await,
-                    }
-                    continue;
-                }
+                Some(due) if now >= due => return Due::Ping,
                 due => due,
             },
         };
-        let wake = [idle_at, next].into_iter().flatten().min().unwrap_or(now + FAR);
-        sleep_until(wake).await;
+        Due::Later(earliest([idle_at, next]).unwrap_or(now + FAR))
     }
+
+    /// A ping went out.
+    pub(super) fn pinged(&mut self, now: Instant) {
+        self.pinged = Some(now);
+    }
+}
+
+/// Pings a quiet client; completes when it does not answer, or has been idle for too long.
+pub(super) async fn watch(client: &Peer<Socket>, config: &config::Gateway) -> End {
+    let mut liveness = Liveness::new();
+    loop {
+        let heard = client.transport(Socket::last_read);
+        match liveness.due(Instant::now(), heard, client.last_message(), config) {
+            Due::Later(at) => sleep_until(at).await,
+            Due::End(end) => return end,
+            Due::Ping => match client.send(Message::Ping(Bytes::new())).await {
+                // From here on: a ping that waits behind a long message can't be answered yet.
+                Ok(()) => liveness.pinged(Instant::now()),
+                Err(SendError::Slow) => return End::SlowConsumer,
+                // Whoever reads finds out how it broke, and ends the session.
+                Err(SendError::Broken) => std::future::pending().await,
+            },
+        }
+    }
+}
+
+/// The earliest of those that there are.
+pub(super) fn earliest<const N: usize>(instants: [Option<Instant>; N]) -> Option<Instant> {
+    instants.into_iter().flatten().min()
 }
 
 /// `period` after `from`; zero: never.

@@ -2,46 +2,152 @@
 
 use std::{collections::VecDeque, time::Duration};
 
+use limiter_common::bucket::Rate;
 use tokio::time::Instant;
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::protocol::{WebSocketConfig, frame::coding::CloseCode};
 
-use crate::config;
+use super::{
+    metrics::Metrics,
+    relay::{Judge, Verdict},
+};
+use crate::config::{self, OnViolation};
 
-/// Read buffer of a connection, allocated while it lasts. The library's default of 128 KiB would be most of the memory.
+/// Read buffer of a connection with the built-in application, allocated while it lasts. The library's default of 128 KiB
+/// would be most of the memory.
 const READ_BUFFER: usize = 4096;
 
 /// Room in the write buffer for a message's header, and for control frames that wait with it.
 const CONTROL_ROOM: usize = 1024;
 
-/// The longest message that the upstream may send. It is trusted not to abuse it, but not with all the memory.
-const UPSTREAM_MAX_SIZE: usize = 16 << 20;
+/// Pings and pongs that a client may send per second, and at once. No sane client comes near it.
+const CONTROL_RATE: Rate = Rate::new(20, 200);
 
 /// The library's settings towards a client, whose `echo`ed messages are as long as its own.
-pub(super) fn client_config(limits: &config::Messages, relayed: bool) -> WebSocketConfig {
-    let longest_sent = if relayed { UPSTREAM_MAX_SIZE } else { limits.max_size };
-    config(limits.max_size, longest_sent)
-}
-
-/// The library's settings towards the upstream, which gets what a client may send.
-pub(super) fn upstream_config(limits: &config::Messages) -> WebSocketConfig {
-    config(UPSTREAM_MAX_SIZE, limits.max_size)
-}
-
-fn config(longest_received: usize, longest_sent: usize) -> WebSocketConfig {
+pub(super) fn client_config(limits: &config::Messages) -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
         .write_buffer_size(0)
-        .max_write_buffer_size(longest_sent.saturating_add(CONTROL_ROOM))
-        .max_message_size(Some(longest_received))
-        .max_frame_size(Some(longest_received))
+        .max_write_buffer_size(limits.max_size.saturating_add(CONTROL_ROOM))
+        .max_message_size(Some(limits.max_size))
+        .max_frame_size(Some(limits.max_size))
+}
+
+/// What a client does that closes its connection, or has its message left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Violation {
+    /// A message over `max_size`.
+    TooBig,
+    /// A message over `rate`.
+    TooMany,
+    /// More pings and pongs than anybody has a use for.
+    ControlFlood,
+}
+
+impl Violation {
+    /// What metrics and logs call it.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::TooBig => "too_big",
+            Self::TooMany => "over_rate",
+            Self::ControlFlood => "control_flood",
+        }
+    }
+
+    /// The Close frame's code and reason.
+    pub(super) fn close(self) -> (CloseCode, &'static str) {
+        match self {
+            Self::TooBig => (CloseCode::Size, "message too big"),
+            Self::TooMany => (CloseCode::Policy, "too many messages"),
+            Self::ControlFlood => (CloseCode::Policy, "too many pings or pongs"),
+        }
+    }
+}
+
+/// The limits on what one client sends, and what it has sent.
+pub(super) struct Inbound<'a> {
+    limits: &'a config::Messages,
+    metrics: &'a Metrics,
+    rate: Option<WindowLimiter>,
+    /// The word of the token bucket of control frames, in nanoseconds since `began`.
+    control: u64,
+    began: Instant,
+    last: Instant,
+}
+
+impl<'a> Inbound<'a> {
+    pub(super) fn new(limits: &'a config::Messages, metrics: &'a Metrics) -> Self {
+        let now = Instant::now();
+        let rate = (limits.rate != 0).then(|| WindowLimiter::new(limits.rate, limits.window, now));
+        Self { limits, metrics, rate, control: 0, began: now, last: now }
+    }
+
+    /// A quiet client costs no more memory than it must.
+    pub(super) fn settle(&mut self, now: Instant) {
+        if let Some(limiter) = &mut self.rate {
+            limiter.settle(now);
+        }
+    }
+
+    /// When something of a message last came.
+    pub(super) fn last(&self) -> Instant {
+        self.last
+    }
+
+    /// The client broke the protocol.
+    pub(super) fn malformed(&self) {
+        self.metrics.refused_message("malformed");
+    }
+
+    /// The client broke a limit; gives it back.
+    pub(super) fn violated(&self, violation: Violation) -> Violation {
+        self.metrics.refused_message(violation.label());
+        violation
+    }
+}
+
+impl Judge for Inbound<'_> {
+    fn begins(&mut self, _: bool, length: u64, now: Instant) -> Verdict {
+        self.last = now;
+        if length > self.limits.max_size as u64 {
+            return Verdict::Close(self.violated(Violation::TooBig));
+        }
+        if self.rate.as_mut().is_none_or(|limiter| limiter.admit(now)) {
+            return Verdict::Pass;
+        }
+        let violation = self.violated(Violation::TooMany);
+        match self.limits.on_violation {
+            OnViolation::Close => Verdict::Close(violation),
+            OnViolation::Drop => Verdict::Drop,
+        }
+    }
+
+    fn goes_on(&mut self, _: u64, total: u64, _: u32, now: Instant) -> Result<(), Violation> {
+        self.last = now;
+        if total > self.limits.max_size as u64 { Err(self.violated(Violation::TooBig)) } else { Ok(()) }
+    }
+
+    fn passed(&mut self, total: u64, now: Instant) {
+        self.last = now;
+        self.metrics.received.count(total);
+    }
+
+    fn control(&mut self, now: Instant) -> Result<(), Violation> {
+        let now = now.saturating_duration_since(self.began).as_nanos();
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        if !CONTROL_RATE.has_token(self.control, now) {
+            return Err(self.violated(Violation::ControlFlood));
+        }
+        self.control = CONTROL_RATE.spent(self.control, now);
+        Ok(())
+    }
 }
 
 /// The window is told in this many steps, which bounds the memory whatever the rate.
-const STEPS: u32 = 256;
+const STEPS: u32 = 64;
 
 /// A sliding window: of the messages that it admits, no window holds more than the rate.
 ///
-/// Times are rounded to 1/256 of the window, always so that a message counts a little longer, never shorter. Messages
+/// Times are rounded to 1/64 of the window, always so that a message counts a little longer, never shorter. Messages
 /// that are not admitted do not count.
 pub(super) struct WindowLimiter {
     rate: u32,
@@ -64,13 +170,7 @@ impl WindowLimiter {
     /// Whether a message that came `now` is within the rate; if so, it counts.
     pub(super) fn admit(&mut self, now: Instant) -> bool {
         let step = self.step_of(now);
-        // A message of step s came before s + 1 began, so it is out of every window that ends in s + 1 + STEPS or later.
-        while let Some(&(oldest, count)) = self.admitted.front()
-            && step > oldest + u64::from(STEPS)
-        {
-            self.total -= count;
-            self.admitted.pop_front();
-        }
+        self.forget(step);
         if self.total >= self.rate {
             return false;
         }
@@ -80,6 +180,25 @@ impl WindowLimiter {
         }
         self.total += 1;
         true
+    }
+
+    /// Gives the memory back if there is nothing to remember.
+    pub(super) fn settle(&mut self, now: Instant) {
+        self.forget(self.step_of(now));
+        if self.admitted.is_empty() {
+            self.admitted = VecDeque::new();
+        }
+    }
+
+    /// Drops what is in no window that ends in `step` or later.
+    fn forget(&mut self, step: u64) {
+        // A message of step s came before s + 1 began, so it is out of every window that ends in s + 1 + STEPS or later.
+        while let Some(&(oldest, count)) = self.admitted.front()
+            && step > oldest + u64::from(STEPS)
+        {
+            self.total -= count;
+            self.admitted.pop_front();
+        }
     }
 
     fn step_of(&self, now: Instant) -> u64 {
@@ -123,8 +242,8 @@ mod tests {
         }
         assert!(!limiter.admit(start + Duration::from_secs(3)));
         assert!(!limiter.admit(start + Duration::from_secs(59)));
-        assert!(limiter.admit(start + Duration::from_millis(60_500)));
-        assert!(!limiter.admit(start + Duration::from_millis(60_600)));
+        assert!(limiter.admit(start + Duration::from_secs(61)));
+        assert!(!limiter.admit(start + Duration::from_millis(61_100)));
     }
 
     #[test]

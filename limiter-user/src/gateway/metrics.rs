@@ -32,9 +32,6 @@ pub struct Metrics {
     /// Series of `messages` and `message_bytes`, at hand so that a message costs no look-up.
     pub(super) received: Direction,
     pub(super) sent: Direction,
-    pub(super) over_rate: Counter,
-    pub(super) too_big: Counter,
-    pub(super) malformed: Counter,
 }
 
 /// Messages that pass in one direction.
@@ -44,9 +41,9 @@ pub(super) struct Direction {
 }
 
 impl Direction {
-    pub(super) fn count(&self, bytes: usize) {
+    pub(super) fn count(&self, bytes: u64) {
         self.messages.inc();
-        self.bytes.inc_by(bytes as u64);
+        self.bytes.inc_by(bytes);
     }
 }
 
@@ -80,12 +77,13 @@ impl Default for Metrics {
             messages: verdict(direction, "passed"),
             bytes: message_bytes.get_or_create_owned(&DirectionLabel { direction }),
         };
+        // So that they are there, as 0, before the first.
+        for reason in ["over_rate", "too_big", "malformed"] {
+            verdict("in", reason);
+        }
         Self {
             received: passed("in"),
             sent: passed("out"),
-            over_rate: verdict("in", "over_rate"),
-            too_big: verdict("in", "too_big"),
-            malformed: verdict("in", "malformed"),
             handshakes: Family::default(),
             handshake_seconds: Histogram::new(HANDSHAKE_SECONDS),
             sessions: Gauge::default(),
@@ -142,6 +140,11 @@ impl Metrics {
     /// A handshake came to an end.
     pub(super) fn handshake(&self, result: &'static str) {
         self.handshakes.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// A client's message does not pass, for that reason.
+    pub(super) fn refused_message(&self, verdict: &'static str) {
+        self.messages.get_or_create(&MessageLabels { direction: "in", verdict }).inc();
     }
 
     /// A TLS handshake failed.

@@ -29,6 +29,7 @@ mod sampler;
 mod session;
 mod socket;
 mod tls;
+mod upstream;
 mod watch;
 
 #[cfg(test)]

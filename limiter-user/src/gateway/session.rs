@@ -1,86 +1,98 @@
 //! A WebSocket session: messages one way and the other, until something ends it.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
-use tokio::{net::TcpStream, time::Instant};
-use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
+use tokio::time::Instant;
+use tokio_tungstenite::{WebSocketStream, tungstenite::Message, tungstenite::protocol::Role};
 
 use super::{
     Shared,
-    admission::Permit,
     application::Opened,
     auth::Member,
     close::{self, End},
-    liveness,
-    messages::WindowLimiter,
+    connection::Accepted,
+    liveness, messages,
+    messages::Inbound,
     metrics::{Metrics, OpenSession},
     peer::{Peer, Received, SendError},
+    relay::{self, Judge, Relay, Verdict},
     socket::Socket,
 };
-use crate::config::{Messages, OnViolation};
 
-/// Who is at the other end of a session.
-pub(super) struct Client {
-    pub(super) address: IpAddr,
-    /// `None` where anybody may connect.
-    pub(super) user: Option<Member>,
-}
-
-/// Serves `client`, which is `who`, to the end of the session and closes both sides.
+/// Serves a client to the end of the session and closes both sides. `early`: what came right after the handshake.
 pub(super) async fn run(
-    client: WebSocketStream<Socket>,
-    who: Client,
-    application: Opened,
-    permit: Permit,
+    client: Socket,
+    early: Vec<u8>,
+    accepted: Accepted,
     mut open: OpenSession<'_>,
     shared: &Arc<Shared>,
 ) {
+    let Accepted { client: address, permit, user, application } = accepted;
     let config = &shared.config;
     let mut witness = shared.drain.session();
-    let client = Peer::new(client, config.pong_timeout);
-    let inbound = Inbound::new(config.messages, &shared.metrics);
-    let upstream = match application {
-        Opened::Echo => None,
-        Opened::Relay(socket) => Some(Peer::new(*socket, config.pong_timeout)),
-    };
-
-    let served = async {
-        match &upstream {
-            None => echo(&client, inbound, &shared.metrics).await,
-            Some(upstream) => relay(&client, upstream, inbound, &shared.metrics).await,
+    let who = Who { address, remote: client.connection().remote, user };
+    // What is only needed at the end, or by the built-in application, takes no room in a relayed session.
+    match application {
+        Opened::Relay(upstream) => {
+            let mut relay = Relay::new(client, early, upstream, config, &shared.metrics);
+            let end = tokio::select! {
+                biased;
+                () = shared.drain.wait() => End::Draining,
+                end = lapse(who.user.as_ref(), shared) => end,
+                end = relay.run() => end,
+            };
+            open.ends(end.label());
+            log(&end, &who, open.lasted(), shared);
+            let closed = |agreed: bool| {
+                if agreed {
+                    witness.closed();
+                }
+                drop((witness, open, permit, who));
+            };
+            Box::pin(relay::close(relay, &end, config.drain_timeout, closed)).await;
         }
-    };
-    let end = tokio::select! {
-        biased;
-        () = shared.drain.wait() => End::Draining,
-        end = liveness::watch(&client, config) => end,
-        end = lapse(who.user.as_ref(), shared) => end,
-        end = served => end,
-    };
-    open.ends(end.label());
-    log(&end, &client, &who, open.lasted(), shared);
-
-    let close_upstream = async {
-        if let Some(upstream) = upstream {
-            close::upstream(upstream.into_socket(), &end).await;
+        Opened::Echo => {
+            Box::pin(async {
+                let limits = messages::client_config(&config.messages);
+                let client = WebSocketStream::from_partially_read(client, early, Role::Server, Some(limits)).await;
+                let client = Peer::new(client, config.pong_timeout);
+                let inbound = Inbound::new(&config.messages, &shared.metrics);
+                let end = tokio::select! {
+                    biased;
+                    () = shared.drain.wait() => End::Draining,
+                    end = liveness::watch(&client, config) => end,
+                    end = lapse(who.user.as_ref(), shared) => end,
+                    end = echo(&client, inbound, &shared.metrics) => end,
+                };
+                open.ends(end.label());
+                log(&end, &who, open.lasted(), shared);
+                if close::client(client.into_socket(), &end, config.drain_timeout).await {
+                    witness.closed();
+                }
+                // The socket is closed by now: whoever gets the slot doesn't find it still taken in the kernel.
+                drop((witness, open, permit, who));
+            })
+            .await;
         }
-    };
-    let close_client = async {
-        if close::client(client.into_socket(), &end, config.drain_timeout).await {
-            witness.closed();
-        }
-        // The socket is closed by now: whoever gets the slot doesn't find it still taken in the kernel.
-        drop((witness, open, permit));
-    };
-    // At the same time, so that the client's slot isn't held for the upstream's sake.
-    tokio::join!(close_client, close_upstream);
+    }
 }
 
-fn log(end: &End, client: &Peer<Socket>, who: &Client, lasted: Duration, shared: &Shared) {
+/// Who is at the other end of a session.
+struct Who {
+    address: IpAddr,
+    remote: SocketAddr,
+    /// `None` where anybody may connect.
+    user: Option<Member>,
+}
+
+fn log(end: &End, who: &Who, lasted: Duration, shared: &Shared) {
     let reason = end.label();
-    let Client { address, user } = who;
+    let Who { address, remote, user } = who;
     let user = user.as_ref().map(Member::user);
-    let remote = client.transport(|socket| socket.connection().remote);
     tracing::debug!(client = %address, %remote, user, reason, ?lasted, "session ends");
     if end.is_abuse()
         && let Some(left_out) = shared.log.admit(reason)
@@ -92,7 +104,8 @@ fn log(end: &End, client: &Peer<Socket>, who: &Client, lasted: Duration, shared:
 /// Completes when the client's right to go on ends; never where anybody may connect.
 async fn lapse(user: Option<&Member>, shared: &Shared) -> End {
     match (user, &shared.auth) {
-        (Some(user), Some(auth)) => auth.lapse(user).await,
+        // Boxed, so that it takes no room in the sessions of others.
+        (Some(user), Some(auth)) => Box::pin(auth.lapse(user)).await,
         _ => std::future::pending().await,
     }
 }
@@ -100,105 +113,43 @@ async fn lapse(user: Option<&Member>, shared: &Shared) -> End {
 /// Sends each message back.
 async fn echo(client: &Peer<Socket>, mut inbound: Inbound<'_>, metrics: &Metrics) -> End {
     loop {
-        let message = match inbound.next(client).await {
+        let message = match next(client, &mut inbound).await {
             Ok(message) => message,
             Err(end) => return end,
         };
-        if let Err(end) = deliver(client, message, metrics).await {
-            return end;
+        let bytes = message.len() as u64;
+        match client.send(message).await {
+            Ok(()) => metrics.sent.count(bytes),
+            Err(SendError::Slow) => return End::SlowConsumer,
+            Err(SendError::Broken) => return End::Lost,
         }
     }
 }
 
-/// Passes messages both ways, each in its own time: a client that does not read may still write, as without us.
-async fn relay(client: &Peer<Socket>, upstream: &Peer<TcpStream>, mut inbound: Inbound<'_>, metrics: &Metrics) -> End {
-    let up = async {
-        loop {
-            let message = match inbound.next(client).await {
-                Ok(message) => message,
-                Err(end) => return end,
-            };
-            match upstream.send(message).await {
-                Ok(()) => {}
-                Err(SendError::Slow) => return End::UpstreamGone,
-                // There may be messages and a Close frame to read before the end.
-                Err(SendError::Broken) => std::future::pending().await,
-            }
-        }
-    };
-    let down = async {
-        loop {
-            match upstream.receive().await {
-                Ok(Received::Message(message)) => {
-                    if let Err(end) = deliver(client, message, metrics).await {
-                        match end {
-                            End::Lost => std::future::pending().await,
-                            end => return end,
-                        }
-                    }
-                }
-                Ok(Received::Close(frame)) => return End::Upstream(frame),
-                Err(e) => return End::of_upstream(&e),
-            }
-        }
-    };
-    tokio::select! {
-        end = up => end,
-        end = down => end,
-    }
-}
-
-/// Sends the client a message.
-async fn deliver(client: &Peer<Socket>, message: Message, metrics: &Metrics) -> Result<(), End> {
-    let bytes = message.len();
-    match client.send(message).await {
-        Ok(()) => {
-            metrics.sent.count(bytes);
-            Ok(())
-        }
-        Err(SendError::Slow) => Err(End::SlowConsumer),
-        Err(SendError::Broken) => Err(End::Lost),
-    }
-}
-
-/// What comes from the client, within its limits.
-struct Inbound<'a> {
-    limiter: Option<WindowLimiter>,
-    on_violation: OnViolation,
-    metrics: &'a Metrics,
-}
-
-impl<'a> Inbound<'a> {
-    fn new(limits: Messages, metrics: &'a Metrics) -> Self {
-        let limiter = (limits.rate != 0).then(|| WindowLimiter::new(limits.rate, limits.window, Instant::now()));
-        Self { limiter, on_violation: limits.on_violation, metrics }
-    }
-
-    /// The next message that may pass, or why there is none.
-    async fn next(&mut self, client: &Peer<Socket>) -> Result<Message, End> {
-        loop {
-            match client.receive().await {
-                Ok(Received::Message(message)) => {
-                    if self.limiter.as_mut().is_none_or(|limiter| limiter.admit(Instant::now())) {
-                        self.metrics.received.count(message.len());
+/// The next message that may pass, or why there is none.
+async fn next(client: &Peer<Socket>, inbound: &mut Inbound<'_>) -> Result<Message, End> {
+    loop {
+        match client.receive().await {
+            Ok(Received::Message(message)) => {
+                let (now, bytes) = (Instant::now(), message.len() as u64);
+                match inbound.begins(message.is_text(), bytes, now) {
+                    Verdict::Pass => {
+                        inbound.passed(bytes, now);
                         return Ok(message);
                     }
-                    self.metrics.over_rate.inc();
-                    match self.on_violation {
-                        OnViolation::Close => return Err(End::TooMany),
-                        OnViolation::Drop => {}
-                    }
+                    Verdict::Drop => {}
+                    Verdict::Close(violation) => return Err(End::Violation(violation)),
                 }
-                Ok(Received::Close(frame)) => return Err(End::Client(frame)),
-                Err(e) => {
-                    let end = End::of_client(&e);
-                    match end {
-                        End::TooBig => self.metrics.too_big.inc(),
-                        End::Malformed(_) => self.metrics.malformed.inc(),
-                        _ => 0,
-                    };
-                    return Err(end);
+            }
+            Ok(Received::Close(frame)) => return Err(End::Client(frame)),
+            Err(e) => {
+                let end = End::of_client(&e);
+                match end {
+                    End::Violation(violation) => _ = inbound.violated(violation),
+                    End::Malformed(..) => inbound.malformed(),
+                    _ => {}
                 }
+                return Err(end);
             }
         }
     }

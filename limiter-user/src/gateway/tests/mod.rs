@@ -9,6 +9,7 @@ mod malformed;
 mod origins;
 mod proxies;
 mod proxy_headers;
+mod relayed_frames;
 mod relays;
 mod sessions;
 mod storm;

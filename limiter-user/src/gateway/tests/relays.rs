@@ -24,7 +24,7 @@ use crate::config::{self, Upstream};
 pub type Server = WebSocketStream<TcpStream>;
 
 /// A gateway to an upstream that takes one connection and does `act` with it; with the request that the upstream saw.
-async fn relay_to<F>(
+pub async fn relay_to<F>(
     path: &str,
     act: impl FnOnce(Server) -> F + Send + 'static,
 ) -> (Running, oneshot::Receiver<Request>)

@@ -21,13 +21,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout_at},
 };
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{
-        handshake::{client::generate_key, derive_accept_key},
-        protocol::{Role, WebSocketConfig},
-    },
-};
+use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
 use super::{
     answer::Refusal,
@@ -64,9 +58,22 @@ const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port")
 const X_LIMITER_USER: HeaderName = HeaderName::from_static("x-limiter-user");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// Longest head of an upstream's answer, in bytes, and the most that is read beyond it.
+const MAX_HEAD: usize = 16 * 1024;
+
+/// What an upstream is spoken to through.
+pub(super) type Stream = TcpStream;
+
+/// An upstream's side of a session.
+pub(super) struct Connected {
+    pub(super) stream: Stream,
+    /// What it sent right after its answer.
+    pub(super) early: Vec<u8>,
+}
+
 /// An upstream WebSocket server.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Relay {
+pub(super) struct Upstream {
     host: String,
     port: u16,
     /// Where every client is led, whatever it asked for; `None`: where it asked for.
@@ -101,7 +108,7 @@ impl Client {
     }
 }
 
-impl Relay {
+impl Upstream {
     /// Of a URL as the configuration has it; an error says what is wrong with it.
     pub(super) fn new(url: &str) -> Result<Self, &'static str> {
         let uri: Uri = url.parse().map_err(|_| "not a URL")?;
@@ -119,15 +126,14 @@ impl Relay {
         Ok(Self { host, port: uri.port_u16().unwrap_or(80), path })
     }
 
-    /// Opens the upstream's side for a client's request: a socket, and the subprotocol that the upstream chose.
+    /// Opens the upstream's side for a client's request: its side, and the subprotocol that the upstream chose.
     pub(super) async fn connect(
         &self,
         head: &Parts,
         handshake: &Handshake,
         client: Client,
-        config: WebSocketConfig,
         deadline: Instant,
-    ) -> Result<(WebSocketStream<TcpStream>, Option<HeaderValue>), Refusal> {
+    ) -> Result<(Connected, Option<HeaderValue>), Refusal> {
         let connecting = async {
             let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(|error| {
                 Refusal::UpstreamUnreachable(format!("cannot connect to {}:{}: {error}", self.host, self.port))
@@ -135,7 +141,7 @@ impl Relay {
             // Neither is worth a session.
             _ = stream.set_nodelay(true);
             _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE));
-            self.shake_hands(stream, head, handshake, client, config).await
+            self.shake_hands(stream, head, handshake, client).await
         };
         timeout_at(deadline, connecting).await.unwrap_or(Err(Refusal::UpstreamTimeout))
     }
@@ -146,8 +152,7 @@ impl Relay {
         head: &Parts,
         handshake: &Handshake,
         client: Client,
-        config: WebSocketConfig,
-    ) -> Result<(WebSocketStream<TcpStream>, Option<HeaderValue>), Refusal> {
+    ) -> Result<(Connected, Option<HeaderValue>), Refusal> {
         let key = generate_key();
         let request =
             self.request(head, handshake, client, &key).ok_or(Refusal::Bad("a header cannot be passed on"))?;
@@ -160,8 +165,7 @@ impl Relay {
         };
         let protocol = chosen_protocol(&response, handshake, &key)
             .map_err(|problem| Refusal::UpstreamUnreachable(format!("the upstream's answer: {problem}")))?;
-        let socket = WebSocketStream::from_partially_read(stream, read.to_vec(), Role::Client, Some(config)).await;
-        Ok((socket, protocol))
+        Ok((Connected { stream, early: read.to_vec() }, protocol))
     }
 
     /// The request for the upstream. `None` only for what is no header value, which the parser would not have let in.
@@ -222,7 +226,7 @@ enum Exchanged {
 /// Sends a request and, if the answer is 101, takes the socket back with what was read beyond it.
 async fn exchange(stream: TcpStream, request: Request<Empty<Bytes>>) -> hyper::Result<Exchanged> {
     let (mut sender, mut connection) =
-        http1::Builder::new().title_case_headers(true).handshake(TokioIo::new(stream)).await?;
+        http1::Builder::new().title_case_headers(true).max_buf_size(MAX_HEAD).handshake(TokioIo::new(stream)).await?;
     let mut done = false;
     let response = {
         let mut sending = pin!(sender.send_request(request));
@@ -272,23 +276,23 @@ fn chosen_protocol(
 mod tests {
     use super::*;
 
-    fn relay(url: &str) -> Relay {
-        Relay::new(url).unwrap()
+    fn upstream(url: &str) -> Upstream {
+        Upstream::new(url).unwrap()
     }
 
     #[test]
     fn urls_are_taken_apart() {
-        let plain = relay("ws://127.0.0.1:9000");
+        let plain = upstream("ws://127.0.0.1:9000");
         assert_eq!((plain.host.as_str(), plain.port, plain.path), ("127.0.0.1", 9000, None));
-        assert_eq!(relay("ws://[::1]:9000/").host, "::1");
-        assert_eq!(relay("ws://app").port, 80);
-        assert_eq!(relay("ws://app/x?y=1").path.unwrap(), "/x?y=1");
+        assert_eq!(upstream("ws://[::1]:9000/").host, "::1");
+        assert_eq!(upstream("ws://app").port, 80);
+        assert_eq!(upstream("ws://app/x?y=1").path.unwrap(), "/x?y=1");
     }
 
     #[test]
     fn urls_that_lead_nowhere_are_refused() {
         for url in ["", "app:9000", "http://app", "wss://app", "ws://", "ws://u:p@app", "ws://a b"] {
-            assert!(Relay::new(url).is_err(), "{url}");
+            assert!(Upstream::new(url).is_err(), "{url}");
         }
     }
 
@@ -316,7 +320,7 @@ mod tests {
         };
         let client =
             Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: Some(8080), request_id: 1, user: None };
-        let request = relay("ws://app").request(&head, &handshake, client, "key").unwrap();
+        let request = upstream("ws://app").request(&head, &handshake, client, "key").unwrap();
 
         assert_eq!(request.uri(), "/chat?token=t");
         let header =
@@ -338,7 +342,7 @@ mod tests {
         let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
         let handshake = Handshake { accept: String::new(), protocols: None, fallback_protocol: None };
         let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: None, request_id: 1, user: None };
-        let request = relay("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
+        let request = upstream("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
         assert_eq!(request.uri(), "/fixed");
     }
 }

@@ -1,0 +1,180 @@
+//! The end of a relayed session: each side gets its Close frame where a frame may be, and is waited for, but not for long.
+
+use std::{future::poll_fn, pin::pin, task::Poll, time::Duration};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    task::yield_now,
+    time::{Instant, timeout},
+};
+
+use super::{
+    Relay, TURN, close_frame,
+    header::Sender,
+    inspect::Stop,
+    pipe::{Ended, Intake, Outlet},
+};
+use crate::gateway::{
+    close::{CLOSE_TIMEOUT, End, FLUSH_TIMEOUT},
+    socket::Socket,
+    upstream::Stream,
+};
+
+/// Closes both sides. `client_closed` is told when the client's socket is closed, and whether the client agreed, or was cut
+/// off. It does not wait for the upstream.
+pub(in crate::gateway) async fn close(
+    mut relay: Relay<'_>,
+    end: &End,
+    drain_timeout: Duration,
+    client_closed: impl FnOnce(bool),
+) {
+    let agreed = settle(&mut relay, end).await;
+    let Relay { client, upstream, up, down, .. } = relay;
+    let may_write_down = down.intake.unfinished() == 0;
+    let may_write_up = up.intake.unfinished() == 0;
+    // One that has answered, or has been answered, needs no frame of ours; one that is gone gets none.
+    let to_client = match end {
+        End::Lost => Vec::new(),
+        _ if agreed => Vec::new(),
+        end => close_frame(end.for_client().as_ref(), Sender::Server),
+    };
+    let to_upstream = match end {
+        End::UpstreamGone => Vec::new(),
+        _ if agreed => Vec::new(),
+        end => close_frame(end.for_upstream().as_ref(), Sender::Client),
+    };
+    let of_client = Closing { intake: up.intake, outlet: down.outlet, may_write: may_write_down, frame: to_client };
+    let of_upstream = Closing { intake: down.intake, outlet: up.outlet, may_write: may_write_up, frame: to_upstream };
+    let close_client = async { client_closed(of_client.client(client, end, agreed, drain_timeout).await) };
+    let close_upstream = of_upstream.upstream(upstream, end);
+    tokio::join!(close_client, close_upstream);
+}
+
+/// Where one side closes: passes its Close frame on, and the answer of the other. True: there is one, and all is said.
+/// Otherwise: brings frames that have passed in part to their end, since nothing can be put into a frame.
+async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
+    let Relay { client, upstream, up, down, inbound, outbound, .. } = relay;
+    match end {
+        End::Client(_) => {
+            let answered = poll_fn(|cx| {
+                let (now, mut turn) = (Instant::now(), TURN);
+                _ = up.outlet.poll_drain(cx, upstream, now);
+                match down.poll_pass(cx, upstream, client, outbound, now, &mut turn) {
+                    Poll::Ready(ended) => return Poll::Ready(is_close(&ended)),
+                    Poll::Pending if down.outlet.is_broken() => return Poll::Ready(true),
+                    Poll::Pending => {}
+                }
+                if turn == 0 {
+                    _ = pin!(yield_now()).poll(cx);
+                }
+                Poll::Pending
+            });
+            timeout(CLOSE_TIMEOUT, answered).await.unwrap_or(false)
+        }
+        End::Upstream(_) => {
+            let answered = poll_fn(|cx| {
+                let (now, mut turn) = (Instant::now(), TURN);
+                _ = down.outlet.poll_drain(cx, client, now);
+                match up.poll_pass(cx, client, upstream, inbound, now, &mut turn) {
+                    Poll::Ready(ended) => return Poll::Ready(is_close(&ended)),
+                    Poll::Pending => {}
+                }
+                if turn == 0 {
+                    _ = pin!(yield_now()).poll(cx);
+                }
+                Poll::Pending
+            });
+            timeout(CLOSE_TIMEOUT, answered).await.unwrap_or(false)
+        }
+        _ => {
+            let (mut up_done, mut down_done) = (false, false);
+            let finished = poll_fn(|cx| {
+                // A frame whose sender is gone, or breaks the protocol, has no end: its receiver is cut off.
+                up_done |= matches!(end, End::Lost | End::Malformed(..))
+                    || up.poll_finish_frame(cx, client, upstream, inbound).is_ready();
+                down_done |= matches!(end, End::Lost | End::UpstreamGone | End::UpstreamMalformed)
+                    || down.poll_finish_frame(cx, upstream, client, outbound).is_ready();
+                if up_done && down_done { Poll::Ready(()) } else { Poll::Pending }
+            });
+            _ = timeout(FLUSH_TIMEOUT, finished).await;
+            false
+        }
+    }
+}
+
+fn is_close(ended: &Ended) -> bool {
+    matches!(ended, Ended::Stop(Stop::Close(_)))
+}
+
+/// One side's end.
+struct Closing {
+    /// What comes from it.
+    intake: Intake,
+    /// What goes to it.
+    outlet: Outlet,
+    /// Whether it has all of every frame that has begun.
+    may_write: bool,
+    /// The Close frame that it has still to get, if any.
+    frame: Vec<u8>,
+}
+
+impl Closing {
+    /// Says whether the client agreed to the end.
+    async fn client(mut self, mut socket: Socket, end: &End, answered: bool, drain_timeout: Duration) -> bool {
+        let told = self.tell(&mut socket).await;
+        match end {
+            End::Lost => true,
+            // Nothing more can come from it, so closing after the flush is no RST.
+            End::Client(_) => {
+                _ = timeout(FLUSH_TIMEOUT, socket.end_tls()).await;
+                true
+            }
+            // Somebody who isn't there isn't waited for: the slot is free once the attempt is made.
+            End::NoPong | End::SlowConsumer => false,
+            _ if !told => false,
+            end if end.loses_frames() => {
+                socket.linger(CLOSE_TIMEOUT).await;
+                false
+            }
+            _ => {
+                let patience = match end {
+                    End::Draining => drain_timeout,
+                    // It has had its time.
+                    End::Upstream(_) => Duration::ZERO,
+                    _ => CLOSE_TIMEOUT,
+                };
+                if answered || self.is_answered(&mut socket, patience).await {
+                    _ = timeout(FLUSH_TIMEOUT, socket.end_tls()).await;
+                    true
+                } else {
+                    socket.linger(FLUSH_TIMEOUT).await;
+                    false
+                }
+            }
+        }
+    }
+
+    async fn upstream(mut self, mut stream: Stream, end: &End) {
+        let said = !self.frame.is_empty();
+        let told = self.tell(&mut stream).await;
+        // Where one side began, the other has answered or has had its time to.
+        if told && said && !matches!(end, End::Client(_) | End::Upstream(_)) {
+            self.is_answered(&mut stream, CLOSE_TIMEOUT).await;
+        }
+    }
+
+    /// Sends what is held, and the Close frame. False: it could not leave.
+    async fn tell(&mut self, socket: &mut (impl AsyncWrite + Unpin)) -> bool {
+        let now = Instant::now();
+        if self.may_write {
+            self.outlet.hold(&self.frame, now);
+        }
+        let drained = poll_fn(|cx| self.outlet.poll_drain(cx, socket, now));
+        timeout(FLUSH_TIMEOUT, drained).await.is_ok() && !self.outlet.is_broken() && self.may_write
+    }
+
+    /// Waits for the Close frame that answers ours, or the end of the connection; what was on its way before is dropped.
+    async fn is_answered(&mut self, socket: &mut (impl AsyncRead + Unpin), patience: Duration) -> bool {
+        timeout(patience, poll_fn(|cx| self.intake.poll_close(cx, socket))).await.unwrap_or(false)
+    }
+}

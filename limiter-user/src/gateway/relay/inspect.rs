@@ -1,0 +1,313 @@
+//! What one side sends, looked at on its way to the other: headers alone, but for text, whose UTF-8 is checked, and
+//! control frames.
+//!
+//! No I/O here. Bytes come in as they were read, in any pieces, and what may pass is at the front of the buffer after.
+
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::{
+    Utf8Bytes,
+    protocol::{CloseFrame, frame::coding::CloseCode},
+};
+
+use super::{
+    super::messages::Violation,
+    header::{CONTROL_MAX, Header, Opcode, Sender},
+    utf8::Utf8,
+};
+
+/// What the gateway's own pings carry, so that their answers can be told from those to the application's.
+pub(super) const PING_PAYLOAD: &[u8; 7] = b"limiter";
+
+/// What a message may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::gateway) enum Verdict {
+    Pass,
+    /// It is left out, whole, and nobody is told.
+    Drop,
+    /// The connection is closed for it.
+    Close(Violation),
+}
+
+/// Who says what may pass. `now` is when the bytes were read.
+pub(in crate::gateway) trait Judge {
+    /// A message begins, with a frame of `length` bytes.
+    fn begins(&mut self, is_text: bool, length: u64, now: Instant) -> Verdict;
+
+    /// A message goes on, with its frame number `fragments` (the first is 1), which makes `total` bytes with those before.
+    fn goes_on(&mut self, length: u64, total: u64, fragments: u32, now: Instant) -> Result<(), Violation>;
+
+    /// A message of `total` bytes has passed whole.
+    fn passed(&mut self, total: u64, now: Instant);
+
+    /// A ping or pong came.
+    fn control(&mut self, now: Instant) -> Result<(), Violation>;
+}
+
+/// Why nothing more is looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// A Close frame, which is the last of what passes.
+    Close(Option<CloseFrame>),
+    /// The protocol is broken: with what the other side of it is told.
+    Malformed(CloseCode, &'static str),
+    /// A limit is.
+    Violation(Violation),
+}
+
+/// What came of the bytes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    /// So many bytes at the front of the buffer may pass.
+    pub(super) passed: usize,
+    /// The last place in them where one frame has ended and the next has not begun.
+    pub(super) boundary: Option<usize>,
+    /// So many of the bytes that came are done with. The others begin a header or a control frame, and must come again
+    /// with more behind them.
+    pub(super) consumed: usize,
+    pub(super) stop: Option<Stop>,
+}
+
+/// Where in what one side sends we are.
+#[derive(Debug)]
+pub(super) struct Inspector {
+    /// Bytes that are still to come of the frame's payload.
+    left: u64,
+    /// Length of the message so far, with the whole of the frame that has begun.
+    total: u64,
+    /// Frames of the message so far; 0: no message has begun.
+    fragments: u32,
+    /// Of the next byte of the payload.
+    mask: [u8; 4],
+    utf8: Utf8,
+    sender: Sender,
+    is_text: bool,
+    /// Whether the message is left out.
+    dropped: bool,
+    /// Whether the frame ends its message.
+    fin: bool,
+}
+
+/// How a look at the next piece ends.
+enum Next {
+    /// There is another.
+    More,
+    /// More bytes are needed.
+    Wait,
+}
+
+/// A buffer that is read at one place and closed up at another.
+struct Cursor<'a> {
+    buffer: &'a mut [u8],
+    read: usize,
+    written: usize,
+    boundary: Option<usize>,
+}
+
+impl Cursor<'_> {
+    fn rest(&self) -> &[u8] {
+        &self.buffer[self.read..]
+    }
+
+    fn skip(&mut self, length: usize) {
+        self.read += length;
+    }
+
+    fn pass(&mut self, length: usize) {
+        if self.written != self.read {
+            self.buffer.copy_within(self.read..self.read + length, self.written);
+        }
+        self.read += length;
+        self.written += length;
+    }
+}
+
+impl Inspector {
+    pub(super) fn new(sender: Sender) -> Self {
+        Self {
+            left: 0,
+            total: 0,
+            fragments: 0,
+            mask: [0; 4],
+            utf8: Utf8::default(),
+            sender,
+            is_text: false,
+            dropped: false,
+            fin: true,
+        }
+    }
+
+    /// How many bytes are still to come of a frame that has passed in part; 0: another frame may be put in here.
+    pub(super) fn unfinished(&self) -> u64 {
+        if self.dropped { 0 } else { self.left }
+    }
+
+    /// Looks at the bytes that came: those that were not `consumed` last time, and what was read since.
+    pub(super) fn look(&mut self, buffer: &mut [u8], judge: &mut impl Judge, now: Instant) -> Seen {
+        let at_boundary = self.unfinished() == 0;
+        let mut cursor = Cursor { buffer, read: 0, written: 0, boundary: at_boundary.then_some(0) };
+        let stop = loop {
+            let next = if self.left > 0 {
+                self.payload(&mut cursor, judge, now)
+            } else {
+                self.header(&mut cursor, judge, now)
+            };
+            match next {
+                Ok(Next::More) => {}
+                Ok(Next::Wait) => break None,
+                Err(stop) => break Some(stop),
+            }
+        };
+        let Cursor { read: consumed, written: passed, boundary, .. } = cursor;
+        Seen { passed, boundary, consumed, stop }
+    }
+
+    fn payload(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) -> Result<Next, Stop> {
+        let rest = cursor.rest();
+        let length = usize::try_from(self.left).unwrap_or(usize::MAX).min(rest.len());
+        if length == 0 {
+            return Ok(Next::Wait);
+        }
+        if self.dropped {
+            cursor.skip(length);
+            self.left -= length as u64;
+        } else {
+            let valid = !self.is_text || self.utf8.push(&rest[..length], self.mask);
+            let ends = self.left == length as u64;
+            if !valid || (ends && self.fin && !self.utf8.is_complete()) {
+                return Err(self.not_utf8(cursor));
+            }
+            cursor.pass(length);
+            self.left -= length as u64;
+            self.mask.rotate_left(length % 4);
+        }
+        if self.left == 0 {
+            self.frame_ends(cursor, judge, now);
+        }
+        Ok(Next::More)
+    }
+
+    fn header(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) -> Result<Next, Stop> {
+        let header = match Header::parse(cursor.rest(), self.sender) {
+            Ok(Some(header)) => header,
+            Ok(None) => return Ok(Next::Wait),
+            Err(reason) => return Err(protocol(reason)),
+        };
+        if header.opcode.is_control() {
+            return self.control(&header, cursor, judge, now);
+        }
+        let goes_on = self.fragments > 0;
+        match (header.opcode == Opcode::Continuation, goes_on) {
+            (true, false) => return Err(protocol("continuation of nothing")),
+            (false, true) => return Err(protocol("a message inside a message")),
+            (true, true) | (false, false) => {}
+        }
+        // Not a mere saturation: past this the length is one that no frame may have.
+        let total = self.total.checked_add(header.payload).filter(|total| i64::try_from(*total).is_ok());
+        if goes_on {
+            let total = total.ok_or(Stop::Violation(Violation::TooBig))?;
+            self.fragments = self.fragments.saturating_add(1);
+            judge.goes_on(header.payload, total, self.fragments, now).map_err(Stop::Violation)?;
+            self.total = total;
+        } else {
+            self.is_text = header.opcode == Opcode::Text;
+            self.utf8 = Utf8::default();
+            self.total = total.ok_or(Stop::Violation(Violation::TooBig))?;
+            self.dropped = match judge.begins(self.is_text, header.payload, now) {
+                Verdict::Pass => false,
+                Verdict::Drop => true,
+                Verdict::Close(violation) => return Err(Stop::Violation(violation)),
+            };
+            self.fragments = 1;
+        }
+        self.left = header.payload;
+        self.mask = header.mask;
+        self.fin = header.fin;
+        if self.dropped {
+            cursor.skip(header.length);
+        } else {
+            if self.left == 0 && self.fin && self.is_text && !self.utf8.is_complete() {
+                return Err(self.not_utf8(cursor));
+            }
+            cursor.pass(header.length);
+        }
+        if self.left == 0 {
+            self.frame_ends(cursor, judge, now);
+        }
+        Ok(Next::More)
+    }
+
+    fn frame_ends(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) {
+        cursor.boundary = Some(cursor.written);
+        if self.fin {
+            if !self.dropped {
+                judge.passed(self.total, now);
+            }
+            self.fragments = 0;
+            self.total = 0;
+            self.dropped = false;
+        }
+    }
+
+    /// Takes back what passed of this frame just now: what went before ends where a Close frame can follow.
+    fn not_utf8(&mut self, cursor: &mut Cursor) -> Stop {
+        if let Some(boundary) = cursor.boundary {
+            cursor.written = boundary;
+            self.left = 0;
+        }
+        Stop::Malformed(CloseCode::Invalid, "invalid UTF-8")
+    }
+
+    /// A control frame, once it is there whole.
+    fn control(
+        &mut self,
+        header: &Header,
+        cursor: &mut Cursor,
+        judge: &mut impl Judge,
+        now: Instant,
+    ) -> Result<Next, Stop> {
+        // No more than 125 bytes, as the header was checked.
+        let length = header.length + usize::try_from(header.payload).unwrap_or(usize::MAX);
+        let Some(masked) = cursor.rest().get(header.length..length) else { return Ok(Next::Wait) };
+        let mut payload = [0; CONTROL_MAX];
+        let payload = &mut payload[..masked.len()];
+        for (plain, (byte, mask)) in payload.iter_mut().zip(masked.iter().zip(header.mask.iter().cycle())) {
+            *plain = byte ^ mask;
+        }
+        let close = match header.opcode {
+            Opcode::Close => Some(parse_close(payload)?),
+            _ => None,
+        };
+        if close.is_none() {
+            judge.control(now).map_err(Stop::Violation)?;
+        }
+        if header.opcode == Opcode::Pong && payload == PING_PAYLOAD && self.sender == Sender::Client {
+            // The answer to our own ping, which the application has not asked for.
+            cursor.skip(length);
+        } else {
+            cursor.pass(length);
+            // Between two frames of a message just as well as between two messages.
+            cursor.boundary = Some(cursor.written);
+        }
+        match close {
+            Some(frame) => Err(Stop::Close(frame)),
+            None => Ok(Next::More),
+        }
+    }
+}
+
+fn protocol(reason: &'static str) -> Stop {
+    Stop::Malformed(CloseCode::Protocol, reason)
+}
+
+/// What a Close frame says (RFC 6455, 5.5.1 and 7.4).
+fn parse_close(payload: &[u8]) -> Result<Option<CloseFrame>, Stop> {
+    let Some((code, reason)) = payload.split_first_chunk() else {
+        return if payload.is_empty() { Ok(None) } else { Err(protocol("half a close code")) };
+    };
+    let reason = str::from_utf8(reason).map_err(|_| Stop::Malformed(CloseCode::Invalid, "invalid UTF-8"))?;
+    let code = u16::from_be_bytes(*code);
+    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+        return Err(protocol("close code out of range"));
+    }
+    Ok(Some(CloseFrame { code: code.into(), reason: Utf8Bytes::from(reason) }))
+}

@@ -1,0 +1,230 @@
+//! The relay: frames of the client to the upstream and back, byte for byte.
+//!
+//! Nothing is decoded that need not be. What a client sends is masked, as an upstream expects it from its clients, and what
+//! the upstream sends is as a client expects it from a server; so the gateway reads headers, holds them against the limits,
+//! and passes the bytes on. A session that is quiet has no buffer, and one that is busy no more than its slower side
+//! makes it wait for.
+
+mod closing;
+mod header;
+mod inspect;
+mod pipe;
+mod utf8;
+
+#[cfg(test)]
+mod inspect_tests;
+
+pub(super) use closing::close;
+pub(super) use inspect::{Judge, Verdict};
+
+use std::{
+    future::poll_fn,
+    pin::{Pin, pin},
+    task::{Context, Poll},
+};
+
+use tokio::{
+    task::yield_now,
+    time::{Instant, Sleep, sleep_until},
+};
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+
+use super::{
+    close::End,
+    liveness::{Due, FAR, Liveness, earliest},
+    messages::{Inbound, Violation},
+    metrics::Metrics,
+    socket::Socket,
+    upstream::{Connected, Stream},
+};
+use crate::config;
+use header::Sender;
+use inspect::Stop;
+use pipe::{Ended, Pipe};
+
+/// How many bytes one side of one session may bring before others get their turn. The runtime counts operations, and one of
+/// those can be long.
+const TURN: usize = 64 * 1024;
+
+/// Both sides of a session.
+pub(super) struct Relay<'a> {
+    client: Socket,
+    upstream: Stream,
+    /// From the client to the upstream.
+    up: Pipe,
+    /// From the upstream to the client.
+    down: Pipe,
+    inbound: Inbound<'a>,
+    outbound: Outbound<'a>,
+    liveness: Liveness,
+    config: &'a config::Gateway,
+}
+
+impl<'a> Relay<'a> {
+    /// `early`: what the client sent right after its handshake.
+    pub(super) fn new(
+        client: Socket,
+        early: Vec<u8>,
+        upstream: Connected,
+        config: &'a config::Gateway,
+        metrics: &'a Metrics,
+    ) -> Self {
+        Self {
+            client,
+            upstream: upstream.stream,
+            up: Pipe::new(Sender::Client, early, config.pong_timeout),
+            down: Pipe::new(Sender::Server, upstream.early, config.pong_timeout),
+            inbound: Inbound::new(&config.messages, metrics),
+            outbound: Outbound { metrics, last: Instant::now() },
+            liveness: Liveness::new(),
+            config,
+        }
+    }
+
+    /// Relays until one side ends the session, or has to be told that it is over.
+    pub(super) async fn run(&mut self) -> End {
+        let mut alarm = pin!(sleep_until(Instant::now() + FAR));
+        poll_fn(|cx| self.poll(cx, alarm.as_mut())).await
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, mut alarm: Pin<&mut Sleep>) -> Poll<End> {
+        let mut now = Instant::now();
+        if let Poll::Ready(end) = self.poll_pass(cx, now) {
+            return Poll::Ready(end);
+        }
+        loop {
+            let due = match self.due(cx, now) {
+                Ok(due) => due,
+                Err(end) => return Poll::Ready(end),
+            };
+            // Most of what happens makes the next deadline later. The alarm is left as it is then, and set anew when it rings.
+            if alarm.is_elapsed() || due < alarm.deadline() {
+                alarm.as_mut().reset(due);
+            }
+            if alarm.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            now = Instant::now();
+            self.inbound.settle(now);
+        }
+    }
+
+    fn poll_pass(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<End> {
+        let Self { client, upstream, up, down, inbound, outbound, .. } = self;
+        let (mut turn_up, mut turn_down) = (TURN, TURN);
+        if let Poll::Ready(ended) = up.poll_pass(cx, client, upstream, inbound, now, &mut turn_up) {
+            return Poll::Ready(of_client(ended, inbound));
+        }
+        let pinged = down.wants_ping();
+        if let Poll::Ready(ended) = down.poll_pass(cx, upstream, client, outbound, now, &mut turn_down) {
+            return Poll::Ready(of_upstream(ended));
+        }
+        if pinged && !down.wants_ping() {
+            self.liveness.pinged(now);
+        }
+        if turn_up == 0 || turn_down == 0 {
+            // Comes back after whatever else has news. The future has done its work with the first poll.
+            _ = pin!(yield_now()).poll(cx);
+        }
+        Poll::Pending
+    }
+
+    /// When to look again; an error is why it is over.
+    fn due(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<Instant, End> {
+        let (up, down) = (self.up.outlet.due(), self.down.outlet.due());
+        if down.is_some_and(|due| now >= due) {
+            return Err(End::SlowConsumer);
+        }
+        if up.is_some_and(|due| now >= due) {
+            return Err(End::UpstreamGone);
+        }
+        let last_message = self.inbound.last().max(self.outbound.last);
+        let alive = loop {
+            match self.liveness.due(now, self.client.last_read(), last_message, self.config) {
+                Due::Later(at) => break at,
+                Due::End(end) => return Err(end),
+                // It goes out between two frames; what holds the frame up has a deadline of its own, or keeps coming.
+                Due::Ping if self.down.wants_ping() => break now + self.config.pong_timeout,
+                Due::Ping => {
+                    self.down.ping(cx, &mut self.client, now);
+                    if !self.down.wants_ping() {
+                        self.liveness.pinged(now);
+                    }
+                }
+            }
+        };
+        // Sending the ping may have set one.
+        Ok(earliest([up, self.down.outlet.due()]).map_or(alive, |due| due.min(alive)))
+    }
+}
+
+fn of_client(ended: Ended, inbound: &Inbound) -> End {
+    match ended {
+        Ended::Gone => End::Lost,
+        Ended::Stop(Stop::Close(frame)) => End::Client(frame),
+        Ended::Stop(Stop::Malformed(code, reason)) => {
+            inbound.malformed();
+            End::Malformed(code, reason)
+        }
+        Ended::Stop(Stop::Violation(violation)) => End::Violation(violation),
+    }
+}
+
+fn of_upstream(ended: Ended) -> End {
+    match ended {
+        Ended::Gone => End::UpstreamGone,
+        Ended::Stop(Stop::Close(frame)) => End::Upstream(frame),
+        Ended::Stop(Stop::Malformed(..) | Stop::Violation(_)) => End::UpstreamMalformed,
+    }
+}
+
+/// What the upstream sends is counted and held against no limit.
+struct Outbound<'a> {
+    metrics: &'a Metrics,
+    last: Instant,
+}
+
+impl Judge for Outbound<'_> {
+    fn begins(&mut self, _: bool, _: u64, now: Instant) -> Verdict {
+        self.last = now;
+        Verdict::Pass
+    }
+
+    fn goes_on(&mut self, _: u64, _: u64, _: u32, now: Instant) -> Result<(), Violation> {
+        self.last = now;
+        Ok(())
+    }
+
+    fn passed(&mut self, total: u64, now: Instant) {
+        self.last = now;
+        self.metrics.sent.count(total);
+    }
+
+    fn control(&mut self, _: Instant) -> Result<(), Violation> {
+        Ok(())
+    }
+}
+
+/// A Close frame; a client's has a mask.
+fn close_frame(close: Option<&CloseFrame>, sender: Sender) -> Vec<u8> {
+    let mut payload = Vec::new();
+    if let Some(CloseFrame { code, reason }) = close {
+        payload.extend_from_slice(&u16::from(*code).to_be_bytes());
+        payload.extend_from_slice(reason.as_bytes());
+    }
+    // Our own reasons are short, and those of others came in such a frame.
+    let length = u8::try_from(payload.len()).ok().filter(|length| *length <= 125).unwrap_or_else(|| {
+        payload.truncate(2);
+        2
+    });
+    match sender {
+        Sender::Server => [&[0x88, length], &payload[..]].concat(),
+        Sender::Client => {
+            let mask = fastrand::u32(..).to_ne_bytes();
+            for (byte, mask) in payload.iter_mut().zip(mask.iter().cycle()) {
+                *byte ^= mask;
+            }
+            [&[0x88, 0x80 | length], &mask[..], &payload[..]].concat()
+        }
+    }
+}
