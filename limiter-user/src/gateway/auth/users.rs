@@ -27,7 +27,7 @@ pub(super) struct Account {
 
 /// Why a user gets no session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::gateway) enum Crowded {
+pub(crate) enum Crowded {
     /// It has as many as it may have.
     Connections(u32),
     /// It tried too often; it may again after this time.
