@@ -67,6 +67,8 @@ pub const PINNED_MAPS: [&str; 13] = [
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.
 pub const GLOBAL_SNT_ISN_OFFSET: &str = "SNT_ISN_OFFSET";
+/// Load-time constant (`u32`): 1 where programs may read the kernel's memory (`bpf_probe_read_kernel`).
+pub const GLOBAL_READS_KERNEL_MEMORY: &str = "READS_KERNEL_MEMORY";
 /// Load-time constant (`u64`): cookie of the network namespace whose sockets are counted.
 pub const GLOBAL_NETNS_COOKIE: &str = "NETNS_COOKIE";
 

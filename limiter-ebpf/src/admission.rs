@@ -111,12 +111,17 @@ pub extern "C" fn limiter_syn_skb(skb: *mut __sk_buff, has_ethernet: u32, servic
 
 #[inline(always)]
 fn syn(ctx: &impl Packet, service: u16) -> Option<Verdict> {
-    let ends = &endpoints(&packet::segment(ctx).ok()?);
+    let segment = packet::segment(ctx).ok()?;
+    let ends = &endpoints(&segment);
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let policy = unsafe { &*SERVICES.get_ptr(u32::from(service))? };
     let Some((reason, sampler)) = refusal(ends, service, policy, state) else {
         count(service, Counter::SynAdmitted);
+        // Opened at the SYN, a connection would be open before it is counted, and before its sender has proved itself.
+        if segment.has_options() && policy.on_deny != OnDeny::Observe as u8 {
+            ctx.void_fast_open(&segment);
+        }
         return None;
     };
     let observed = policy.on_deny == OnDeny::Observe as u8;

@@ -13,14 +13,17 @@ use core::mem;
 use aya_ebpf::{
     EbpfContext,
     bindings::__sk_buff,
-    helpers::{bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes},
+    helpers::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes},
     programs::XdpContext,
 };
 
 use crate::{
     admission,
-    packet::{self, Cursor, Segment, TcpHeader},
+    packet::{self, Cursor, OPTION_UNKNOWN, Segment, TcpHeader},
 };
+
+/// A TCP header with all the options that it has room for.
+const MAX_TCP_HEADER: usize = 60;
 
 /// A packet that has come in.
 pub trait Packet: EbpfContext {
@@ -52,6 +55,10 @@ pub trait Packet: EbpfContext {
 
     /// The same for the sequence number.
     fn set_sequence(&self, segment: &Segment, sequence: u32);
+
+    /// Makes the stack skip a Fast Open option, if this packet's SYN has one: it would open the connection at once. What
+    /// pointed into the packet before points nowhere now.
+    fn void_fast_open(&self, segment: &Segment);
 }
 
 impl Packet for XdpContext {
@@ -96,6 +103,14 @@ impl Packet for XdpContext {
     #[inline(always)]
     fn set_sequence(&self, segment: &Segment, sequence: u32) {
         segment.set_sequence(sequence);
+    }
+
+    #[inline(always)]
+    fn void_fast_open(&self, segment: &Segment) {
+        let place = packet::limiter_fast_open(self.ctx, segment.offset as u32);
+        if place != 0 {
+            segment.void_option(self, place as usize);
+        }
     }
 }
 
@@ -188,6 +203,26 @@ impl Packet for Skb {
         // SAFETY: the context is that of a classifier; the place is that of the checksum.
         unsafe {
             bpf_l4_csum_replace(self.skb, checksum_of(segment), before.into(), sequence.to_be().into(), 4);
+        }
+    }
+
+    #[inline(always)]
+    fn void_fast_open(&self, segment: &Segment) {
+        self.reach((segment.offset + MAX_TCP_HEADER) as u32);
+        let place = packet::limiter_fast_open_skb(self.skb, segment.offset as u32);
+        if place == 0 {
+            return;
+        }
+        let mut kind = 0_u8;
+        // SAFETY: the context is that of a classifier; the byte is ours.
+        if unsafe { bpf_skb_load_bytes(self.skb.cast(), place, (&raw mut kind).cast(), 1) } != 0 {
+            return;
+        }
+        let (before, after) = segment.option_words(place as usize, kind);
+        self.store(place as usize, OPTION_UNKNOWN);
+        // SAFETY: the context is that of a classifier; the place is that of the checksum.
+        unsafe {
+            bpf_l4_csum_replace(self.skb, checksum_of(segment), before.to_be().into(), after.to_be().into(), 2);
         }
     }
 }

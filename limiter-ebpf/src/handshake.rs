@@ -7,12 +7,14 @@ use core::mem;
 
 use aya_ebpf::{
     bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple, tcphdr},
-    helpers::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_tcp_check_syncookie},
+    helpers::{
+        bpf_probe_read_kernel, bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_tcp_check_syncookie,
+    },
 };
 
 use crate::{
     context::Packet,
-    maps::SNT_ISN_OFFSET,
+    maps::{READS_KERNEL_MEMORY, SNT_ISN_OFFSET},
     packet::{Network, Segment},
 };
 
@@ -85,14 +87,38 @@ fn lookup(ctx: &impl Packet, segment: &Segment) -> *mut bpf_sock {
 /// Whether the segment acknowledges the SYN-ACK of a half-open connection.
 #[inline(always)]
 fn acknowledges_request(socket: *mut bpf_sock, segment: &Segment) -> Proof {
+    match sent_sequence(socket) {
+        Some(sent) if segment.acknowledgement() == sent.wrapping_add(1) => Proof::Completes,
+        _ => Proof::Unproven,
+    }
+}
+
+/// The sequence number of the SYN-ACK of a half-open connection.
+#[inline(always)]
+fn sent_sequence(socket: *mut bpf_sock) -> Option<u32> {
+    let offset = SNT_ISN_OFFSET.load() as usize;
     // SAFETY: the socket is not null, and we hold a reference.
     let request = unsafe { bpf_skc_to_tcp_request_sock(socket.cast()) }.cast::<u8>().cast_const();
     if request.is_null() {
-        return Proof::Unproven;
+        return sent_sequence_of_other(socket, offset);
     }
     // SAFETY: the offset is that of a u32 within this kernel's struct; the verifier checks it.
-    let sent = unsafe { request.add(SNT_ISN_OFFSET.load() as usize).cast::<u32>().read_volatile() };
-    if segment.acknowledgement() == sent.wrapping_add(1) { Proof::Completes } else { Proof::Unproven }
+    Some(unsafe { request.add(offset).cast::<u32>().read_volatile() })
+}
+
+/// The same where the kernel does not take it for plain TCP: the listener is one of MPTCP, or in a map of sockets. In the
+/// table of TCP sockets, whatever is in this state begins with a `tcp_request_sock` all the same.
+#[inline(always)]
+fn sent_sequence_of_other(socket: *mut bpf_sock, offset: usize) -> Option<u32> {
+    if READS_KERNEL_MEMORY.load() == 0 {
+        return None;
+    }
+    // SAFETY: the kernel checks that the address can be read. It comes by way of a copy because the verifier lets nobody
+    // reckon with a pointer to a socket, and takes what a helper wrote for a number.
+    unsafe {
+        let address = bpf_probe_read_kernel((&raw const socket).cast::<usize>()).ok()?;
+        bpf_probe_read_kernel((address + offset) as *const u32).ok()
+    }
 }
 
 /// Whether the segment acknowledges a SYN cookie that the stack would accept.

@@ -54,6 +54,10 @@ pub static TAG_SECRET: Array<TagSecret> = Array::with_max_entries(1, 0);
 #[unsafe(no_mangle)]
 pub static SNT_ISN_OFFSET: Global<u32> = Global::new(0);
 
+/// Whether programs may read the kernel's memory; 0 where it is locked down to keep its secrets.
+#[unsafe(no_mangle)]
+pub static READS_KERNEL_MEMORY: Global<u32> = Global::new(0);
+
 /// Cookie of the network namespace whose sockets are counted.
 #[unsafe(no_mangle)]
 pub static NETNS_COOKIE: Global<u64> = Global::new(0);

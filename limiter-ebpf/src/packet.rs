@@ -7,7 +7,7 @@
 //! as BPF sees it (the verifier counts `NET_IP_ALIGN` in), and where it does not in memory, the machine does not mind
 //! (`CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS`) or the kernel has moved it. Numbers wider than a byte are in network order.
 
-use core::mem;
+use core::{hint, mem};
 
 use aya_ebpf::{
     bindings::{__sk_buff, xdp_md},
@@ -45,6 +45,18 @@ pub const ACK: u8 = 0x10;
 const MORE_FRAGMENTS: u16 = 0x2000;
 /// In [`Ipv4Header::flags_and_fragment`]: the offset, in units of 8 bytes.
 const FRAGMENT_OFFSET: u16 = 0x1fff;
+
+const OPTION_END: u8 = 0;
+const OPTION_NONE: u8 = 1;
+/// RFC 7413 section 4.1.1.
+const OPTION_FAST_OPEN: u8 = 34;
+/// Of several experiments (RFC 4727), told apart by the two bytes that follow (RFC 6994).
+const OPTION_EXPERIMENT: u8 = 254;
+/// In [`OPTION_EXPERIMENT`]: what Fast Open was before it had a number. The stack takes it still.
+const FAST_OPEN_MAGIC: [u8; 2] = [0xf9, 0x89];
+/// Of experiments, too; the stack knows none by it, and skips it.
+pub const OPTION_UNKNOWN: u8 = 253;
+const MAX_OPTION_BYTES: usize = 40;
 
 #[repr(C)]
 pub struct EthernetHeader {
@@ -227,6 +239,8 @@ pub const NETWORK_SHIFT: u32 = 16;
 pub const NETWORK_END: usize = 32;
 /// TCP headers begin before this offset: 8 extension headers have 2048 bytes each at most.
 pub const TCP_END: usize = 1 << 15;
+/// TCP options do, too.
+const OPTIONS_END: usize = 1 << 15;
 
 /// Where the network header and the TCP header of a frame begin; 0 if there is no TCP header; or [`HIDDEN`].
 ///
@@ -244,6 +258,68 @@ pub extern "C" fn limiter_locate(ctx: *mut xdp_md) -> u32 {
 #[inline(never)]
 pub extern "C" fn limiter_locate_skb(skb: *mut __sk_buff, has_ethernet: u32) -> u32 {
     locate(&Skb::new(skb, has_ethernet != 0)).unwrap_or(0)
+}
+
+/// Where in a packet the number of a Fast Open option is (RFC 7413), of the TCP header that begins at `tcp`; 0 if it has none.
+///
+/// A global function, like [`limiter_locate`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_fast_open(ctx: *mut xdp_md, tcp: u32) -> u32 {
+    fast_open(&XdpContext::new(ctx), tcp as usize % TCP_END).unwrap_or(0)
+}
+
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_fast_open_skb(skb: *mut __sk_buff, tcp: u32) -> u32 {
+    fast_open(&Skb::new(skb, true), tcp as usize % TCP_END).unwrap_or(0)
+}
+
+/// Goes byte by byte, each at a place that is known when the program is compiled: the verifier then has little to follow.
+#[inline(always)]
+fn fast_open(ctx: &impl Packet, tcp: usize) -> Option<u32> {
+    let mut cursor = Cursor::new(ctx);
+    cursor.skip(tcp);
+    let header = cursor.take::<TcpHeader>()?;
+    // SAFETY: take checked it.
+    let length = usize::from(unsafe { (*header).data_offset } >> 4) * 4;
+    // SAFETY: one past the header that take checked.
+    let options = unsafe { header.add(1) } as usize;
+    // Where the next option begins, and that whose length comes next.
+    let (mut next, mut kind) = (0, OPTION_NONE);
+    for place in 0..MAX_OPTION_BYTES {
+        let at = options + place;
+        if mem::size_of::<TcpHeader>() + place >= length || at + 1 > cursor.end {
+            break;
+        }
+        // SAFETY: the bounds were checked.
+        let byte = unsafe { *(at as *const u8) };
+        if kind != OPTION_NONE {
+            if kind == OPTION_FAST_OPEN
+                || kind == OPTION_EXPERIMENT
+                    && mem::size_of::<TcpHeader>() + place + 3 <= length
+                    && at + 3 <= cursor.end
+                    // SAFETY: the bounds were checked.
+                    && unsafe { *((at + 1) as *const [u8; 2]) } == FAST_OPEN_MAGIC
+            {
+                return Some((tcp + mem::size_of::<TcpHeader>() + place - 1) as u32);
+            }
+            // Where an option is shorter than that, the stack reads no further either.
+            if byte < 2 {
+                break;
+            }
+            next = place - 1 + usize::from(byte);
+            kind = OPTION_NONE;
+        } else if place == next {
+            if byte == OPTION_END {
+                break;
+            }
+            next = place + 1;
+            kind = byte;
+        }
+    }
+    None
 }
 
 /// Reads header after header, each one checked against the end of the packet.
@@ -332,22 +408,23 @@ fn locate_in_v6(cursor: &mut Cursor) -> Option<u32> {
 }
 
 /// The place of the TCP header that begins here, in a packet that ends at `end`. Of a fragment that does not hold all of it,
-/// the stack finds the rest in the next one: nobody sends such a one but to hide it (RFC 1858 section 3; RFC 7112).
+/// options included, the stack finds the rest in the next one: nobody sends such a one but to hide it (RFC 1858 section 3;
+/// RFC 7112).
 #[inline(always)]
 fn whole(cursor: &mut Cursor, fragment: bool, end: usize) -> u32 {
     let place = cursor.offset;
     if !fragment {
         return place as u32;
     }
-    if place + mem::size_of::<TcpHeader>() <= end {
-        return place as u32 | IS_FRAGMENT;
-    }
+    let Some(ports) = cursor.take::<Ports>() else { return HIDDEN };
     // SAFETY: take checked it.
-    let port = match cursor.take::<Ports>() {
-        Some(ports) => u16::from_be(unsafe { (*ports).destination }),
-        None => 0,
-    };
-    HIDDEN | u32::from(port)
+    let hidden = HIDDEN | u32::from(u16::from_be(unsafe { (*ports).destination }));
+    cursor.offset = place;
+    let Some(tcp) = cursor.take::<TcpHeader>() else { return hidden };
+    // SAFETY: take checked it.
+    let length = usize::from(unsafe { (*tcp).data_offset } >> 4) * 4;
+    let least = if length < mem::size_of::<TcpHeader>() { mem::size_of::<TcpHeader>() } else { length };
+    if place + least <= end { place as u32 | IS_FRAGMENT } else { hidden }
 }
 
 /// Steps over an IPv4 header (RFC 791) that is followed by TCP.
@@ -551,6 +628,38 @@ impl Segment {
         tcp.sequence = sequence.to_be();
         let halves = |number: u32| (number >> 16) + (number & 0xffff);
         tcp.checksum = folded(u32::from(!u16::from_be(tcp.checksum)) + halves(!before) + halves(sequence));
+    }
+
+    /// Whether there is anything behind the header's fixed part.
+    #[inline(always)]
+    pub fn has_options(&self) -> bool {
+        self.tcp().data_offset >> 4 > 5
+    }
+
+    /// Gives the option at that offset in the packet a number that the stack does not know, so that it skips it, and mends
+    /// the checksum.
+    #[inline(always)]
+    pub fn void_option(&self, ctx: &XdpContext, place: usize) {
+        // Hidden from the compiler, which would make the pointer twice, and have one of them checked and use the other.
+        let at = hint::black_box(ctx.data() + place % OPTIONS_END);
+        if at + 2 > ctx.data_end() {
+            return;
+        }
+        let kind = at as *mut u8;
+        // SAFETY: it was checked just now (an option has two bytes at least); the other when the segment was made.
+        let (kind, tcp) = unsafe { (&mut *kind, &mut *self.tcp) };
+        let (before, after) = self.option_words(place, *kind);
+        *kind = OPTION_UNKNOWN;
+        let sum = u32::from(!u16::from_be(tcp.checksum)) + u32::from(!before) + u32::from(after);
+        tcp.checksum = folded(sum);
+    }
+
+    /// What [`Self::void_option`] changes as the checksum has it, before and after, in host order: words begin at even
+    /// offsets of the TCP header.
+    #[inline(always)]
+    pub fn option_words(&self, place: usize, kind: u8) -> (u16, u16) {
+        let shift = if (place - self.offset) % 2 == 0 { 8 } else { 0 };
+        (u16::from(kind) << shift, u16::from(OPTION_UNKNOWN) << shift)
     }
 
     /// Moves the sequence number by 2^31. A SYN cookie covers the number before it, with its age in the upper bits, so it is

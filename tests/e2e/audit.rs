@@ -3,7 +3,6 @@
 use std::{
     io::{ErrorKind, Write as _},
     net::{SocketAddr, TcpStream},
-    os::fd::AsRawFd as _,
     time::{Duration, Instant},
 };
 
@@ -359,7 +358,8 @@ fn a_full_accept_queue_and_a_listener_that_defers_are_counted_right() -> Result<
     limiter.wait_empty()?;
 
     let listener = tcp::listener(&lab.server, any, 64)?;
-    defer_accept(&listener)?;
+    // The kernel opens a connection only when its client has sent something.
+    tcp::set_tcp_option(&listener, libc::TCP_DEFER_ACCEPT, 30)?;
     let connect = || client.namespace.enter(|| TcpStream::connect(service));
     let (mut speaks, silent) = (connect()?, connect()?);
     speaks.write_all(b"first")?;
@@ -373,22 +373,6 @@ fn a_full_accept_queue_and_a_listener_that_defers_are_counted_right() -> Result<
     assert_nothing_mended(&limiter)?;
     drop((speaks, silent, held, listener));
     limiter.wait_empty()
-}
-
-/// The kernel opens a connection only when its client has sent something.
-fn defer_accept(listener: &std::net::TcpListener) -> Result<()> {
-    let seconds: libc::c_int = 30;
-    // SAFETY: the descriptor is open; value and length are valid for the call, and the length is that of the value.
-    let answer = unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_DEFER_ACCEPT,
-            (&raw const seconds).cast(),
-            libc::socklen_t::try_from(size_of_val(&seconds))?,
-        )
-    };
-    if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
 /// A rule holds past XDP as it does in it.

@@ -39,10 +39,12 @@ fn shapes(family: Family) -> Vec<(Shape, Honest)> {
         Family::V4 => vec![
             (Shape::Ipv4Options(1), Yes),
             (Shape::Ipv4Options(10), Yes),
-            // The shortest link that IPv4 allows takes 48 bytes of payload.
-            (Shape::Ipv4Fragments(24), Yes),
-            (Shape::Ipv4FragmentsReversed(24), Yes),
-            (Shape::Ipv4PaddedFragments(24), Yes),
+            // The headers are 32 bytes long. What cuts them in two hides something.
+            (Shape::Ipv4Fragments(32), Yes),
+            (Shape::Ipv4FragmentsReversed(32), Yes),
+            (Shape::Ipv4PaddedFragments(32), Yes),
+            (Shape::Ipv4Fragments(24), No),
+            (Shape::Ipv4PaddedFragments(24), No),
             (Shape::Ipv4Fragments(8), No),
             (Shape::Ipv4Fragments(16), No),
             (Shape::Ipv4FragmentsReversed(8), No),
@@ -55,13 +57,14 @@ fn shapes(family: Family) -> Vec<(Shape, Honest)> {
             (Shape::Ipv6Extensions(vec![0, DESTINATION, 43, DESTINATION]), Yes),
             (Shape::Ipv6Extensions(vec![DESTINATION; 8]), Yes),
             (Shape::Ipv6AtomicFragment, Yes),
-            (Shape::Ipv6Fragments(24), Yes),
-            (Shape::Ipv6FragmentedExtensions(vec![DESTINATION], 24), Yes),
+            (Shape::Ipv6Fragments(32), Yes),
+            (Shape::Ipv6FragmentedExtensions(vec![DESTINATION], 32), Yes),
+            (Shape::Ipv6Fragments(24), No),
             (Shape::Ipv6Extensions(vec![DESTINATION; 9]), No),
             (Shape::Ipv6Extensions(vec![DESTINATION; 60]), No),
             (Shape::Ipv6Fragments(8), No),
             (Shape::Ipv6Fragments(16), No),
-            (Shape::Ipv6FragmentedExtensions(vec![DESTINATION; 9], 24), No),
+            (Shape::Ipv6FragmentedExtensions(vec![DESTINATION; 9], 32), No),
         ],
     });
     shapes
@@ -92,7 +95,15 @@ fn no_layout_of_a_handshake_gets_past_the_limit(family: Family) -> Result<()> {
             if !allowed.contains(&opened) {
                 wrong.push(format!("SYN {of_syn:?}, ACK {of_ack:?}: {opened} connections of {}", connections.len()));
             }
-            raw.reset(&connections)?;
+            // At the sequence number behind the data.
+            let sent: Vec<_> = connections
+                .iter()
+                .map(|connection| RawConnection {
+                    next_sequence: connection.next_sequence.wrapping_add(8),
+                    ..*connection
+                })
+                .collect();
+            raw.reset(&sent)?;
             eventually(SOON, "all are closed", || Ok(server.seen(raw.address()).open == 0))?;
             limiter.wait_held(raw.address(), 0)?;
         }
@@ -102,19 +113,21 @@ fn no_layout_of_a_handshake_gets_past_the_limit(family: Family) -> Result<()> {
 }
 
 fn send(raw: &RawClient, shape: &Shape, connections: &[RawConnection], flags: u8) -> Result<()> {
-    let segments = connections.iter().map(|connection| with_options(connection.segment(flags)));
+    let segments = connections.iter().map(|connection| longer(connection.segment(flags)));
     raw.send_frames(segments.flat_map(|segment: Segment| shape.of(&raw.frame(&segment))).collect())
 }
 
-/// Twelve bytes of options that say nothing, so that there is more than a bare header to lay out.
-fn with_options(segment: Segment) -> Segment {
-    Segment { options: vec![1; 12], ..segment }
+/// Twelve bytes of options that say nothing, and data, so that there is more than a bare header to lay out.
+fn longer(segment: Segment) -> Segment {
+    Segment { options: vec![1; 12], payload: DATA.to_vec(), ..segment }
 }
+
+const DATA: &[u8; 8] = b"GET / HT";
 
 /// Half-open connections by SYNs of a shape; none if the server does not answer such.
 fn half_open(raw: &mut RawClient, shape: &Shape, honest: Honest) -> Result<Vec<RawConnection>> {
     let patience = if honest == Yes { SOON } else { Duration::from_millis(300) };
-    let syns: Vec<_> = raw.syns(HANDSHAKES).into_iter().map(with_options).collect();
+    let syns: Vec<_> = raw.syns(HANDSHAKES).into_iter().map(longer).collect();
     raw.send_frames(syns.iter().flat_map(|syn| shape.of(&raw.frame(syn))).collect())?;
     raw.answered(&syns, patience)
 }

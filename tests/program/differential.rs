@@ -1,13 +1,16 @@
 //! The programs for XDP and TC and the model of admission, fed the same generated packets.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    iter,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use limiter::kernel::Hook;
 use limiter_common::{
     Counter, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
-    model::{Admission, Handshake, Verdict, reset},
+    model::{Admission, FastOpen, Handshake, Verdict, reset},
     policy::{OnDeny, RESET_RATE},
     rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
@@ -122,6 +125,11 @@ fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
     frame.sequence = random.u32(..);
     frame.tcp_options = (0..random.usize(0..11) * 4).map(|_| random.u8(..)).collect();
     frame.payload = vec![0; random.usize(0..40)];
+    if random.u64(0..2) == 0 {
+        // Right ones among them, and cut off wherever the header ends.
+        frame.tcp_options = iter::repeat_with(|| option(random)).take(8).flatten().collect();
+        frame.tcp_options.resize(random.usize(0..11) * 4, 0);
+    }
     let mut bytes = frame.to_bytes();
     if random.u64(0..8) == 0 {
         // A length that is not that of the packet.
@@ -139,6 +147,39 @@ fn frame(random: &mut fastrand::Rng) -> Vec<u8> {
         bytes.truncate(14 + random.usize(0..bytes.len()));
     }
     bytes
+}
+
+/// A TCP option, or what is like one.
+fn option(random: &mut fastrand::Rng) -> Vec<u8> {
+    match random.u8(0..9) {
+        0 => vec![0],
+        1..4 => vec![1],
+        4 => vec![2, 4, 5, 0xb4],
+        5 => vec![34, random.u8(0..5), random.u8(..), random.u8(..)],
+        6 => vec![254, 4, 0xf9, 0x89],
+        7 => vec![254, random.u8(..), random.u8(..), random.u8(..)],
+        _ => vec![random.u8(..), random.u8(0..6)],
+    }
+}
+
+/// A frame as it is after a verdict.
+fn left(frame: &[u8], verdict: Verdict) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    if let Verdict::PassWithout(FastOpen { option, tcp }) = verdict {
+        // RFC 1624: HC' = ~(~HC + ~m + m')
+        let word =
+            |frame: &[u8], at: usize| u32::from(frame[at]) << 8 | frame.get(at + 1).map_or(0, |low| u32::from(*low));
+        let of_option = option - (option - tcp) % 2;
+        let before = word(&frame, of_option);
+        frame[option] = 253;
+        let mut sum = (!word(&frame, tcp + 16) & 0xffff) + (!before & 0xffff) + word(&frame, of_option);
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        let [_, _, high, low] = (!sum).to_be_bytes();
+        frame[tcp + 16..tcp + 18].copy_from_slice(&[high, low]);
+    }
+    frame
 }
 
 #[test]
@@ -169,8 +210,7 @@ fn program_and_model_agree(hook: Hook) {
         let rule = program.set_rule(cidr.0, cidr.1, rule).unwrap();
         model.rules.insert(cidr, rule);
     }
-    let mut drops = 0;
-    let mut answers = 0;
+    let (mut drops, mut answers, mut voided) = (0, 0, 0);
     for number in 0..packets {
         // Connections come by now and then, as the stack would confirm them.
         if number % 1000 == 0 {
@@ -205,18 +245,19 @@ fn program_and_model_agree(hook: Hook) {
         // Nothing listens in this test's kernel, so no segment completes a handshake.
         let wanted = model.admit(&frame, |_| Handshake::None);
         let (action, out) = program.run(&frame).unwrap();
-        let found = match action {
-            Action::Drop => Verdict::Drop,
-            Action::Pass => Verdict::Pass,
-            Action::Transmit => Verdict::Answer,
+        let wanted_action = match wanted {
+            Verdict::Drop => Action::Drop,
+            Verdict::Answer => Action::Transmit,
+            Verdict::Pass | Verdict::PassWithout(_) | Verdict::Reset => Action::Pass,
         };
-        assert_eq!(found, wanted, "seed {seed}, packet {number}: {frame:02x?}");
-        if found == Verdict::Answer {
+        assert_eq!(action, wanted_action, "seed {seed}, packet {number}: {frame:02x?}");
+        if wanted == Verdict::Answer {
             assert_eq!(Some(out), reset(&frame).as_deref(), "seed {seed}, the answer to packet {number}: {frame:02x?}");
             answers += 1;
         } else {
-            assert_eq!(out, frame, "seed {seed}, packet {number} was changed");
+            assert_eq!(out, left(&frame, wanted), "seed {seed}, packet {number} after {wanted:?}");
         }
+        voided += u64::from(matches!(wanted, Verdict::PassWithout(_)));
         drops += u64::from(action == Action::Drop);
         if number % 5000 == 0 {
             assert_eq!(program.counters().unwrap(), model.counters, "seed {seed}, up to packet {number}");
@@ -226,6 +267,7 @@ fn program_and_model_agree(hook: Hook) {
     for counter in [Counter::SynRateLimit, Counter::SynRule, Counter::SynSourceLimit, Counter::HeadersHidden] {
         assert!(model.counters.contains_key(&(1, counter)), "no packet was refused for {}", counter.name());
     }
+    assert!(voided > packets / 1000, "{voided} Fast Open options");
     assert!((packets / 100..packets / 2).contains(&drops), "{drops} drops: the packets don't try the limits");
     assert_eq!(answers > packets / 200, answering, "{answers} answers");
     assert!(model.counters.contains_key(&(3, Counter::ResetSuppressed)), "no packet was without a right answer");

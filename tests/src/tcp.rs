@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     lab::{Family, PORT},
@@ -50,7 +50,11 @@ impl PlainServer {
 
     /// Listens in `namespace`.
     pub fn listen(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
-        let listener = listener(namespace, address, BACKLOG)?;
+        Self::of(listener(namespace, address, BACKLOG)?)
+    }
+
+    /// Accepts from a listener that there is.
+    pub fn of(listener: TcpListener) -> Result<Self> {
         listener.set_nonblocking(true)?;
         let (stop, stopped) = UnixStream::pair()?;
         let counts = Arc::new(Mutex::new(Counts::new()));
@@ -78,19 +82,40 @@ impl Drop for PlainServer {
 }
 
 /// Room for every connection of a test.
-const BACKLOG: u16 = 4096;
+pub const BACKLOG: u16 = 4096;
 
 /// A listener in `namespace` that nobody accepts from. The kernel completes handshakes until `backlog` plus one
 /// connections wait.
 pub fn listener(namespace: &Namespace, address: SocketAddr, backlog: u16) -> Result<TcpListener> {
+    listener_of(namespace, address, backlog, None, |_| Ok(()))
+}
+
+/// The same for another protocol than plain TCP, or with options set before it listens.
+pub fn listener_of(
+    namespace: &Namespace,
+    address: SocketAddr,
+    backlog: u16,
+    protocol: Option<Protocol>,
+    prepare: impl FnOnce(&Socket) -> io::Result<()> + Send,
+) -> Result<TcpListener> {
     let listen = || -> io::Result<TcpListener> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, protocol)?;
         socket.set_reuse_address(true)?;
+        prepare(&socket)?;
         socket.bind(&address.into())?;
         socket.listen(backlog.into())?;
         Ok(socket.into())
     };
     namespace.enter(listen).with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Sets an option of TCP that is an integer.
+pub fn set_tcp_option(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open; value and length are valid for the call, and the length is that of the value.
+    let answer =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const value).cast(), length) };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -> io::Result<()> {
@@ -176,6 +201,27 @@ impl Crowd {
         count: usize,
         patience: Duration,
     ) -> Result<Self> {
+        let client = client.map(|client| SocketAddr::new(client, 0));
+        Self::begin(namespace, client, server, count, patience)
+    }
+
+    /// One connection, from a given address and port of the client's.
+    pub fn connect_from_port(
+        namespace: &Namespace,
+        client: SocketAddr,
+        server: SocketAddr,
+        patience: Duration,
+    ) -> Result<Self> {
+        Self::begin(namespace, Some(client), server, 1, patience)
+    }
+
+    fn begin(
+        namespace: &Namespace,
+        client: Option<SocketAddr>,
+        server: SocketAddr,
+        count: usize,
+        patience: Duration,
+    ) -> Result<Self> {
         let mut waiting = namespace
             .enter(|| (0..count).map(|_| begin_connect(client, server)).collect::<io::Result<Vec<_>>>())
             .with_context(|| format!("cannot begin {count} connections to {server}"))?;
@@ -212,10 +258,11 @@ pub fn connect_served(namespace: &Namespace, server: SocketAddr, patience: Durat
     crowd.served.pop().with_context(|| format!("{server} served nobody within {patience:?}: {crowd:?}"))
 }
 
-fn begin_connect(client: Option<IpAddr>, server: SocketAddr) -> io::Result<TcpStream> {
+fn begin_connect(client: Option<SocketAddr>, server: SocketAddr) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(server), Type::STREAM, None)?;
     if let Some(client) = client {
-        socket.bind(&SocketAddr::new(client, 0).into())?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&client.into())?;
     }
     socket.set_nonblocking(true)?;
     match socket.connect(&server.into()) {

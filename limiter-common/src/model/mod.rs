@@ -6,7 +6,7 @@
 mod packet;
 mod reply;
 
-pub use packet::{Frame, Segment};
+pub use packet::{FastOpen, Frame, Segment};
 pub use reply::reset;
 
 use std::{
@@ -33,6 +33,8 @@ pub enum Verdict {
     Reset,
     /// It goes back as [`reset`] makes it.
     Answer,
+    /// It passes, with this option given a number that the stack does not know.
+    PassWithout(FastOpen),
 }
 
 /// What the TCP stack knows of the connection that a segment belongs to.
@@ -82,7 +84,12 @@ impl Admission {
         let Some(&policy) = self.policies.get(&service) else { return Verdict::Pass };
         let ends = Endpoints::new(segment.remote, segment.local);
         if segment.asks() {
-            self.syn(service, &policy, &ends, frame)
+            match (self.syn(service, &policy, &ends, frame), segment.fast_open) {
+                (Verdict::Pass, Some(option)) if policy.on_deny != OnDeny::Observe as u8 => {
+                    Verdict::PassWithout(option)
+                }
+                (verdict, _) => verdict,
+            }
         } else if segment.continues() && !self.ledger.contains_key(&ends) {
             match stack(&segment) {
                 Handshake::None => Verdict::Pass,

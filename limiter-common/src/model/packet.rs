@@ -19,6 +19,17 @@ pub struct Segment {
     pub is_fragment: bool,
     /// FIN, SYN, RST, PSH, ACK, URG, ECE, CWR, from the lowest bit up.
     pub flags: u8,
+    /// The first Fast Open option, if there is one (RFC 7413, and what it was before that).
+    pub fast_open: Option<FastOpen>,
+}
+
+/// Where in a frame a Fast Open option is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FastOpen {
+    /// Where it begins.
+    pub option: usize,
+    /// Where the TCP header does.
+    pub tcp: usize,
 }
 
 /// What is in a frame.
@@ -69,10 +80,16 @@ impl Frame {
             _ => return None,
         };
         let Transport::Tcp { remote, local, data, fragment } = transport else { return Some(Self::Hidden(None)) };
-        if fragment.is_some_and(|length| length < 20) {
+        // All of its header, options included, has to be in the first fragment.
+        if let Some(length) = fragment
+            && data.get(..20).is_none_or(|tcp| length < usize::from(tcp[12] >> 4).max(5) * 4)
+        {
             return Some(Self::Hidden(be16(data, 2).filter(|port| *port != 0)));
         }
         let tcp = data.get(..20)?;
+        let start = frame.len() - data.len();
+        let fast_open =
+            fast_open(data, usize::from(tcp[12] >> 4) * 4).map(|at| FastOpen { option: start + at, tcp: start });
         Some(Self::Segment(Segment {
             network_at: frame.len() - packet.len(),
             tcp_at: frame.len() - data.len(),
@@ -81,6 +98,7 @@ impl Frame {
             local: SocketAddr::new(local, be16(tcp, 2)?),
             acknowledgement: u32::from_be_bytes(tcp[8..12].try_into().ok()?),
             flags: tcp[13],
+            fast_open,
         }))
     }
 }
@@ -94,6 +112,20 @@ impl Segment {
     /// Whether it may belong to a connection or complete a handshake: ACK, and neither SYN nor RST.
     pub const fn continues(&self) -> bool {
         self.flags & 0x16 == 0x10
+    }
+}
+
+/// Where in a TCP header of that length the first Fast Open option begins.
+fn fast_open(tcp: &[u8], length: usize) -> Option<usize> {
+    let tcp = tcp.get(..length).unwrap_or(tcp);
+    let mut at = 20;
+    loop {
+        match tcp.get(at..)? {
+            [1, ..] => at += 1,
+            [34, _, ..] | [254, _, 0xf9, 0x89, ..] => return Some(at),
+            [kind, size, ..] if *kind != 0 && *size >= 2 => at += usize::from(*size),
+            _ => return None,
+        }
     }
 }
 

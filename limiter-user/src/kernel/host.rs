@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io, mem,
     net::UdpSocket,
+    ops::Not as _,
     os::fd::{AsFd, AsRawFd as _},
     path::{Path, PathBuf},
 };
@@ -38,6 +39,18 @@ fn effective_capabilities(status: &str) -> u64 {
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
         .unwrap_or(0)
+}
+
+/// Whether kernel programs may read the kernel's memory: not where it is locked down so that its secrets stay its own
+/// (`lockdown=confidentiality`).
+pub fn lets_programs_read_its_memory() -> bool {
+    // Where there is no lockdown there is no such file.
+    fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|levels| keeps_its_secrets(&levels)).not()
+}
+
+/// Of `none integrity [confidentiality]`, the one in brackets is in force.
+fn keeps_its_secrets(levels: &str) -> bool {
+    levels.contains("[confidentiality]")
 }
 
 /// Time since boot, as the kernel programs see it (`CLOCK_MONOTONIC`).
@@ -188,6 +201,12 @@ mod tests {
     #[test]
     fn without_cgroup_v2_there_is_none() {
         assert_eq!(cgroup_mount("30 23 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
+    }
+
+    #[test]
+    fn a_kernel_that_keeps_its_secrets_says_so() {
+        assert!(keeps_its_secrets("none integrity [confidentiality]\n"));
+        assert!(!keeps_its_secrets("none [integrity] confidentiality\n"));
     }
 
     #[test]

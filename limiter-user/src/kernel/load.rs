@@ -14,6 +14,7 @@ use super::{
     btf::{self, VMLINUX},
     debug_log::DebugLog,
     error::log_end,
+    host,
     pins::Pins,
 };
 use crate::config::Kernel;
@@ -119,11 +120,13 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
     let isn_offset = btf::field_offset(Path::new(VMLINUX), "tcp_request_sock", "snt_isn")
         .map_err(KernelError::failed(format!("can't read {VMLINUX}")))?
         .unwrap_or(0);
+    let reads_kernel_memory = u32::from(host::lets_programs_read_its_memory());
     let log_level = if config.debug_log { aya_log::Level::Debug as u8 } else { 0 };
 
     let mut loader = EbpfLoader::new();
     loader
         .override_global(abi::GLOBAL_SNT_ISN_OFFSET, &isn_offset, true)
+        .override_global(abi::GLOBAL_READS_KERNEL_MEMORY, &reads_kernel_memory, true)
         .override_global(abi::GLOBAL_NETNS_COOKIE, &netns_cookie, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(abi::MAP_LEDGER, config.max_connections)
