@@ -22,9 +22,10 @@ pub const PROGRAM_WATCH: &str = "limiter_watch";
 pub const MAP_LEDGER: &str = "LEDGER";
 /// [`crate::SourceKey`] → [`crate::SourceEntry`]: every source that holds a connection.
 pub const MAP_SOURCES: &str = "SOURCES";
-/// Destination port → service index + 1, or 0 where no service listens.
+/// Destination port → in each half of the word, the service index + 1 in one copy of the policy, or 0 where no service
+/// listens ([`crate::policy::InForce::service`]).
 pub const MAP_PORTS: &str = "PORTS";
-/// Service index → [`crate::ServicePolicy`].
+/// [`crate::policy::InForce::place_of`] a service → [`crate::ServicePolicy`]: two copies, one of which is in force.
 pub const MAP_SERVICES: &str = "SERVICES";
 /// Service index → [`crate::policy::ServiceState`]: connections in all.
 pub const MAP_SERVICE_STATE: &str = "SERVICE_STATE";
@@ -37,10 +38,11 @@ pub const MAP_RESERVATIONS: &str = "RESERVATIONS";
 
 /// [`crate::SourceKey`] → the word of its [`crate::bucket`] of new connections; the least recently used give way.
 pub const MAP_RATES: &str = "RATES";
-/// [`crate::rule::RuleKey`] → [`crate::rule::RuleEntry`]: what holds for prefixes of addresses.
-pub const MAP_RULES: &str = "RULES";
-/// At 0: not 0 once there has been a rule. Until then nothing is looked up in [`MAP_RULES`].
-pub const MAP_RULES_USED: &str = "RULES_USED";
+/// [`crate::rule::RuleKey`] → [`crate::rule::RuleEntry`]: what holds for prefixes of addresses. Two copies, one of which is in
+/// force; the other is empty, but for the time in which a change is made.
+pub const MAP_RULES: [&str; 2] = ["RULES_0", "RULES_1"];
+/// At 0: the [`crate::policy::InForce`].
+pub const MAP_IN_FORCE: &str = "IN_FORCE";
 
 /// Service index → [`crate::audit::AuditReport`]: what the last audit found.
 pub const MAP_AUDIT: &str = "AUDIT";
@@ -49,7 +51,7 @@ pub const MAP_AUDIT: &str = "AUDIT";
 pub const MAP_TAG_SECRET: &str = "TAG_SECRET";
 
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 13] = [
+pub const PINNED_MAPS: [&str; 14] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -59,9 +61,10 @@ pub const PINNED_MAPS: [&str; 13] = [
     MAP_EVENTS,
     MAP_RESERVATIONS,
     MAP_RATES,
-    MAP_RULES,
+    MAP_RULES[0],
+    MAP_RULES[1],
     MAP_AUDIT,
-    MAP_RULES_USED,
+    MAP_IN_FORCE,
     MAP_TAG_SECRET,
 ];
 

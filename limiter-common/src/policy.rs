@@ -1,9 +1,9 @@
-//! Limits as the kernel programs read them.
+//! Limits as the kernel programs read them, and which of two copies they are to read.
 
-use crate::bucket::Rate;
+use crate::{abi::MAX_SERVICES, bucket::Rate};
 
-/// The limits of one service. Read by the kernel programs at every SYN and every handshake, written by user space at any
-/// time; each field is read once per decision.
+/// The limits of one service. Read by the kernel programs at every SYN and every handshake, and never written where they
+/// read ([`InForce`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServicePolicy {
@@ -29,6 +29,96 @@ pub struct ServicePolicy {
     pub rate: Rate,
     /// The service's name in UTF-8, filled up with zeros; for user space alone. All zero: there is no such service.
     pub name: ServiceName,
+}
+
+/// Which copy of the policy is in force.
+///
+/// There are two copies of each part: of the limits of the services, of the services of the ports, and of the rules. A
+/// program reads this word once for a packet and goes by what it says. User space writes into the copies that nobody reads,
+/// waits until every program has ended that may have looked there before, and then writes this word: no packet meets half of
+/// a change. A rule by itself is put into the copy that is in force, or taken out of it, in one step of the trie's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct InForce(pub u64);
+
+impl InForce {
+    /// Which copy of the limits is in force.
+    const LIMITS: u64 = 1;
+    /// Which copy of the ports' services is in force.
+    const PORTS: u64 = 2;
+    /// Which copy of the rules is in force.
+    const RULES: u64 = 4;
+    /// Set if there may be a rule in that copy: nobody pays for what is not used.
+    const HAS_RULES: u64 = 8;
+    /// Counts the changes, so that who reads several parts by system calls can tell that he has read one policy. The
+    /// programs go by the lowest byte alone, which can't be read half-written.
+    const CHANGE: u64 = 1 << 8;
+
+    /// Where the limits of a service are.
+    #[inline(always)]
+    pub const fn place_of(self, service: u16) -> u32 {
+        let copy = (self.0 & Self::LIMITS) as u32;
+        copy * MAX_SERVICES + service as u32
+    }
+
+    /// The service of a port, from the port's word: in each half that of one copy, plus 1; 0 for none.
+    #[inline(always)]
+    pub const fn service(self, word: u32) -> Option<u16> {
+        let half = if self.0 & Self::PORTS == 0 { word & 0xffff } else { word >> 16 };
+        if half == 0 { None } else { Some(((half - 1) & 0xffff) as u16) }
+    }
+
+    /// Which copy of the rules is in force, 0 or 1.
+    #[inline(always)]
+    pub const fn rules(self) -> usize {
+        if self.0 & Self::RULES == 0 { 0 } else { 1 }
+    }
+
+    /// Whether there may be a rule.
+    #[inline(always)]
+    pub const fn has_rules(self) -> bool {
+        self.0 & Self::HAS_RULES != 0
+    }
+
+    /// With the other copy of the limits in force.
+    #[must_use]
+    pub const fn other_limits(self) -> Self {
+        Self(self.0 ^ Self::LIMITS)
+    }
+
+    /// With the other copy of the ports' services in force.
+    #[must_use]
+    pub const fn other_ports(self) -> Self {
+        Self(self.0 ^ Self::PORTS)
+    }
+
+    /// With the other copy of the rules in force.
+    #[must_use]
+    pub const fn other_rules(self) -> Self {
+        Self(self.0 ^ Self::RULES)
+    }
+
+    /// With rules to be looked up, or none.
+    #[must_use]
+    pub const fn with_rules(self, rules: bool) -> Self {
+        Self(self.0 & !Self::HAS_RULES | if rules { Self::HAS_RULES } else { 0 })
+    }
+
+    /// The word that says the same and is not equal to any of the last 2^56.
+    #[must_use]
+    pub const fn changed(self) -> Self {
+        Self(self.0.wrapping_add(Self::CHANGE))
+    }
+
+    /// A port's word with that service in this copy, and whatever it had in the other.
+    #[must_use]
+    pub const fn with_service(self, word: u32, service: Option<u16>) -> u32 {
+        let half = match service {
+            Some(service) => service as u32 + 1,
+            None => 0,
+        };
+        if self.0 & Self::PORTS == 0 { word & 0xffff_0000 | half } else { word & 0xffff | half << 16 }
+    }
 }
 
 /// What a refused SYN gets.
@@ -97,6 +187,33 @@ pub const SERVICE_NAME_BYTES: usize = 64;
 #[inline(always)]
 pub const fn at_limit(count: u64, limit: u32) -> bool {
     limit != 0 && count >= limit as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_part_has_two_copies_and_changes_by_itself() {
+        let first = InForce::default();
+        assert_eq!((first.place_of(3), first.rules(), first.has_rules()), (3, 0, false));
+        let limits = first.other_limits().changed();
+        assert_eq!((limits.place_of(3), limits.rules(), limits.has_rules()), (MAX_SERVICES + 3, 0, false));
+        let rules = limits.other_rules().with_rules(true);
+        assert_eq!((rules.place_of(3), rules.rules(), rules.has_rules()), (MAX_SERVICES + 3, 1, true));
+        let back = rules.other_rules().with_rules(false).other_limits();
+        assert_eq!(back, first.changed());
+    }
+
+    #[test]
+    fn a_port_has_a_service_in_each_copy() {
+        let first = InForce::default();
+        let second = first.other_ports();
+        for (one, other) in [(None, Some(0)), (Some(63), Some(5)), (Some(7), None), (None, None)] {
+            let word = second.with_service(first.with_service(0xdead_beef, one), other);
+            assert_eq!((first.service(word), second.service(word)), (one, other));
+        }
+    }
 }
 
 #[cfg(feature = "user")]

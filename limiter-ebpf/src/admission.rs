@@ -11,7 +11,7 @@ use limiter_common::{
     Counter, DenyReason, Endpoints, ServicePolicy, SourceEntry, SourceKey,
     event::Stage,
     ledger::EXPIRE_INTERVAL_NS,
-    policy::{OnDeny, ServiceState, at_limit},
+    policy::{InForce, OnDeny, ServiceState, at_limit},
 };
 
 use crate::{
@@ -20,9 +20,9 @@ use crate::{
     counters::count,
     handshake::{self, Proof},
     ledger::{self, Reserved},
-    maps::{LEDGER, SERVICE_STATE, SERVICES, SOURCES, TAG_SECRET, service_on},
+    maps::{LEDGER, SERVICE_STATE, SOURCES, TAG_SECRET},
     packet::{self, ACK, FIN, RST, SYN, Segment, Unread},
-    rates,
+    policy, rates,
     report::{Refused, Sampler, report},
     rules, sources,
 };
@@ -60,10 +60,12 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
         Err(Unread::Other) => return None,
         Err(Unread::Hidden(port)) => return hidden(port),
     };
-    let service = service_on(segment.local_port())?;
+    let word = policy::word_of(segment.local_port())?;
     let flags = segment.flags();
     if flags & (SYN | ACK | RST | FIN) == SYN {
-        match ctx.syn(service) {
+        let in_force = policy::in_force();
+        let service = in_force.service(word)?;
+        match ctx.syn(service, in_force) {
             DROP => Some((Verdict::Drop, service)),
             RESET => Some((Verdict::Reset, service)),
             _ => None,
@@ -73,7 +75,8 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
         if LEDGER.get_ptr(&segment.key(TAG_SECRET.get(0)?)).is_some() {
             return None;
         }
-        ctx.handshake(service);
+        let in_force = policy::in_force();
+        ctx.handshake(in_force.service(word)?, in_force);
         None
     } else {
         None
@@ -84,11 +87,10 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
 /// and counted with the first.
 #[inline(always)]
 fn hidden(port: u16) -> Option<(Verdict, u16)> {
-    let service = if port == 0 { 0 } else { service_on(port)? };
+    let in_force = policy::in_force();
+    let service = if port == 0 { 0 } else { policy::service_on(port, in_force)? };
     count(service, Counter::HeadersHidden);
-    let policy = SERVICES.get_ptr(u32::from(service))?;
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let observed = unsafe { (*policy).on_deny } == OnDeny::Observe as u8;
+    let observed = policy::of_service(service, in_force)?.on_deny == OnDeny::Observe as u8;
     (!observed).then_some((Verdict::Drop, service))
 }
 
@@ -98,25 +100,24 @@ fn hidden(port: u16) -> Option<(Verdict, u16)> {
 /// A global function, like [`crate::packet::limiter_locate`]: it has a stack and a judgement of the verifier for itself.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn limiter_syn(ctx: *mut xdp_md, service: u32) -> u32 {
-    syn(&XdpContext::new(ctx), service as u16).unwrap_or(Verdict::Pass) as u32
+pub extern "C" fn limiter_syn(ctx: *mut xdp_md, service: u32, in_force: u64) -> u32 {
+    syn(&XdpContext::new(ctx), service as u16, InForce(in_force)).unwrap_or(Verdict::Pass) as u32
 }
 
 /// The same for the packets of TC.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn limiter_syn_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32) -> u32 {
-    syn(&Skb::new(skb, has_ethernet != 0), service as u16).unwrap_or(Verdict::Pass) as u32
+pub extern "C" fn limiter_syn_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32, in_force: u64) -> u32 {
+    syn(&Skb::new(skb, has_ethernet != 0), service as u16, InForce(in_force)).unwrap_or(Verdict::Pass) as u32
 }
 
 #[inline(always)]
-fn syn(ctx: &impl Packet, service: u16) -> Option<Verdict> {
+fn syn(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<Verdict> {
     let segment = packet::segment(ctx).ok()?;
     let ends = &endpoints(&segment);
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let policy = unsafe { &*SERVICES.get_ptr(u32::from(service))? };
-    let Some((reason, sampler)) = refusal(ends, service, policy, state) else {
+    let policy = policy::of_service(service, in_force)?;
+    let Some((reason, sampler)) = refusal(ends, service, policy, in_force, state) else {
         count(service, Counter::SynAdmitted);
         // Opened at the SYN, a connection would be open before it is counted, and before its sender has proved itself.
         if segment.has_options() && policy.on_deny != OnDeny::Observe as u8 {
@@ -143,11 +144,10 @@ fn syn(ctx: &impl Packet, service: u16) -> Option<Verdict> {
 
 /// What a SYN would be refused for now, if it came. Nothing is counted or reported.
 #[inline(always)]
-pub fn judge(ends: &Endpoints, service: u16) -> Option<DenyReason> {
-    let policy = SERVICES.get_ptr(u32::from(service))?;
+pub fn judge(ends: &Endpoints, service: u16, in_force: InForce) -> Option<DenyReason> {
+    let policy = policy::of_service(service, in_force)?;
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    refusal(ends, service, unsafe { &*policy }, state).map(|(reason, _)| reason)
+    refusal(ends, service, policy, in_force, state).map(|(reason, _)| reason)
 }
 
 /// Why a SYN is to be refused, if it is.
@@ -156,19 +156,20 @@ fn refusal(
     ends: &Endpoints,
     service: u16,
     policy: &ServicePolicy,
+    in_force: InForce,
     state: *mut ServiceState,
 ) -> Option<(DenyReason, Sampler)> {
     // An element of SOURCES that got another key after its look-up costs a wrong answer to one SYN.
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     // The way out for nearly every SYN of a flood from one source: no call, no copies.
     if policy.connections_per_source != 0
-        && !rules::are_used()
+        && !in_force.has_rules()
         && let Some(entry) = SOURCES.get_ptr_mut(&source)
         && at_limit(sources::held(entry), policy.connections_per_source)
     {
         return Some((DenyReason::SourceLimit, source_sampler(entry)));
     }
-    let limits = rules::limits_for(&ends.remote, policy);
+    let limits = rules::limits_for(&ends.remote, policy, in_force);
     if limits.denied != 0 {
         return Some((DenyReason::Rule, sampler_of(&source, state)));
     }
@@ -199,22 +200,22 @@ fn refusal(
 /// A global function, like [`limiter_syn`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn limiter_handshake(ctx: *mut xdp_md, service: u32) -> u32 {
-    let _ = unknown(&XdpContext::new(ctx), service as u16);
+pub extern "C" fn limiter_handshake(ctx: *mut xdp_md, service: u32, in_force: u64) -> u32 {
+    let _ = unknown(&XdpContext::new(ctx), service as u16, InForce(in_force));
     0
 }
 
 /// The same for the packets of TC.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn limiter_handshake_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32) -> u32 {
-    let _ = unknown(&Skb::new(skb, has_ethernet != 0), service as u16);
+pub extern "C" fn limiter_handshake_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32, in_force: u64) -> u32 {
+    let _ = unknown(&Skb::new(skb, has_ethernet != 0), service as u16, InForce(in_force));
     0
 }
 
 /// The way out is `None` wherever the segment needs no more than to pass.
 #[inline(always)]
-fn unknown(ctx: &impl Packet, service: u16) -> Option<()> {
+fn unknown(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<()> {
     let segment = &packet::segment(ctx).ok()?;
     let ends = &endpoints(segment);
     let by_cookie = match handshake::prove(ctx, segment) {
@@ -227,8 +228,7 @@ fn unknown(ctx: &impl Packet, service: u16) -> Option<()> {
         Proof::CompletesByCookie => true,
     };
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let policy = unsafe { &*SERVICES.get_ptr(u32::from(service))? };
+    let policy = policy::of_service(service, in_force)?;
     // SAFETY: the helper has no precondition.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     for _ in 0..EXPIRE_ON_RESERVE {
@@ -236,7 +236,7 @@ fn unknown(ctx: &impl Packet, service: u16) -> Option<()> {
             break;
         }
     }
-    let limits = rules::limits_for(&ends.remote, policy);
+    let limits = rules::limits_for(&ends.remote, policy, in_force);
     let observe = policy.on_deny == OnDeny::Observe as u8;
     let (reason, observed) = match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
         Reserved::Yes | Reserved::Uncounted => return None,

@@ -17,6 +17,8 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 
+use limiter_common::policy::InForce;
+
 use crate::{
     admission,
     packet::{self, Cursor, OPTION_UNKNOWN, Segment, TcpHeader},
@@ -44,10 +46,10 @@ pub trait Packet: EbpfContext {
     fn locate(&self) -> u32;
 
     /// [`admission::limiter_syn`], or its like.
-    fn syn(&self, service: u16) -> u32;
+    fn syn(&self, service: u16, in_force: InForce) -> u32;
 
     /// [`admission::limiter_handshake`], or its like.
-    fn handshake(&self, service: u16);
+    fn handshake(&self, service: u16, in_force: InForce);
 
     /// Writes the flags of a segment of this packet, and mends the checksum. What pointed into the packet before points
     /// nowhere now.
@@ -86,13 +88,13 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn syn(&self, service: u16) -> u32 {
-        admission::limiter_syn(self.ctx, service.into())
+    fn syn(&self, service: u16, in_force: InForce) -> u32 {
+        admission::limiter_syn(self.ctx, service.into(), in_force.0)
     }
 
     #[inline(always)]
-    fn handshake(&self, service: u16) {
-        admission::limiter_handshake(self.ctx, service.into());
+    fn handshake(&self, service: u16, in_force: InForce) {
+        admission::limiter_handshake(self.ctx, service.into(), in_force.0);
     }
 
     #[inline(always)]
@@ -177,13 +179,13 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
-    fn syn(&self, service: u16) -> u32 {
-        admission::limiter_syn_skb(self.skb, u32::from(self.has_ethernet), service.into())
+    fn syn(&self, service: u16, in_force: InForce) -> u32 {
+        admission::limiter_syn_skb(self.skb, u32::from(self.has_ethernet), service.into(), in_force.0)
     }
 
     #[inline(always)]
-    fn handshake(&self, service: u16) {
-        admission::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into());
+    fn handshake(&self, service: u16, in_force: InForce) {
+        admission::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into(), in_force.0);
     }
 
     // Not by writing to the packet: for a program that does, the kernel copies the headers of every packet that somebody

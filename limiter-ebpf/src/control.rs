@@ -12,7 +12,7 @@ use crate::{
     admission,
     counters::count_at,
     ledger::{self, Entered},
-    maps::service_on,
+    policy::{in_force, service_on},
 };
 
 /// Serves one request.
@@ -49,23 +49,25 @@ pub fn serve(ctx: &XdpContext) -> u32 {
                 number if number == Counter::OpenedAudit as u32 => Counter::OpenedAudit,
                 _ => return answer::MALFORMED,
             };
-            let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
+            let in_force = in_force();
+            let Some(service) = service_on(request.connection.local_port, in_force) else { return answer::NOT_THERE };
             // SAFETY: the helper has no precondition.
             let now_ns = unsafe { bpf_ktime_get_ns() };
-            match ledger::adopt(&request.connection, service, request.owner, counter, now_ns) {
+            match ledger::adopt(&request.connection, service, in_force, request.owner, counter, now_ns) {
                 Entered::Yes => answer::DONE,
                 Entered::ThereAlready => answer::THERE_ALREADY,
                 Entered::Full => answer::FULL,
             }
         }
         op::COUNT if request.counter < Counter::ALL.len() as u32 => {
-            let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
+            let Some(service) = service_on(request.connection.local_port, in_force()) else { return answer::NOT_THERE };
             count_at(service, request.counter);
             answer::DONE
         }
         op::JUDGE => {
-            let Some(service) = service_on(request.connection.local_port) else { return answer::NOT_THERE };
-            let reason = admission::judge(&request.connection, service);
+            let in_force = in_force();
+            let Some(service) = service_on(request.connection.local_port, in_force) else { return answer::NOT_THERE };
+            let reason = admission::judge(&request.connection, service, in_force);
             answer::ADMITTED + reason.map_or(0, |reason| reason as u32)
         }
         _ => answer::MALFORMED,

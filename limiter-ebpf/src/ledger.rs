@@ -7,15 +7,15 @@ use limiter_common::{
     ledger::{
         FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner,
     },
-    policy::{OnDeny, OnFull, ServiceState, at_limit},
+    policy::{InForce, OnDeny, OnFull, ServiceState, at_limit},
     rule::Effective,
 };
 
 use crate::{
     atomic,
     counters::{count, count_at},
-    maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, SERVICES, TAG_SECRET},
-    rates,
+    maps::{EEXIST, LEDGER, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
+    policy, rates,
     report::{Refused, report_each},
     rules::limits_for,
     sources,
@@ -117,24 +117,18 @@ pub fn reserve(
 /// The stack has made a socket of that cookie for a connection. Confirms its reservation, or enters it where XDP did not
 /// see the handshake.
 #[inline(always)]
-pub fn confirm(ends: &Endpoints, service: u16, cookie: u64, now_ns: u64) {
-    let (Some(policy), Some(state)) =
-        (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
-    else {
-        return;
-    };
+pub fn confirm(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, now_ns: u64) {
     // Once is enough: who is faster here is about the same socket, and has confirmed it.
-    if !own(ends, service, state, cookie)
-        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-        && let Entered::ThereAlready = enter(ends, service, unsafe { &*policy }, state, cookie, Counter::OpenedUnseen, now_ns)
+    if !own(ends, service, cookie)
+        && let Entered::ThereAlready = enter(ends, service, in_force, cookie, Counter::OpenedUnseen, now_ns)
     {
-        own(ends, service, state, cookie);
+        own(ends, service, cookie);
     }
 }
 
 /// Makes a socket the owner of its connection's entry. `false` if there is no entry.
 #[inline(always)]
-fn own(ends: &Endpoints, service: u16, state: *mut ServiceState, cookie: u64) -> bool {
+fn own(ends: &Endpoints, service: u16, cookie: u64) -> bool {
     let key = key_of(ends);
     // SAFETY: the pointers come from look-ups in these maps; the fields are aligned.
     unsafe {
@@ -152,7 +146,10 @@ fn own(ends: &Endpoints, service: u16, state: *mut ServiceState, cookie: u64) ->
             // An owner that is neither a reservation nor on its way out is an older socket of the same addresses, whose
             // end nobody told: its slot goes to the new one.
             if owner != OWNER_REMOVED && atomic::compare_exchange(&raw mut (*entry).owner, owner, cookie) {
-                if is_reservation(owner) {
+                // Its port may be another service's by now.
+                if is_reservation(owner)
+                    && let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from((*entry).source.service))
+                {
                     atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
                 }
                 return true;
@@ -174,31 +171,22 @@ pub enum Entered {
 
 /// Enters a connection that is open already on behalf of user space.
 #[inline(always)]
-pub fn adopt(ends: &Endpoints, service: u16, cookie: u64, counter: Counter, now_ns: u64) -> Entered {
-    let (Some(policy), Some(state)) =
-        (SERVICES.get_ptr(u32::from(service)), SERVICE_STATE.get_ptr_mut(u32::from(service)))
-    else {
-        return Entered::Full;
-    };
+pub fn adopt(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter: Counter, now_ns: u64) -> Entered {
     if LEDGER.get_ptr(&key_of(ends)).is_some() {
         return Entered::ThereAlready;
     }
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    enter(ends, service, unsafe { &*policy }, state, cookie, counter, now_ns)
+    enter(ends, service, in_force, cookie, counter, now_ns)
 }
 
 /// Enters a connection that is open already, whatever the limits say. One that is past them is marked and reported, so that
 /// it is cut; but not one that was open before there were limits.
 #[inline(always)]
-fn enter(
-    ends: &Endpoints,
-    service: u16,
-    policy: &ServicePolicy,
-    state: *mut ServiceState,
-    cookie: u64,
-    counter: Counter,
-    now_ns: u64,
-) -> Entered {
+fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter: Counter, now_ns: u64) -> Entered {
+    let (Some(policy), Some(state)) =
+        (policy::of_service(service, in_force), SERVICE_STATE.get_ptr_mut(u32::from(service)))
+    else {
+        return Entered::Full;
+    };
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     let Ok(held_by_source) = sources::add(&source, state) else {
         count(service, Counter::LedgerFull);
@@ -206,7 +194,7 @@ fn enter(
     };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    let limits = limits_for(&ends.remote, policy);
+    let limits = limits_for(&ends.remote, policy, in_force);
     let past = past_limit(policy, &limits, held_by_source, held_by_service);
     let flags = match (counter, past) {
         (Counter::OpenedAdopted, _) => FLAG_ADOPTED,

@@ -28,6 +28,7 @@ mod handshake;
 mod ledger;
 mod maps;
 mod packet;
+mod policy;
 mod rates;
 mod reply;
 mod report;

@@ -20,7 +20,7 @@ pub static SOURCES: HashMap<SourceKey, SourceEntry> = HashMap::with_max_entries(
 pub static PORTS: Array<u32> = Array::with_max_entries(65_536, 0);
 
 #[map]
-pub static SERVICES: Array<ServicePolicy> = Array::with_max_entries(abi::MAX_SERVICES, 0);
+pub static SERVICES: Array<ServicePolicy> = Array::with_max_entries(2 * abi::MAX_SERVICES, 0);
 
 #[map]
 pub static SERVICE_STATE: Array<ServiceState> = Array::with_max_entries(abi::MAX_SERVICES, 0);
@@ -38,14 +38,17 @@ pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MAX_R
 pub static RATES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(abi::MAX_RATES, 0);
 
 #[map]
-pub static RULES: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
+pub static RULES_0: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
+
+#[map]
+pub static RULES_1: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
 
 // No program reads it: it is a place for user space to leave its findings, and pinned with the rest.
 #[map]
 pub static AUDIT: Array<AuditReport> = Array::with_max_entries(abi::MAX_SERVICES, 0);
 
 #[map]
-pub static RULES_USED: Array<u32> = Array::with_max_entries(1, 0);
+pub static IN_FORCE: Array<u64> = Array::with_max_entries(1, 0);
 
 #[map]
 pub static TAG_SECRET: Array<TagSecret> = Array::with_max_entries(1, 0);
@@ -64,12 +67,3 @@ pub static NETNS_COOKIE: Global<u64> = Global::new(0);
 
 /// What an insertion answers (negated) if the key is there already.
 pub const EEXIST: i32 = 17;
-
-/// The service that listens on `port`, if any.
-#[inline(always)]
-pub fn service_on(port: u16) -> Option<u16> {
-    match PORTS.get(u32::from(port)) {
-        None | Some(0) => None,
-        Some(index) => Some((*index - 1) as u16),
-    }
-}

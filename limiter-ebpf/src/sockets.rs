@@ -10,7 +10,8 @@ use limiter_common::{Address, Counter, Endpoints};
 
 use crate::{
     ledger,
-    maps::{NETNS_COOKIE, service_on},
+    maps::NETNS_COOKIE,
+    policy::{in_force, service_on},
 };
 
 const AF_INET: u32 = 2;
@@ -20,13 +21,14 @@ const AF_INET: u32 = 2;
 pub fn account(ctx: &SockOpsContext) {
     let op = ctx.op();
     if op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
-        let Some(service) = service_on(ctx.local_port() as u16) else { return };
+        let in_force = in_force();
+        let Some(service) = service_on(ctx.local_port() as u16, in_force) else { return };
         let Some((ends, cookie)) = connection(ctx) else { return };
         // From now on the stack tells of this socket's changes of state.
         let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
         // SAFETY: the helper has no precondition.
         let now_ns = unsafe { bpf_ktime_get_ns() };
-        ledger::confirm(&ends, service, cookie, now_ns);
+        ledger::confirm(&ends, service, in_force, cookie, now_ns);
     } else if op == BPF_SOCK_OPS_STATE_CB && ctx.arg(1) == BPF_TCP_CLOSE {
         // Whether a service still listens on its port makes no difference: what was counted is to be released.
         let Some((ends, cookie)) = connection(ctx) else { return };

@@ -49,6 +49,46 @@ impl Object {
     }
 }
 
+/// A program that is attached somewhere.
+#[derive(Debug)]
+pub struct Attached(OwnedFd);
+
+impl Attached {
+    /// The program of id `program`.
+    pub fn open(program: u32) -> Result<Self> {
+        // BPF_PROG_GET_FD_BY_ID
+        descriptor(13, &mut [program, 0, 0]).map(Self).with_context(|| format!("cannot open the program {program}"))
+    }
+
+    /// Its answer to a packet (`BPF_PROG_TEST_RUN`).
+    pub fn run(&self, packet: &[u8]) -> Result<u32> {
+        /// The part of `union bpf_attr` that is for this command.
+        #[repr(C)]
+        struct TestRun {
+            program: u32,
+            answer: u32,
+            data_in_bytes: u32,
+            data_out_bytes: u32,
+            data_in: u64,
+            data_out: u64,
+            repeat: u32,
+            duration: u32,
+        }
+        let mut attributes = TestRun {
+            program: self.0.as_raw_fd().cast_unsigned(),
+            answer: 0,
+            data_in_bytes: u32::try_from(packet.len())?,
+            data_out_bytes: 0,
+            data_in: packet.as_ptr() as u64,
+            data_out: 0,
+            repeat: 1,
+            duration: 0,
+        };
+        call(10, &mut attributes).context("BPF_PROG_TEST_RUN")?;
+        Ok(attributes.answer)
+    }
+}
+
 /// Every file below a folder of the bpffs.
 pub fn pins_below(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut pins = Vec::new();

@@ -18,7 +18,7 @@ use limiter::{
 use limiter_common::{
     Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     event::Refusal,
-    policy::ServiceState,
+    policy::{InForce, ServiceState},
     rule::{MAPPED_BITS, RuleEntry},
 };
 
@@ -151,10 +151,10 @@ impl Program {
     pub fn set_rule(&mut self, network: IpAddr, prefix: u8, rule: RuleEntry) -> Result<RuleEntry> {
         let length = if network.is_ipv4() { prefix + MAPPED_BITS } else { prefix };
         let mut rules: LpmTrie<&mut MapData, Address, RuleEntry> =
-            self.loaded.programs.map_mut(abi::MAP_RULES).context("no rules")?.try_into()?;
+            self.loaded.programs.map_mut(abi::MAP_RULES[0]).context("no rules")?.try_into()?;
         let rule = RuleEntry { length, ..rule };
         rules.insert(&Key::new(length.into(), network.into()), rule, 0)?;
-        self.array::<u32>(abi::MAP_RULES_USED)?.set(0, 1, 0)?;
+        self.array::<u64>(abi::MAP_IN_FORCE)?.set(0, InForce::default().with_rules(true).0, 0)?;
         Ok(rule)
     }
 

@@ -24,7 +24,6 @@ use super::{
     live::LivePolicy,
     load::{Hook, Loaded, load, program},
     pins::{Lock, Pins},
-    rules::Rules,
 };
 use crate::{
     config::{Kernel, Service},
@@ -180,8 +179,7 @@ impl Attach<'_> {
         let events = Events::open(self.pins)?;
 
         // Nothing is left that can be refused: from here on it stays.
-        Rules::open(self.pins)?.set_from_file(rules)?;
-        let services = in_force::put(self.pins, services, self.config.on_full)?;
+        let services = in_force::put(self.pins, services, rules, self.config.on_full)?;
         self.pin_sock_ops(sock_ops)?;
         let reports = placement.keep(attachments)?;
         placement.remove_others(interfaces)?;

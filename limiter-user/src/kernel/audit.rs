@@ -34,7 +34,7 @@ pub struct Auditor {
     reports: Audits,
     pub(super) control: Arc<Control>,
     pub(super) sockets: SockDiag,
-    /// The ports of the services. Only attaching changes them, and whoever audits keeps others from that.
+    /// The ports of the services.
     ports: HashSet<u16>,
     /// What differed at the last pass.
     suspects: Differences,
@@ -86,7 +86,6 @@ impl Auditor {
     /// For the state that is pinned there, and the sockets of the network namespace of the calling thread.
     pub(super) fn new(pins: &Pins, control: Arc<Control>) -> Result<Self, KernelError> {
         let services = Services::open(pins)?;
-        let ports = services.ports()?.into_iter().map(|(port, _)| port).collect();
         Ok(Self {
             ledger: Ledger::open(pins)?,
             sources: Sources::open(pins)?,
@@ -95,7 +94,7 @@ impl Auditor {
             reports: Audits::open(pins)?,
             control,
             sockets: SockDiag::open().map_err(no_list)?,
-            ports,
+            ports: HashSet::new(),
             suspects: Differences::default(),
             can_destroy: true,
         })
@@ -177,6 +176,7 @@ impl Auditor {
 
     /// What is in the ledger, and how it differs from the kernel's sockets.
     fn compare(&mut self) -> Result<(Entries, Differences), KernelError> {
+        self.ports = self.services.ports()?.into_iter().map(|(port, _)| port).collect();
         let entries = self.ledger.entries()?;
         // Of each connection in the ledger: its owner, and whether there is such a socket.
         let mut known: HashMap<Endpoints, (u64, bool)> =

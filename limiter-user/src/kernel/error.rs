@@ -90,6 +90,20 @@ pub enum KernelError {
         /// How many.
         count: usize,
     },
+    /// There are more rules than the maps have room for.
+    #[error("{count} rules are too many: there is room for {room}; nothing was changed")]
+    TooManyRules {
+        /// How many.
+        count: usize,
+        /// For how many there is room.
+        room: u32,
+    },
+    /// Another process has been changing the policy for too long.
+    #[error("another process{} has been changing the policy for half a minute: look what it is waiting for, and try again; nothing was changed", pid.map(|pid| format!(" ({pid})")).unwrap_or_default())]
+    PolicyBusy {
+        /// The process, if it could be found.
+        pid: Option<u32>,
+    },
     /// The kernel refused the programs.
     #[error("the kernel refused the program {program}; {}{log}", "`limiter doctor` tells what this kernel lacks")]
     Refused {

@@ -1,41 +1,36 @@
-//! Which services are in force: their limits and their ports in the kernel's maps.
+//! Putting a configuration in force: its services, their ports and its rules, in one step.
 
 use limiter_common::abi;
 
-use super::{
-    KernelError,
-    maps::{ServiceEntry, Services},
-    pins::Pins,
+use super::{KernelError, change::Change, maps::ServiceEntry, pins::Pins};
+use crate::{
+    config::{OnFull, Service},
+    policy::Rule,
 };
-use crate::config::{OnFull, Service};
 
-/// Puts services in force, and takes those away that are not among them. Returns them with their indexes.
-///
-/// Writes limits first and ports last, so that no port ever leads to a service without limits.
-pub fn put(pins: &Pins, services: &[Service], on_full: OnFull) -> Result<Vec<(u32, Service)>, KernelError> {
-    let mut maps = Services::open(pins)?;
-    let known = maps.all()?;
-    let placed = place(&known, services)?;
-    for (index, service) in &placed {
-        let entry =
-            ServiceEntry { name: service.name.clone(), limits: service.limits, on_deny: service.on_deny, on_full };
-        maps.set(*index, &entry)?;
-    }
-    let wanted: Vec<(u16, u32)> =
+/// Puts services and the rules of the file in force, and takes away what is not among them, but for the rules of commands.
+/// Returns the services with their indexes.
+pub fn put(
+    pins: &Pins,
+    services: &[Service],
+    rules: &[Rule],
+    on_full: OnFull,
+) -> Result<Vec<(u32, Service)>, KernelError> {
+    let mut change = Change::begin(pins)?;
+    let placed = place(&change.services()?, services)?;
+    let entry = |service: &Service| ServiceEntry {
+        name: service.name.clone(),
+        limits: service.limits,
+        on_deny: service.on_deny,
+        on_full,
+    };
+    let entries: Vec<_> = placed.iter().map(|(index, service)| (*index, entry(service))).collect();
+    let ports: Vec<_> =
         placed.iter().flat_map(|(index, service)| service.ports.iter().map(|port| (*port, *index))).collect();
-    for (port, _) in maps.ports()? {
-        if !wanted.iter().any(|(wanted, _)| *wanted == port) {
-            maps.set_port(port, None)?;
-        }
-    }
-    for (port, index) in wanted {
-        maps.set_port(port, Some(index))?;
-    }
-    for (index, _) in known {
-        if !placed.iter().any(|(placed, _)| *placed == index) {
-            maps.clear(index)?;
-        }
-    }
+    change.set_services(&entries)?;
+    change.set_ports(&ports)?;
+    change.set_rules_of_file(rules)?;
+    change.commit()?;
     Ok(placed)
 }
 

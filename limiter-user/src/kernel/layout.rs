@@ -11,7 +11,7 @@ use limiter_common::{
     ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     audit::AuditReport,
     ledger::Reservation,
-    policy::ServiceState,
+    policy::{InForce, ServiceState},
     rule::{RuleEntry, RuleKey},
 };
 
@@ -34,15 +34,16 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER, MapType::Hash, None),
     shape::<SourceKey, SourceEntry>(abi::MAP_SOURCES, MapType::Hash, None),
     shape::<u32, u32>(abi::MAP_PORTS, MapType::Array, Some(65_536)),
-    shape::<u32, ServicePolicy>(abi::MAP_SERVICES, MapType::Array, Some(abi::MAX_SERVICES)),
+    shape::<u32, ServicePolicy>(abi::MAP_SERVICES, MapType::Array, Some(2 * abi::MAX_SERVICES)),
     shape::<u32, ServiceState>(abi::MAP_SERVICE_STATE, MapType::Array, Some(abi::MAX_SERVICES)),
     shape::<u32, u64>(abi::MAP_COUNTERS, MapType::PerCpuArray, Some(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE)),
     shape::<(), ()>(abi::MAP_EVENTS, MapType::RingBuf, Some(abi::EVENTS_BYTES)),
     shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, Some(abi::MAX_RESERVATIONS)),
     shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
-    shape::<RuleKey, RuleEntry>(abi::MAP_RULES, MapType::LpmTrie, Some(abi::MAX_RULES)),
+    shape::<RuleKey, RuleEntry>(abi::MAP_RULES[0], MapType::LpmTrie, Some(abi::MAX_RULES)),
+    shape::<RuleKey, RuleEntry>(abi::MAP_RULES[1], MapType::LpmTrie, Some(abi::MAX_RULES)),
     shape::<u32, AuditReport>(abi::MAP_AUDIT, MapType::Array, Some(abi::MAX_SERVICES)),
-    shape::<u32, u32>(abi::MAP_RULES_USED, MapType::Array, Some(1)),
+    shape::<u32, InForce>(abi::MAP_IN_FORCE, MapType::Array, Some(1)),
     shape::<u32, TagSecret>(abi::MAP_TAG_SECRET, MapType::Array, Some(1)),
 ];
 

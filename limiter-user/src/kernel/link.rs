@@ -46,7 +46,7 @@ struct ObjGet {
 }
 
 /// bpf(2).
-fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_int> {
+pub(super) fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the kernel reads that many bytes; every pointer in the attributes outlives the call.
     let answer = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, mem::size_of::<T>()) };
     if answer < 0 {

@@ -51,13 +51,24 @@ impl Policy for LivePolicy {
     }
 
     fn limits_for(&self, client: IpAddr) -> Limits {
-        let mut limits = self.limits();
-        match self.rules.holding(client) {
-            Ok(Some((_, rule))) => apply(&rule, &mut limits),
-            Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "can't look up the rule for a client; going by the service's limits"),
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        // Limits and rule of one policy, as the programs have them.
+        match self.services.with_rule(self.index, &self.rules, client) {
+            Ok((service, rule)) => {
+                if let Some(service) = service {
+                    *last = service.limits;
+                }
+                let mut limits = *last;
+                if let Some(rule) = rule {
+                    apply(&rule, &mut limits);
+                }
+                limits
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't read the limits in force for a client; going by the service's last ones");
+                *last
+            }
         }
-        limits
     }
 
     fn denies(&self, client: IpAddr) -> bool {

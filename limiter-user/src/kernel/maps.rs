@@ -1,17 +1,24 @@
 //! The maps as typed methods. The name of each is said here once more, and nowhere else in this crate.
 
-use std::{collections::HashMap as StdHashMap, fmt, path::Path};
+use std::{
+    collections::HashMap as StdHashMap,
+    fmt,
+    net::IpAddr,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray};
 use limiter_common::{
     ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     audit::AuditReport,
     bucket::Rate,
-    policy::{self, ServiceName, ServiceState},
+    policy::{self, InForce, ServiceName, ServiceState},
+    rule::RuleEntry,
     source::is_gone,
 };
 
-use super::{Counters, KernelError, host, pins::Pins};
+use super::{Counters, KernelError, batch, copies::Word, host, pins::Pins, rules::Rules};
 use crate::{
     config::{OnDeny, OnFull},
     policy::Limits,
@@ -31,8 +38,14 @@ pub struct ServiceEntry {
 }
 
 impl ServiceEntry {
-    fn to_policy(&self) -> Option<ServicePolicy> {
-        Some(ServicePolicy {
+    /// As it lies in the map.
+    pub(super) fn to_policy(&self) -> Result<ServicePolicy, KernelError> {
+        // The configuration bounds the length of names.
+        let name = ServiceName::new(&self.name).ok_or_else(|| KernelError::Failed {
+            what: format!("the name of the service {} is too long", self.name),
+            source: format!("at most {} bytes", limiter_common::policy::SERVICE_NAME_BYTES).into(),
+        })?;
+        Ok(ServicePolicy {
             connections_per_source: self.limits.connections_per_source,
             connections_total: self.limits.connections_total,
             connection_rate: self.limits.connection_rate,
@@ -50,7 +63,7 @@ impl ServiceEntry {
                 OnFull::Closed => policy::OnFull::Closed as u8,
             },
             reserved: 0,
-            name: ServiceName::new(&self.name)?,
+            name,
         })
     }
 
@@ -77,9 +90,12 @@ impl ServiceEntry {
 
 /// Services: their limits, their ports, what they hold and what was counted.
 pub struct Services {
+    in_force: Word,
     policies: Array<MapData, ServicePolicy>,
     states: Array<MapData, ServiceState>,
     ports: Array<MapData, u32>,
+    /// The ports of the services as of that word: to read them takes a system call for each there could be.
+    known_ports: Mutex<Option<(InForce, Vec<(u16, u32)>)>>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -93,50 +109,62 @@ impl Services {
     /// Opens the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self, KernelError> {
         Ok(Self {
+            in_force: Word::open(pins)?,
             policies: open(&pins.map(abi::MAP_SERVICES), Map::Array)?,
             states: open(&pins.map(abi::MAP_SERVICE_STATE), Map::Array)?,
             ports: open(&pins.map(abi::MAP_PORTS), Map::Array)?,
+            known_ports: Mutex::default(),
             counters: open(&pins.map(abi::MAP_COUNTERS), Map::PerCpuArray)?,
         })
     }
 
     /// The service of that index, if there is one.
     pub fn get(&self, index: u32) -> Result<Option<ServiceEntry>, KernelError> {
-        let policy = self.policies.get(&index, 0).map_err(KernelError::failed("can't read a service's limits"))?;
-        Ok(ServiceEntry::from_policy(&policy))
+        self.policy(index).map(|policy| ServiceEntry::from_policy(&policy))
     }
 
     /// The limits of the service of that index as the programs read them; all zero if there is none.
     pub(super) fn policy(&self, index: u32) -> Result<ServicePolicy, KernelError> {
-        self.policies.get(&index, 0).map_err(KernelError::failed("can't read a service's limits"))
+        self.in_force.read_with(|in_force| self.policy_in(in_force, index))
+    }
+
+    /// The service of that index, and the rule that holds for an address, both of one policy.
+    pub(super) fn with_rule(
+        &self,
+        index: u32,
+        rules: &Rules,
+        ip: IpAddr,
+    ) -> Result<(Option<ServiceEntry>, Option<RuleEntry>), KernelError> {
+        self.in_force.read_with(|in_force| {
+            let service = ServiceEntry::from_policy(&self.policy_in(in_force, index)?);
+            Ok((service, rules.holding_in(in_force, ip)?.map(|(_, rule)| rule)))
+        })
+    }
+
+    /// The same in one of the copies.
+    pub(super) fn policy_in(&self, in_force: InForce, index: u32) -> Result<ServicePolicy, KernelError> {
+        let place = in_force.place_of(u16::try_from(index).unwrap_or(u16::MAX));
+        self.policies.get(&place, 0).map_err(KernelError::failed("can't read a service's limits"))
     }
 
     /// Every service with its index, in the order of the index.
     pub fn all(&self) -> Result<Vec<(u32, ServiceEntry)>, KernelError> {
-        let mut services = Vec::new();
-        for index in 0..abi::MAX_SERVICES {
-            if let Some(service) = self.get(index)? {
-                services.push((index, service));
+        self.in_force.read_with(|in_force| {
+            let mut services = Vec::new();
+            for index in 0..abi::MAX_SERVICES {
+                let policy = self.policy_in(in_force, index)?;
+                services.extend(ServiceEntry::from_policy(&policy).map(|service| (index, service)));
             }
-        }
-        Ok(services)
+            Ok(services)
+        })
     }
 
-    /// Puts a service in force at an index.
-    pub fn set(&mut self, index: u32, service: &ServiceEntry) -> Result<(), KernelError> {
-        // The configuration bounds the length of names.
-        let policy = service.to_policy().ok_or_else(|| KernelError::Failed {
-            what: format!("the name of the service {} is too long", service.name),
-            source: format!("at most {} bytes", policy::SERVICE_NAME_BYTES).into(),
-        })?;
+    /// Puts limits into one of the copies, which must not be in force.
+    pub(super) fn set_in(&mut self, copy: InForce, index: u32, policy: ServicePolicy) -> Result<(), KernelError> {
+        let place = copy.place_of(u16::try_from(index).unwrap_or(u16::MAX));
         self.policies
-            .set(index, policy, 0)
-            .map_err(KernelError::failed(format!("can't put the limits of {} in force", service.name)))
-    }
-
-    /// Takes a service away.
-    pub fn clear(&mut self, index: u32) -> Result<(), KernelError> {
-        self.policies.set(index, ServicePolicy::default(), 0).map_err(KernelError::failed("can't take a service away"))
+            .set(place, policy, 0)
+            .map_err(KernelError::failed(format!("can't write the limits of {}", policy.name.to_string_lossy())))
     }
 
     /// What a service holds.
@@ -161,20 +189,33 @@ impl Services {
 
     /// The ports that belong to a service, with its index; ascending.
     pub fn ports(&self) -> Result<Vec<(u16, u32)>, KernelError> {
-        let mut ports = Vec::new();
-        for (port, entry) in (0..=u16::MAX).zip(self.ports.iter()) {
-            let entry = entry.map_err(KernelError::failed("can't read which ports belong to services"))?;
-            if let Some(service) = entry.checked_sub(1) {
-                ports.push((port, service));
+        self.in_force.read_with(|in_force| {
+            let mut known = self.known_ports.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*known {
+                Some((at, ports)) if *at == in_force => Ok(ports.clone()),
+                _ => {
+                    let words = self.port_words()?.into_iter();
+                    let ports: Vec<_> =
+                        words.filter_map(|(port, word)| Some((port, in_force.service(word)?.into()))).collect();
+                    *known = Some((in_force, ports.clone()));
+                    Ok(ports)
+                }
             }
-        }
-        Ok(ports)
+        })
     }
 
-    /// Gives a port to a service, or to none.
-    pub fn set_port(&mut self, port: u16, service: Option<u32>) -> Result<(), KernelError> {
+    /// The ports that a service has in either copy, with their words; ascending.
+    pub(super) fn port_words(&self) -> Result<Vec<(u16, u32)>, KernelError> {
+        let words: Vec<(u32, u32)> = batch::read(self.ports.map(), usize::from(u16::MAX) + 1)
+            .map_err(KernelError::failed("can't read which ports belong to services"))?;
+        let ports = words.into_iter().filter(|(_, word)| *word != 0);
+        Ok(ports.filter_map(|(port, word)| Some((u16::try_from(port).ok()?, word))).collect())
+    }
+
+    /// Writes the word of a port, whose half that is in force must stay as it is.
+    pub(super) fn set_port_word(&mut self, port: u16, word: u32) -> Result<(), KernelError> {
         self.ports
-            .set(u32::from(port), service.map_or(0, |index| index + 1), 0)
+            .set(u32::from(port), word, 0)
             .map_err(KernelError::failed(format!("can't give port {port} to a service")))
     }
 }

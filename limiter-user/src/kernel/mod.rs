@@ -3,8 +3,11 @@
 mod attach;
 mod audit;
 mod backstop;
+mod batch;
 mod btf;
+mod change;
 mod control;
+mod copies;
 mod debug_log;
 mod error;
 mod event_log;

@@ -1,24 +1,28 @@
 //! The pinned state, opened by name.
 
-use std::{collections::HashMap, path::Path, sync::OnceLock, time::Duration};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
 
 use super::{
-    AttachedInterface, ConnectionRow, EventLog, KernelError, REPAIRS, ServiceRow, SourceRow, Status, host, layout,
+    AttachedInterface, ConnectionRow, EventLog, KernelError, REPAIRS, ServiceRow, SourceRow, Status,
+    change::Change,
+    host, in_force, layout,
     maps::{Audits, Ledger, ServiceEntry, Services, Sources},
     pins::Pins,
     rules::{self, Rules},
 };
-use crate::policy::Limits;
+use crate::{
+    config::{OnFull, Service},
+    policy::{Limits, Rule},
+};
 
 /// The state of an attached limiter, whether a daemon runs on it or not.
 #[derive(Debug)]
 pub struct Pinned {
     pins: Pins,
     ledger_size: u32,
-    /// Which port belongs to which service. Read once: it takes a system call per port, and only attaching changes it.
-    ports: OnceLock<Vec<(u16, u32)>>,
+    services: Services,
 }
 
 impl Pinned {
@@ -36,13 +40,13 @@ impl Pinned {
             return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
         }
         let ledger_size = layout::check(&pins)?;
-        Ok(Self { pins, ledger_size, ports: OnceLock::new() })
+        Ok(Self { services: Services::open(&pins)?, pins, ledger_size })
     }
 
     /// What is in force.
     pub fn status(&self) -> Result<Status, KernelError> {
         let services = self.services()?;
-        let maps = Services::open(&self.pins)?;
+        let maps = &self.services;
         let mut sources = 0;
         for service in &services {
             sources += maps.state(service.index)?.sources;
@@ -95,14 +99,8 @@ impl Pinned {
 
     /// Services, in the order of their index.
     pub fn services(&self) -> Result<Vec<ServiceRow>, KernelError> {
-        let maps = Services::open(&self.pins)?;
-        let ports = match self.ports.get() {
-            Some(ports) => ports,
-            None => self.ports.get_or_init({
-                let ports = maps.ports()?;
-                || ports
-            }),
-        };
+        let maps = &self.services;
+        let ports = maps.ports()?;
         maps.all()?
             .into_iter()
             .map(|(index, service)| {
@@ -192,14 +190,31 @@ impl Pinned {
         &self.pins
     }
 
-    /// Puts new limits in force for the service of that index; connections that are open stay open.
-    pub fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
-        let mut maps = Services::open(&self.pins)?;
-        let entry = maps.get(service)?.ok_or_else(|| KernelError::Failed {
-            what: format!("there is no service number {service} any more"),
-            source: "it was taken away meanwhile".into(),
-        })?;
-        maps.set(service, &ServiceEntry { limits: *limits, ..entry })
+    /// Puts new limits in force for the services of these indexes, in one step; connections that are open stay open.
+    pub fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError> {
+        let mut change = Change::begin(&self.pins)?;
+        let mut services = change.services()?;
+        for (index, limits) in limits {
+            let known = services.iter_mut().find(|(known, _)| known == index);
+            let (_, service) = known.ok_or_else(|| KernelError::Failed {
+                what: format!("there is no service number {index} any more; nothing was changed"),
+                source: "it was taken away meanwhile".into(),
+            })?;
+            service.limits = *limits;
+        }
+        change.set_services(&services)?;
+        change.commit()
+    }
+
+    /// Puts the services and the rules of a configuration in force, in one step and in the place of those that are. The
+    /// programs and what they are attached to stay as they are. Returns the services with their indexes.
+    pub fn put(
+        &self,
+        services: &[Service],
+        rules: &[Rule],
+        on_full: OnFull,
+    ) -> Result<Vec<(u32, Service)>, KernelError> {
+        in_force::put(&self.pins, services, rules, on_full)
     }
 
     /// The rules.
@@ -208,7 +223,7 @@ impl Pinned {
     }
 
     fn names(&self) -> Result<HashMap<u32, ServiceEntry>, KernelError> {
-        Ok(Services::open(&self.pins)?.all()?.into_iter().collect())
+        Ok(self.services.all()?.into_iter().collect())
     }
 }
 

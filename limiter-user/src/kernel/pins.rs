@@ -17,11 +17,17 @@ use std::{
     io,
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use limiter_common::abi;
 
 use super::{KernelError, host, link};
+
+/// Longest that a change of the policy is waited for. A million rules take some seconds.
+const LONGEST_CHANGE: Duration = Duration::from_secs(30);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// The places under one pin path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,12 +167,32 @@ impl Pins {
         }
     }
 
+    /// Waits until no other process changes the policy, and keeps others from it. Everybody takes this lock for a moment,
+    /// with or without a daemon.
+    pub fn lock_policy(&self) -> Result<PolicyLock, KernelError> {
+        let folder = self.version();
+        let what = || format!("can't lock {}", folder.display());
+        let file = File::open(&folder).map_err(KernelError::failed(what()))?;
+        let deadline = Instant::now() + LONGEST_CHANGE;
+        loop {
+            // SAFETY: the descriptor is open.
+            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+                return Ok(PolicyLock { folder: file });
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(KernelError::failed(what())(error));
+            }
+            if Instant::now() >= deadline {
+                return Err(KernelError::PolicyBusy { pid: lock_holder_of(&folder) });
+            }
+            thread::sleep(LOCK_PAUSE);
+        }
+    }
+
     /// The process that holds the lock, as /proc/locks shows it; `None` if nobody does.
     pub fn lock_holder(&self) -> Option<u32> {
-        let folder = fs::metadata(&self.root).ok()?;
-        let locks = fs::read_to_string("/proc/locks").ok()?;
-        let place = format!("{:02x}:{:02x}:{}", libc::major(folder.dev()), libc::minor(folder.dev()), folder.ino());
-        lock_holder(&locks, &place)
+        lock_holder_of(&self.root)
     }
 
     fn links_of_all_versions(&self) -> Vec<PathBuf> {
@@ -204,6 +230,29 @@ impl Drop for Lock {
         // SAFETY: the descriptor is open.
         unsafe { libc::flock(self.folder.as_raw_fd(), libc::LOCK_UN) };
     }
+}
+
+/// That this process, and no other, changes the policy.
+#[derive(Debug)]
+pub struct PolicyLock {
+    // The lock lies on the descriptor and ends with it.
+    folder: File,
+}
+
+impl Drop for PolicyLock {
+    fn drop(&mut self) {
+        // As above.
+        // SAFETY: the descriptor is open.
+        unsafe { libc::flock(self.folder.as_raw_fd(), libc::LOCK_UN) };
+    }
+}
+
+/// The process that holds the lock of a folder.
+fn lock_holder_of(folder: &Path) -> Option<u32> {
+    let folder = fs::metadata(folder).ok()?;
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let place = format!("{:02x}:{:02x}:{}", libc::major(folder.dev()), libc::minor(folder.dev()), folder.ino());
+    lock_holder(&locks, &place)
 }
 
 /// The process that holds the lock of that `major:minor:inode` in the text of /proc/locks.

@@ -1,23 +1,19 @@
 //! The rules in force, as typed methods of their map.
 
-use std::{
-    collections::{HashMap, HashSet},
-    fmt,
-    net::IpAddr,
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, net::IpAddr, time::Duration};
 
 use aya::maps::{
-    Array, Map, MapData, MapError,
+    Map, MapData, MapError,
     lpm_trie::{Key, LpmTrie},
 };
 use limiter_common::{
     Address, abi,
     bucket::Rate,
+    policy::InForce,
     rule::{MAPPED_BITS, OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry, RuleOrigin},
 };
 
-use super::{KernelError, host, maps::open, pins::Pins};
+use super::{KernelError, copies::Word, error::Errno as _, host, maps::open, pins::Pins};
 use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 
 /// A rule that is in force.
@@ -33,9 +29,15 @@ pub struct RuleInForce {
 
 /// The rules.
 pub struct Rules {
-    trie: LpmTrie<MapData, Address, RuleEntry>,
-    used: Array<MapData, u32>,
+    in_force: Word,
+    copies: [Trie; 2],
+    pins: Pins,
 }
+
+type Trie = LpmTrie<MapData, Address, RuleEntry>;
+
+/// What a rule lies under: the length of its prefix, and its first address.
+type Place = (u32, Address);
 
 impl fmt::Debug for Rules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,19 +46,18 @@ impl fmt::Debug for Rules {
 }
 
 impl Rules {
-    /// Opens the pinned map.
+    /// Opens the pinned maps.
     pub(super) fn open(pins: &Pins) -> Result<Self, KernelError> {
-        Ok(Self {
-            trie: open(&pins.map(abi::MAP_RULES), Map::LpmTrie)?,
-            used: open(&pins.map(abi::MAP_RULES_USED), Map::Array)?,
-        })
+        let copy = |name| open(&pins.map(name), Map::LpmTrie);
+        let [first, second] = abi::MAP_RULES;
+        Ok(Self { in_force: Word::open(pins)?, copies: [copy(first)?, copy(second)?], pins: pins.clone() })
     }
 
     /// Every rule that has not ended, by address.
     pub fn all(&self) -> Result<Vec<RuleInForce>, KernelError> {
         let now = host::monotonic();
-        let mut rules: Vec<_> =
-            self.entries()?.iter().filter_map(|(key, entry)| from_entry(cidr(key)?, entry, now)).collect();
+        let entries = self.in_force.read_with(|in_force| self.entries(in_force))?;
+        let mut rules: Vec<_> = entries.iter().filter_map(|(key, entry)| from_entry(cidr(key)?, entry, now)).collect();
         rules.sort_by_key(|rule| rule.rule.cidr);
         Ok(rules)
     }
@@ -64,18 +65,27 @@ impl Rules {
     /// The rule of exactly that prefix, if it has not ended.
     pub fn get(&self, cidr: Cidr) -> Result<Option<RuleInForce>, KernelError> {
         let key = key(cidr);
-        let entry = self.look_up(&key)?.filter(|entry| u32::from(entry.length) == key.prefix_len());
+        let entry = self.in_force.read_with(|in_force| self.look_up(in_force, &key))?;
+        let entry = entry.filter(|entry| u32::from(entry.length) == key.prefix_len());
         Ok(entry.and_then(|entry| from_entry(cidr, &entry, host::monotonic())))
     }
 
     /// The rule that holds for an address, as the programs find it.
     pub(super) fn holding(&self, ip: IpAddr) -> Result<Option<(Cidr, RuleEntry)>, KernelError> {
+        self.in_force.read_with(|in_force| self.holding_in(in_force, ip))
+    }
+
+    /// The same in the copy that this word says.
+    pub(super) fn holding_in(&self, in_force: InForce, ip: IpAddr) -> Result<Option<(Cidr, RuleEntry)>, KernelError> {
+        if !in_force.has_rules() {
+            return Ok(None);
+        }
         let address = Address::from(ip);
         let now_ns = nanoseconds(host::monotonic());
         let mut length = 128;
         loop {
             let key = Key::new(length, address);
-            let Some(entry) = self.look_up(&key)? else { return Ok(None) };
+            let Some(entry) = self.look_up(in_force, &key)? else { return Ok(None) };
             if entry.holds(&address, || now_ns) {
                 return Ok(cidr(&Key::new(entry.length.into(), address)).map(|cidr| (cidr, entry)));
             }
@@ -95,54 +105,84 @@ impl Rules {
     /// Puts a rule in force, in the place of another of the same prefix. `time`: how long it holds; `None`: for ever.
     pub fn set(&mut self, rule: &Rule, time: Option<Duration>, from_file: bool) -> Result<(), KernelError> {
         let expires_ns = time.map_or(0, |time| nanoseconds(host::monotonic().saturating_add(time)).max(1));
-        self.insert(&key(rule.cidr), &entry(rule, expires_ns, from_file), rule.cidr)
+        let _lock = self.pins.lock_policy()?;
+        let in_force = self.in_force.read()?;
+        if !in_force.has_rules() {
+            self.in_force.write(in_force.with_rules(true))?;
+        }
+        self.insert(in_force.rules(), &key(rule.cidr), &entry(rule, expires_ns, from_file))
     }
 
     /// Takes a rule away. `false` if there is none of that prefix.
     pub fn remove(&mut self, cidr: Cidr) -> Result<bool, KernelError> {
-        self.delete(&key(cidr))
+        let _lock = self.pins.lock_policy()?;
+        let copy = self.in_force.read()?.rules();
+        self.delete(copy, &key(cidr))
     }
 
     /// Removes what has ended. The programs do without, but every look-up that meets one looks twice.
     pub fn remove_ended(&mut self) -> Result<(), KernelError> {
+        let _lock = self.pins.lock_policy()?;
         let now = nanoseconds(host::monotonic());
-        for (key, entry) in self.entries()? {
-            if entry.expires_ns != 0 && entry.expires_ns <= now {
-                self.delete(&key)?;
+        let in_force = self.in_force.read()?;
+        for (key, entry) in self.entries(in_force)? {
+            if has_ended(&entry, now) {
+                self.delete(in_force.rules(), &key)?;
             }
         }
         Ok(())
     }
 
-    /// Puts the rules of the configuration file in force. Those of an older file go; those of commands stay, unless the
-    /// file has one of the same prefix. Rules that stay as they are hold all the while.
-    pub(super) fn set_from_file(&mut self, rules: &[Rule]) -> Result<(), KernelError> {
-        self.remove_ended()?;
-        let known: HashMap<_, _> = self.entries()?.iter().map(|(key, entry)| (words(key), *entry)).collect();
-        let mut wanted = HashSet::with_capacity(rules.len());
-        for rule in rules {
-            let key = key(rule.cidr);
-            let entry = entry(rule, 0, true);
-            if known.get(&words(&key)) != Some(&entry) {
-                self.insert(&key, &entry, rule.cidr)?;
-            }
-            wanted.insert(words(&key));
+    /// Writes the rules of the configuration file, and those of commands that are in force, into the copy that is not. Where
+    /// the file has a rule of the same prefix as a command's, it is the file's. Says whether there is any; `None`: they are
+    /// those in force, and nothing is to be done.
+    pub(super) fn prepare(&mut self, in_force: InForce, rules: &[Rule]) -> Result<Option<bool>, KernelError> {
+        let now = nanoseconds(host::monotonic());
+        let known: HashMap<Place, RuleEntry> =
+            self.entries(in_force)?.into_iter().map(|(key, entry)| (place(&key), entry)).collect();
+        let mut wanted: HashMap<Place, RuleEntry> = known
+            .iter()
+            .filter(|(_, entry)| entry.origin == RuleOrigin::Command as u8 && !has_ended(entry, now))
+            .map(|(place, entry)| (*place, *entry))
+            .collect();
+        wanted.extend(rules.iter().map(|rule| (place(&key(rule.cidr)), entry(rule, 0, true))));
+        if wanted == known {
+            return Ok(None);
         }
-        for (&(length, address), entry) in &known {
-            if entry.origin == RuleOrigin::File as u8 && !wanted.contains(&(length, address)) {
-                self.delete(&Key::new(length, address))?;
+        if wanted.len() > abi::MAX_RULES as usize {
+            return Err(KernelError::TooManyRules { count: wanted.len(), room: abi::MAX_RULES });
+        }
+        let other = in_force.other_rules();
+        // Left over from a change that died half-way.
+        self.clear(other)?;
+        for (&(length, address), entry) in &wanted {
+            if let Err(error) = self.insert(other.rules(), &Key::new(length, address), entry) {
+                // The first error is the one to tell; what is left is cleared by the next change.
+                let _ = self.clear(other);
+                return Err(error);
             }
         }
-        Ok(())
+        Ok(Some(!wanted.is_empty()))
     }
 
-    fn entries(&self) -> Result<Vec<(Key<Address>, RuleEntry)>, KernelError> {
-        const WHAT: &str = "can't read the rules";
+    /// Empties the copy that this word says, which must not be in force.
+    pub(super) fn clear(&mut self, copy: InForce) -> Result<(), KernelError> {
+        // Always from the start: the kernel has no place to go on from that is gone.
+        loop {
+            let first = self.copies[copy.rules()].keys().next();
+            match first {
+                None => return Ok(()),
+                Some(key) => self.delete(copy.rules(), &key.map_err(KernelError::failed(CANNOT_READ))?)?,
+            };
+        }
+    }
+
+    fn entries(&self, in_force: InForce) -> Result<Vec<(Key<Address>, RuleEntry)>, KernelError> {
         let mut entries = Vec::new();
-        for key in self.trie.keys() {
-            let key = key.map_err(KernelError::failed(WHAT))?;
+        for key in self.copies[in_force.rules()].keys() {
+            let key = key.map_err(KernelError::failed(CANNOT_READ))?;
             // One that went meanwhile may lie in another.
-            if let Some(entry) = self.look_up(&key)?
+            if let Some(entry) = self.look_up(in_force, &key)?
                 && u32::from(entry.length) == key.prefix_len()
             {
                 entries.push((key, entry));
@@ -155,31 +195,39 @@ impl Rules {
         Ok(entries)
     }
 
-    fn look_up(&self, key: &Key<Address>) -> Result<Option<RuleEntry>, KernelError> {
-        match self.trie.get(key, 0) {
+    fn look_up(&self, in_force: InForce, key: &Key<Address>) -> Result<Option<RuleEntry>, KernelError> {
+        match self.copies[in_force.rules()].get(key, 0) {
             Ok(entry) => Ok(Some(entry)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(KernelError::failed("can't look up a rule")(error)),
         }
     }
 
-    fn insert(&mut self, key: &Key<Address>, entry: &RuleEntry, cidr: Cidr) -> Result<(), KernelError> {
-        // Never taken back: another process may be adding a rule.
-        self.used.set(0, 1, 0).map_err(KernelError::failed("can't have rules looked up"))?;
-        self.trie.insert(key, entry, 0).map_err(KernelError::failed(format!(
-            "can't put the rule for {cidr} in force (there may be {} rules)",
-            abi::MAX_RULES
-        )))
+    fn insert(&mut self, copy: usize, key: &Key<Address>, entry: &RuleEntry) -> Result<(), KernelError> {
+        self.copies[copy].insert(key, entry, 0).map_err(|error| {
+            if error.errno() == Some(libc::ENOSPC) {
+                let room = abi::MAX_RULES;
+                return KernelError::TooManyRules { count: room as usize + 1, room };
+            }
+            let cidr = cidr(key).map_or_else(|| "a prefix".to_owned(), |cidr| cidr.to_string());
+            KernelError::failed(format!("can't put the rule for {cidr} in force"))(error)
+        })
     }
 
-    fn delete(&mut self, key: &Key<Address>) -> Result<bool, KernelError> {
-        match self.trie.remove(key) {
+    fn delete(&mut self, copy: usize, key: &Key<Address>) -> Result<bool, KernelError> {
+        match self.copies[copy].remove(key) {
             Ok(()) => Ok(true),
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(MapError::KeyNotFound) => Ok(false),
             Err(error) => Err(KernelError::failed("can't take a rule away")(error)),
         }
     }
+}
+
+const CANNOT_READ: &str = "can't read the rules";
+
+fn has_ended(entry: &RuleEntry, now_ns: u64) -> bool {
+    entry.expires_ns != 0 && entry.expires_ns <= now_ns
 }
 
 fn key(cidr: Cidr) -> Key<Address> {
@@ -191,7 +239,7 @@ fn length(cidr: Cidr) -> u8 {
     if cidr.address().is_ipv4() { cidr.prefix() + MAPPED_BITS } else { cidr.prefix() }
 }
 
-fn words(key: &Key<Address>) -> (u32, Address) {
+fn place(key: &Key<Address>) -> Place {
     (key.prefix_len(), key.data())
 }
 

@@ -39,13 +39,13 @@ pub(super) fn once_each(values: &[(LimitKey, u32)]) -> Result<Vec<(LimitKey, u32
 
 /// Where limits are in force.
 pub(super) trait Store {
-    /// Puts limits in force for the service of that index.
-    fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError>;
+    /// Puts limits in force for the services of these indexes: all of them or none.
+    fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError>;
 }
 
 impl Store for Pinned {
-    fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
-        Self::set_limits(self, service, limits)
+    fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError> {
+        Self::set_limits(self, limits)
     }
 }
 
@@ -94,18 +94,21 @@ impl Plan {
     }
 
     /// Puts the new limits in force for all services, or leaves the old ones.
-    pub(super) fn apply(&self, store: &impl Store) -> anyhow::Result<()> {
-        for (done, step) in self.0.iter().enumerate() {
-            if let Err(error) = store.set_limits(step.index, &step.new) {
-                return Err(undo(&self.0[..done], store, error.into()));
-            }
-        }
-        Ok(())
+    pub(super) fn apply(&self, store: &impl Store) -> Result<(), KernelError> {
+        let new: Vec<_> = self.0.iter().map(|step| (step.index, step.new)).collect();
+        store.set_limits(&new)
     }
 
     /// Puts the old limits in force again, because of `error`, which it gives back.
     pub(super) fn undo(&self, store: &impl Store, error: anyhow::Error) -> anyhow::Error {
-        undo(&self.0, store, error)
+        let old: Vec<_> = self.0.iter().map(|step| (step.index, step.old)).collect();
+        match store.set_limits(&old) {
+            Ok(()) => error.context("nothing was changed"),
+            Err(failed) => error.context(format!(
+                "the new limits are in force and couldn't be taken back: {:#}",
+                anyhow::Error::from(failed)
+            )),
+        }
     }
 
     /// What changes, key by key.
@@ -123,19 +126,6 @@ impl Plan {
                 .collect::<Vec<_>>()
         };
         self.0.iter().flat_map(of_step).collect()
-    }
-}
-
-fn undo(steps: &[Step], store: &impl Store, error: anyhow::Error) -> anyhow::Error {
-    let failed: Vec<_> = steps
-        .iter()
-        .filter(|step| store.set_limits(step.index, &step.old).is_err())
-        .map(|step| step.service.as_str())
-        .collect();
-    if failed.is_empty() {
-        error.context("nothing was changed")
-    } else {
-        error.context(format!("the new limits are in force for {} and couldn't be taken back", failed.join(", ")))
     }
 }
 
@@ -175,19 +165,19 @@ mod tests {
         }
     }
 
-    /// Keeps what was set; the service of the index `broken` can't be.
+    /// Keeps what was set, service and connections per source; or refuses it.
     #[derive(Default)]
     struct Fake {
         set: RefCell<Vec<(u32, u32)>>,
-        broken: Option<u32>,
+        broken: bool,
     }
 
     impl Store for Fake {
-        fn set_limits(&self, service: u32, limits: &Limits) -> Result<(), KernelError> {
-            if self.broken == Some(service) {
+        fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError> {
+            if self.broken {
                 return Err(KernelError::Failed { what: "can't write".into(), source: io::Error::other("no").into() });
             }
-            self.set.borrow_mut().push((service, limits.connections_per_source));
+            self.set.replace(limits.iter().map(|(index, limits)| (*index, limits.connections_per_source)).collect());
             Ok(())
         }
     }
@@ -230,19 +220,18 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_on_the_way_takes_back_what_was_done() {
-        let services = [service(0, "a"), service(1, "b")];
-        let store = Fake { broken: Some(1), ..Fake::default() };
-        let error = Plan::new(&services, None, FIVE).unwrap().apply(&store).unwrap_err();
-        assert!(format!("{error:#}").starts_with("nothing was changed: can't write"), "{error:#}");
-        assert_eq!(store.set.take(), [(0, 5), (0, 20)]);
-    }
-
-    #[test]
-    fn what_cannot_be_taken_back_is_said() {
-        let plan = Plan::new(&[service(0, "a")], None, FIVE).unwrap();
-        let store = Fake { broken: Some(0), ..Fake::default() };
+    fn what_was_done_is_taken_back_or_it_is_said() {
+        let plan = Plan::new(&[service(0, "a"), service(1, "b")], None, FIVE).unwrap();
+        let store = Fake::default();
+        plan.apply(&store).unwrap();
         let error = plan.undo(&store, anyhow::anyhow!("disk full"));
-        assert_eq!(format!("{error:#}"), "the new limits are in force for a and couldn't be taken back: disk full");
+        assert_eq!(format!("{error:#}"), "nothing was changed: disk full");
+        assert_eq!(store.set.take(), [(0, 20), (1, 20)]);
+
+        let error = plan.undo(&Fake { broken: true, ..Fake::default() }, anyhow::anyhow!("disk full"));
+        assert_eq!(
+            format!("{error:#}"),
+            "the new limits are in force and couldn't be taken back: can't write: no: disk full"
+        );
     }
 }
