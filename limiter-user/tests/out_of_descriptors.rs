@@ -26,7 +26,12 @@ fn clients_wait_until_there_are_descriptors_again() {
     let _context = runtime.enter();
     let config = config::Gateway { listen: vec!["127.0.0.1:0".parse().unwrap()], ..config::Gateway::default() };
     let metrics = Arc::new(Metrics::default());
-    let gateway = Gateway::bind(&config, Arc::new(Fixed(Limits::default())), Arc::clone(&metrics)).unwrap();
+    let gateway = Gateway::bind(
+        &config,
+        Arc::new(Fixed::new(Limits { connection_rate: 0, ..Limits::default() }, &[])),
+        Arc::clone(&metrics),
+    )
+    .unwrap();
     let addr = gateway.local_addrs()[0];
     runtime.spawn(gateway.run(std::future::pending()));
     serve_one(&Socket::new(Domain::IPV4, Type::STREAM, None).unwrap(), addr);

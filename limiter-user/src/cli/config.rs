@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::output::print;
+use super::{exit, output::print};
 use crate::config::{Config, EXAMPLE};
 
 #[derive(Debug, clap::Subcommand)]
@@ -19,7 +19,9 @@ pub(super) enum Command {
 pub(super) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Check { file } => {
-            Config::check_file(file)?;
+            for warning in Config::check_file(file)?.warnings() {
+                exit::complain(&format!("warning: {}: {warning}", file.display()));
+            }
             print(&format!("{}: ok\n", file.display()))
         }
         Command::Example => print(EXAMPLE),

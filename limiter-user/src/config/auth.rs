@@ -1,6 +1,8 @@
 //! `[gateway.auth]`: who may connect.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+
+use hyper::http::{Uri, uri::PathAndQuery};
 
 use super::{ApiKeyError, TokenKeyError};
 
@@ -22,6 +24,32 @@ pub struct Auth {
     pub api_keys: Option<PathBuf>,
     /// `[gateway.auth.jwt]`: JSON Web Tokens; `None`: not taken.
     pub jwt: Option<Jwt>,
+    /// `[gateway.auth.forward]`: an HTTP service that is asked about every client, in the place of all else.
+    pub forward: Option<Forward>,
+}
+
+/// `[gateway.auth.forward]`: who is asked whether a client may connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// Where it is asked.
+    pub url: HttpUrl,
+    /// How long it may take to answer.
+    pub timeout: Duration,
+    /// The header of its answer that names the user.
+    pub user_header: String,
+}
+
+/// A URL of an HTTP service without TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpUrl {
+    /// A name or an address, without brackets.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// Host and port as the URL has them.
+    pub authority: String,
+    /// Path and query.
+    pub path: String,
 }
 
 /// `[gateway.auth.users]`: what each user may do. An API key may say otherwise of itself.
@@ -103,6 +131,7 @@ impl Default for Auth {
             users: UserLimits::default(),
             api_keys: None,
             jwt: None,
+            forward: None,
         }
     }
 }
@@ -123,6 +152,36 @@ impl Default for Jwt {
             audiences: Vec::new(),
             leeway: Duration::from_secs(30),
             user_claim: "sub".into(),
+        }
+    }
+}
+
+impl FromStr for HttpUrl {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
+        if uri.scheme_str() != Some("http") {
+            return Err(
+                "it does not begin with http:// (a service on another host: reach it through a tunnel, or a proxy here)",
+            );
+        }
+        let authority = uri.authority().ok_or("it names no host")?;
+        if authority.as_str().contains('@') {
+            return Err("it carries a user name");
+        }
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        let has_port = authority.as_str().len() > authority.host().len();
+        let port = if has_port { authority.port_u16().filter(|port| *port != 0) } else { Some(80) };
+        match port {
+            _ if host.is_empty() => Err("it names no host"),
+            None => Err("its port is not a number from 1 to 65535"),
+            Some(port) => Ok(Self {
+                host: host.to_owned(),
+                port,
+                authority: authority.to_string(),
+                path: uri.path_and_query().map_or("/", PathAndQuery::as_str).to_owned(),
+            }),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{ops::Range, time::Duration};
 
 use super::{
-    ApiKeys, Auth, AuthError, Jwt, Places, TokenKeys, UserLimits,
+    ApiKeys, Auth, AuthError, Forward, HttpUrl, Jwt, Places, TokenKeys, UserLimits,
     read::{Fault, Item, Section},
     value,
 };
@@ -43,8 +43,17 @@ pub(super) fn parse(gateway: &mut Section, origins: bool, auth: &mut Option<Auth
     let jwt = section.item("jwt").map_or(0..0, Item::span);
     read.jwt = self::jwt(section.section("jwt"), &jwt);
 
-    let has_method = read.jwt.is_some() || read.api_keys.is_some();
-    if has_method && read.places.is_empty() {
+    let forward_at = section.item("forward").map_or(0..0, Item::span);
+    read.forward = forward(section.section("forward"));
+
+    let has_own = read.jwt.is_some() || read.api_keys.is_some();
+    if read.forward.is_some() && (has_own || !read.places.is_empty()) {
+        let advice = "the service is asked about every client, and sees to credentials itself: leave out jwt, api_keys and \
+                      the places of credentials, or the service";
+        section.complain(&forward_at, "forward", advice);
+    }
+    let has_method = has_own || read.forward.is_some();
+    if has_own && read.places.is_empty() {
         let advice = "it says where no credential is looked for: set authorization = true, or name a cookie, a query \
                       parameter or a subprotocol";
         section.complain(&span, "authorization", advice);
@@ -108,6 +117,29 @@ fn jwt(mut section: Section, span: &Range<usize>) -> Option<Jwt> {
     }
     section.finish();
     has_keys.then_some(jwt)
+}
+
+fn forward(mut section: Section) -> Option<Forward> {
+    let mut url = None;
+    let mut timeout = Duration::from_secs(5);
+    let mut user_header = "X-User".to_owned();
+    section.read("url", &mut url, http_url);
+    section
+        .read("timeout", &mut timeout, |item| value::duration(item, Duration::from_millis(1), Duration::from_mins(1)));
+    section.read("user_header", &mut user_header, |item| {
+        optional_token(item, "the name of a header")?.ok_or_else(|| value::expected(item, "the name of a header"))
+    });
+    section.finish();
+    Some(Forward { url: url?, timeout, user_header })
+}
+
+fn http_url(item: &Item) -> Result<Option<HttpUrl>, Fault> {
+    let what = r#"a URL such as "http://127.0.0.1:9001/auth", or "" for none"#;
+    match value::text(item, what)? {
+        "" => Ok(None),
+        // It may have a password in it.
+        text => text.parse().map(Some).map_err(|why| Fault::new(item, format!("{why}; expected {what}"))),
+    }
 }
 
 fn name(item: &Item, what: &str) -> Result<String, Fault> {

@@ -53,6 +53,7 @@ fn every_key_is_read() {
             leeway: Duration::ZERO,
             user_claim: "email".into(),
         }),
+        forward: None,
     };
     assert_eq!(auth(text), Some(expected));
 }
@@ -73,6 +74,13 @@ fn what_would_not_protect_is_refused_with_its_place() {
             "name those that may connect in gateway.allowed_origins",
         ),
         ("[gateway.auth]\ncookie = \"a b\"", "2:10", "expected the name of a cookie"),
+        (
+            "[gateway.auth]\nquery = \"token\"\n[gateway.auth.forward]\nurl = \"http://auth/\"",
+            "3:1",
+            "the service is asked about every client",
+        ),
+        ("[gateway.auth.forward]\nurl = \"https://auth/\"", "2:7", "it does not begin with http://"),
+        ("[gateway.auth.forward]\nuser_header = \"\"", "2:15", "expected the name of a header"),
         ("[gateway.auth.users]\nattempts_per_minute = 1001", "2:23", "from 0 to 1000"),
         ("[gateway.auth.users]\non_excess = \"close\"", "2:13", "expected one of replace, refuse"),
         ("[gateway.auth]\nreauth_interval = \"10ms\"", "2:19", "or 1s at least"),
@@ -85,6 +93,27 @@ fn what_would_not_protect_is_refused_with_its_place() {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
         let expected = format!("f:{place}: ");
         assert!(problems.iter().any(|p| p.starts_with(&expected) && p.contains(complaint)), "{text}: {problems:?}");
+    }
+}
+
+#[test]
+fn a_service_to_ask_is_read_and_goes_alone() {
+    let text = "[gateway.auth.forward]\nurl = \"http://[::1]:9001/auth?x\"\ntimeout = \"1s\"\nuser_header = \"X-Name\"";
+    let url = HttpUrl { host: "::1".into(), port: 9001, authority: "[::1]:9001".into(), path: "/auth?x".into() };
+    let forward = Forward { url, timeout: Duration::from_secs(1), user_header: "X-Name".into() };
+    assert_eq!(auth(text), Some(Auth { forward: Some(forward), ..Auth::default() }));
+    assert_eq!("http://auth".parse::<HttpUrl>().map(|url| (url.port, url.path)), Ok((80, "/".into())));
+    for bad in [
+        "",
+        "auth:9001",
+        "https://auth",
+        "http://",
+        "http://u:secret@auth/",
+        "http://auth:0",
+        "http://auth:x",
+        "http://auth:",
+    ] {
+        assert!(bad.parse::<HttpUrl>().is_err(), "{bad}");
     }
 }
 

@@ -21,7 +21,7 @@ mod upstream;
 mod value;
 
 pub use api_keys::{API_KEY_PREFIX, ApiKey, ApiKeyError, ApiKeys, new_api_key};
-pub use auth::{Auth, AuthError, Jwt, OnExcess, Places, UserLimits, user_name};
+pub use auth::{Auth, AuthError, Forward, HttpUrl, Jwt, OnExcess, Places, UserLimits, user_name};
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{LimitKey, PreparedFile, prepare_limits};
 pub use error::{ConfigError, Problem};

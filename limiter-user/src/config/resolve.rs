@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::File as FsFile,
     io::{self, Read},
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -81,6 +81,24 @@ impl Config {
     pub fn resolve(file: Option<&Path>, overrides: &Overrides, purpose: Purpose) -> Result<Self, ConfigError> {
         let file = file.map_or_else(|| Ok(File::default()), read_file)?;
         merge(file, overrides, purpose)
+    }
+
+    /// What is legal, and probably not meant.
+    pub fn warnings(&self) -> Vec<String> {
+        let is_public = |address: &&SocketAddr| match address.ip().to_canonical() {
+            IpAddr::V4(ip) => !(ip.is_loopback() || ip.is_private() || ip.is_link_local()),
+            IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local()),
+        };
+        let gateway = &self.gateway;
+        let public = gateway.listen.iter().find(is_public);
+        match (public, &gateway.upstream) {
+            (Some(address), Upstream::Relay(_)) if gateway.auth.is_none() => vec![format!(
+                "gateway.listen: whoever reaches {address} is led to the upstream, since clients need not show who they \
+                 are: configure [gateway.auth], or listen on a private address, or leave it at that if the application \
+                 sees to it"
+            )],
+            _ => Vec::new(),
+        }
     }
 
     /// Where the state is pinned: `given` (by flag or environment), else what the file says, else the default.

@@ -139,3 +139,24 @@ fn a_file_that_cannot_be_read_says_which_and_why() {
     let endless = Config::from_file(Path::new("/dev/zero")).unwrap_err();
     assert!(matches!(endless, ConfigError::Unreadable { .. }));
 }
+
+#[test]
+fn an_open_relay_on_a_public_address_is_warned_of() {
+    let auth = "[gateway.auth.forward]\nurl = \"http://127.0.0.1:1/\"";
+    for (listen, upstream, auth, warned) in [
+        ("0.0.0.0", "ws://app", "", true),
+        ("[::]", "ws://app", "", true),
+        ("203.0.113.1", "ws://app", "", true),
+        ("127.0.0.1", "ws://app", "", false),
+        ("10.0.0.1", "ws://app", "", false),
+        ("[fd00::1]", "ws://app", "", false),
+        ("0.0.0.0", "echo", "", false),
+        ("0.0.0.0", "ws://app", auth, false),
+    ] {
+        let text = format!("[gateway]\nlisten = [\"{listen}:8080\"]\nupstream = \"{upstream}\"\n{auth}");
+        let config = resolve(&text, &Overrides::default(), Purpose::Run).unwrap();
+        let warnings = config.warnings();
+        assert_eq!(!warnings.is_empty(), warned, "{text}");
+        assert!(warnings.iter().all(|warning| warning.contains(listen) && warning.contains("[gateway.auth]")));
+    }
+}

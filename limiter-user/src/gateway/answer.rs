@@ -38,6 +38,10 @@ pub(crate) enum Refusal {
     Unauthenticated(Rejection),
     /// Its user has, or tries, too many.
     Crowded(Crowded),
+    /// The service that is asked does not want it; with its status and the headers that go with it.
+    ForwardRefused(StatusCode, HeaderMap),
+    /// The service that is asked has no answer; with the cause, for the log.
+    ForwardUnavailable(String),
     /// A rule denies the client's address.
     Denied,
     /// A trusted proxy that does not begin with a good PROXY header; with what is wrong.
@@ -48,6 +52,8 @@ pub(crate) enum Refusal {
     NotTls,
     /// The source holds this many connections and may hold no more.
     SourceFull(u32),
+    /// The source opens connections faster than it may.
+    SourceRate,
     /// The service holds as many connections as it may.
     ServiceFull,
     /// The gateway is being shut down.
@@ -83,11 +89,14 @@ impl Refusal {
             Self::Unauthenticated(rejection) => rejection.label(),
             Self::Crowded(Crowded::Connections(_)) => "user_full",
             Self::Crowded(Crowded::Attempts(_)) => "user_attempts",
+            Self::ForwardRefused(..) => "auth_refused",
+            Self::ForwardUnavailable(_) => "auth_unavailable",
             Self::Denied => "rule",
             Self::ProxyHeader(_) => "proxy_header",
             Self::Tls(_) => "tls",
             Self::NotTls => "not_tls",
             Self::SourceFull(_) => "source_full",
+            Self::SourceRate => "source_rate",
             Self::ServiceFull => "service_full",
             Self::Draining => "draining",
             Self::Unguarded => "unguarded",
@@ -104,10 +113,11 @@ impl Refusal {
                 StatusCode::BAD_REQUEST
             }
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
+            Self::ForwardRefused(status, _) => *status,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
-            Self::SourceFull(_) | Self::Crowded(_) => StatusCode::TOO_MANY_REQUESTS,
-            Self::ServiceFull | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::SourceFull(_) | Self::SourceRate | Self::Crowded(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::ServiceFull | Self::Draining | Self::ForwardUnavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Unguarded => StatusCode::INTERNAL_SERVER_ERROR,
             // What goes wrong behind the gateway is no fault of the client; only what it can act on is passed on.
@@ -124,6 +134,7 @@ impl Refusal {
     pub(super) fn fault(&self) -> Option<String> {
         match self {
             Self::ProxyHeader(what) => Some((*what).into()),
+            Self::ForwardUnavailable(cause) => Some(format!("gateway.auth.forward: {cause}")),
             Self::UpstreamUnreachable(cause) => Some(cause.clone()),
             Self::UpstreamTimeout => Some("the upstream did not answer in time".into()),
             Self::UpstreamRefused(status, _) if status.is_server_error() => {
@@ -147,10 +158,13 @@ impl Refusal {
                 format!("too many connections of your user; {limit} at a time are allowed")
             }
             Self::Crowded(Crowded::Attempts(_)) => "too many connection attempts of your user in a minute".into(),
+            Self::ForwardRefused(..) => "this server does not take this client".into(),
+            Self::ForwardUnavailable(_) => "it could not be found out whether this client may connect".into(),
             Self::Denied => "connections from your address are not allowed".into(),
             Self::SourceFull(limit) => {
                 format!("too many connections from your address; {limit} at a time are allowed")
             }
+            Self::SourceRate => "too many new connections from your address at once".into(),
             Self::ServiceFull => "the service has no room for another connection at the moment".into(),
             Self::Draining => "the server is shutting down".into(),
             Self::Unguarded => "this server is not set up correctly".into(),
@@ -166,7 +180,8 @@ impl Refusal {
             // Whole seconds, and not a moment too early.
             Self::Crowded(Crowded::Attempts(wait)) => Some(u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX)),
             Self::SourceFull(_) | Self::Crowded(Crowded::Connections(_)) => Some(fastrand::u16(5..=10)),
-            Self::ServiceFull => Some(fastrand::u16(5..=15)),
+            Self::ServiceFull | Self::ForwardUnavailable(_) => Some(fastrand::u16(5..=15)),
+            Self::SourceRate => Some(fastrand::u16(1..=3)),
             Self::Draining => Some(fastrand::u16(1..=5)),
             _ => None,
         }
@@ -194,6 +209,13 @@ impl Refusal {
         }
         if let Self::Unauthenticated(rejection) = self {
             headers.insert(WWW_AUTHENTICATE, rejection.challenge());
+        }
+        if let Self::ForwardRefused(_, theirs) = self {
+            headers.extend(theirs.clone());
+        }
+        if status == StatusCode::UNAUTHORIZED && !headers.contains_key(WWW_AUTHENTICATE) {
+            // Every 401 has one (RFC 9110, 15.5.2).
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"limiter\""));
         }
         if let Self::UpstreamRefused(_, theirs) = self {
             for name in PASSED_ON {

@@ -23,7 +23,7 @@ use super::{
     answer::{Refusal, switching_protocols},
     application::Opened,
     arrival::{self, Arrived, Endpoints},
-    auth::Member,
+    auth::{Member, Visitor},
     forwarded::{self, Identity},
     handshake, origin, proxy_hint, session,
     socket::Socket,
@@ -187,7 +187,8 @@ async fn decide(
         return Err(Refusal::Draining);
     }
     // The kernel has seen to those that it sees.
-    if identity.ip != endpoints.peer && shared.policy.denies(identity.ip) {
+    let is_seen_below = shared.policy.is_kept_below() && identity.ip == endpoints.peer;
+    if !is_seen_below && shared.policy.denies(identity.ip) {
         return Err(Refusal::Denied);
     }
     // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
@@ -202,9 +203,15 @@ async fn decide(
     });
     proxy_hint::warn(shared, endpoints.remote.ip(), &head.headers, &limits);
     let mut permit = admitted?;
+    if !is_seen_below && !shared.rates.spend(limits.source(identity.ip), &limits) {
+        return Err(Refusal::SourceRate);
+    }
     let user = match &shared.auth {
         Some(auth) => {
-            let member = auth.enter(auth.authenticate(head, &mut handshake)?, &shared.metrics)?;
+            let scheme = identity.scheme.unwrap_or(endpoints.scheme).name();
+            let visitor = Visitor { address: identity.ip, scheme };
+            let authenticated = auth.authenticate(head, &mut handshake, visitor).await?;
+            let member = auth.enter(authenticated, &shared.metrics)?;
             // From here on it counts as its user's, so that users behind one address leave each other room.
             permit.leave_source();
             Some(member)

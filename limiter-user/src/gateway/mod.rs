@@ -41,7 +41,10 @@ pub use metrics::Metrics;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use crate::{config, policy::Policy};
+use crate::{
+    config,
+    policy::{Policy, Rates},
+};
 use admission::Admission;
 use application::Application;
 use auth::Auth;
@@ -66,6 +69,8 @@ struct Shared {
     application: Application,
     tls: Option<Arc<Tls>>,
     auth: Option<Arc<Auth>>,
+    /// Of clients that the kernel does not see.
+    rates: Rates,
     log: Sampler,
     drain: Drain,
 }
@@ -101,6 +106,7 @@ impl Reserved {
             application,
             tls,
             auth,
+            rates: Rates::default(),
             log: Sampler::default(),
             drain: Drain::default(),
         };

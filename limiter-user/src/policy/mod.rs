@@ -1,12 +1,16 @@
 //! Limits as data, and who to ask for them.
 
 mod accepted;
+mod fixed;
 mod limits;
+mod rates;
 mod rule;
 
 pub(crate) use accepted::Accepted;
 
+pub use fixed::Fixed;
 pub use limits::{Limits, Source};
+pub use rates::Rates;
 pub use rule::{Action, Cidr, InvalidCidr, OwnLimits, Rule};
 
 use std::net::{IpAddr, SocketAddr};
@@ -31,6 +35,12 @@ pub trait Policy: Send + Sync + 'static {
         false
     }
 
+    /// Whether somebody else, such as the kernel, holds rules and rates against the clients that connect directly. If not, the
+    /// gateway does; it always does for those behind a proxy.
+    fn is_kept_below(&self) -> bool {
+        true
+    }
+
     /// The gateway is done with a connection: whatever state the kernel's socket is in, it counts no more. Called exactly
     /// once for every accepted connection, before its descriptor is closed.
     fn closed(&self, connection: &Connection);
@@ -45,16 +55,4 @@ pub struct Connection {
     pub local: SocketAddr,
     /// The socket's cookie (`SO_COOKIE`): never used again as long as the host is up.
     pub cookie: u64,
-}
-
-/// Limits that stay as they are, for a gateway without the kernel's part.
-#[derive(Clone, Copy, Debug)]
-pub struct Fixed(pub Limits);
-
-impl Policy for Fixed {
-    fn limits(&self) -> Limits {
-        self.0
-    }
-
-    fn closed(&self, _: &Connection) {}
 }

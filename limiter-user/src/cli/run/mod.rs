@@ -45,9 +45,12 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     // Before anything is attached, so that no signal can end the process half-way.
     let signals = Signals::new()?;
     let addresses = Addresses::take(config).await?;
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     if config.kernel.interfaces.is_empty() {
         tracing::info!("no interface is configured: the gateway keeps the limits alone");
-        let policies = config.services.iter().map(|service| (service.name.clone(), fixed(service))).collect();
+        let policies = config.services.iter().map(|service| (service.name.clone(), fixed(service, config))).collect();
         return addresses.open(policies, None)?.run(signals).await;
     }
 
@@ -93,8 +96,8 @@ fn open_attached(config: &Config, addresses: Addresses, attached: &mut Attached)
     addresses.open(policies, Some((pinned, side)))
 }
 
-fn fixed(service: &Service) -> Arc<dyn Policy> {
-    Arc::new(Fixed(service.limits))
+fn fixed(service: &Service, config: &Config) -> Arc<dyn Policy> {
+    Arc::new(Fixed::new(service.limits, &config.rules))
 }
 
 /// Every address of the daemon, taken before anything is done to the host: what can't be had is known by then.

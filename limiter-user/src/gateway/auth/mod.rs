@@ -2,6 +2,7 @@
 
 mod api_keys;
 mod credential;
+mod forward;
 #[cfg(test)]
 pub(in crate::gateway) mod signing;
 mod token;
@@ -19,9 +20,11 @@ use super::{answer::Refusal, close::End, handshake::Handshake, metrics::Metrics}
 use crate::config::{self, API_KEY_PREFIX, AuthError, user_name};
 use api_keys::KeyFile;
 use credential::Credential;
+use forward::{Forward, Question, Verdict};
 use token::Tokens;
 use users::{Account, Users};
 
+pub(super) use forward::Visitor;
 pub(super) use users::{Crowded, Seat};
 
 /// The wall clock may be set while a session sleeps, so it is looked at this often at least.
@@ -32,11 +35,11 @@ pub(super) struct Auth {
     config: config::Auth,
     tokens: Option<Arc<Tokens>>,
     keys: Option<Arc<KeyFile>>,
+    forward: Option<Forward>,
     users: Arc<Users>,
 }
 
 /// A client that has shown who it is.
-#[derive(Debug)]
 pub(super) struct Authenticated {
     account: Account,
     limits: config::UserLimits,
@@ -50,12 +53,13 @@ pub(super) struct Member {
 }
 
 /// What a session's right to go on rests on.
-#[derive(Clone, Debug)]
 enum Basis {
     /// A token. It is not kept: which key signed it, and until when, is all there is to check again.
     Token { key: [u8; 32], expires: SystemTime },
     /// An API key, by its hash.
     Key([u8; 32]),
+    /// The word of a service, with what it was asked.
+    Forward(Question),
 }
 
 /// Why a client is not let in.
@@ -129,11 +133,32 @@ impl Auth {
     pub(super) fn new(config: &config::Auth) -> Result<Self, AuthError> {
         let tokens = config.jwt.as_ref().map(Tokens::new).transpose()?.map(Arc::new);
         let keys = config.api_keys.as_deref().map(KeyFile::new).transpose()?.map(Arc::new);
-        Ok(Self { config: config.clone(), tokens, keys, users: Arc::default() })
+        Ok(Self {
+            config: config.clone(),
+            tokens,
+            keys,
+            forward: config.forward.as_ref().map(Forward::new),
+            users: Arc::default(),
+        })
     }
 
     /// Who the client is. What it shows is taken out of the request that the application will see, unless that is wanted.
-    pub(super) fn authenticate(&self, head: &mut Parts, handshake: &mut Handshake) -> Result<Authenticated, Refusal> {
+    pub(super) async fn authenticate(
+        &self,
+        head: &mut Parts,
+        handshake: &mut Handshake,
+        visitor: Visitor<'_>,
+    ) -> Result<Authenticated, Refusal> {
+        if let Some(forward) = &self.forward {
+            let question = Question::new(head, visitor);
+            let user = match forward.ask(&question).await {
+                Verdict::Allowed(user) => user,
+                Verdict::Refused(status, headers) => return Err(Refusal::ForwardRefused(status, headers)),
+                Verdict::Unavailable(why) => return Err(Refusal::ForwardUnavailable(why)),
+            };
+            let account = Account { user, key: None };
+            return Ok(Authenticated { account, limits: self.config.users, basis: Basis::Forward(question) });
+        }
         let shown = credential::find(head, handshake, &self.config.places)?;
         let checked = shown.ok_or(Rejection::Missing).and_then(|shown| self.check(&shown));
         let authenticated = checked.map_err(Refusal::Unauthenticated)?;
@@ -174,16 +199,16 @@ impl Auth {
     pub(super) async fn lapse(&self, client: &Member) -> End {
         tokio::select! {
             () = client.seat.replaced() => End::Replaced,
-            end = self.outlive(&client.authenticated.basis) => end,
+            end = self.outlive(&client.authenticated) => end,
         }
     }
 
-    async fn outlive(&self, basis: &Basis) -> End {
+    async fn outlive(&self, Authenticated { account, basis, .. }: &Authenticated) -> End {
         let mut next_check = self.next_check();
         loop {
             let left = match basis {
                 Basis::Token { expires, .. } => expires.duration_since(SystemTime::now()).unwrap_or_default(),
-                Basis::Key(_) => Duration::MAX,
+                Basis::Key(_) | Basis::Forward(_) => Duration::MAX,
             };
             if left.is_zero() {
                 return End::Expired;
@@ -191,7 +216,7 @@ impl Auth {
             let now = Instant::now();
             let until_check = next_check.map_or(Duration::MAX, |at| at.saturating_duration_since(now));
             if until_check.is_zero() {
-                if !self.holds(basis) {
+                if !self.holds(&account.user, basis).await {
                     return End::Revoked;
                 }
                 next_check = self.next_check();
@@ -202,10 +227,26 @@ impl Auth {
     }
 
     /// Whether what the client has shown would be taken again.
-    fn holds(&self, basis: &Basis) -> bool {
+    async fn holds(&self, user: &str, basis: &Basis) -> bool {
         match basis {
             Basis::Token { key, .. } => self.tokens.as_ref().is_some_and(|tokens| tokens.knows(key)),
             Basis::Key(digest) => self.keys.as_ref().is_some_and(|keys| keys.knows(digest)),
+            Basis::Forward(question) => match &self.forward {
+                Some(forward) => match forward.ask(question).await {
+                    Verdict::Allowed(now) => *now == *user,
+                    Verdict::Refused(..) => false,
+                    // A service that is down must not take the sessions down that it has let in.
+                    Verdict::Unavailable(why) => {
+                        tracing::warn!(
+                            user,
+                            why,
+                            "can't ask again whether a client may stay; it stays until the next time"
+                        );
+                        true
+                    }
+                },
+                None => false,
+            },
         }
     }
 

@@ -11,7 +11,7 @@ use tokio_tungstenite::tungstenite::Error;
 use super::support::*;
 use crate::{
     gateway::{Gateway, Metrics},
-    policy::{Connection, Limits, Policy},
+    policy::{Action, Connection, Fixed, Limits, Policy, Rule},
 };
 
 /// The status and Retry-After that a refused connect gets.
@@ -132,5 +132,40 @@ async fn a_panic_ends_its_own_connection_only_and_releases_it() {
     eventually("its end is told", || policy.closed.load(Ordering::Relaxed) == 1).await;
     let (mut client, _) = tokio_tungstenite::connect_async(&url).await.unwrap();
     echoes(&mut client, "all is well").await;
+    running.abort();
+}
+
+#[tokio::test]
+async fn without_a_kernel_the_gateway_keeps_rules_and_rates() {
+    let serve = |limits, rules: &[Rule]| {
+        let policy = Arc::new(Fixed::new(limits, rules));
+        let gateway = Gateway::bind(&quiet(), policy, Arc::new(Metrics::default())).unwrap();
+        let url = format!("ws://{}/", gateway.local_addrs()[0]);
+        (url, tokio::spawn(gateway.run(std::future::pending())))
+    };
+    let status = async |url: &str| match tokio_tungstenite::connect_async(url).await {
+        Ok(_) => 101,
+        Err(Error::Http(response)) => response.status().as_u16(),
+        Err(e) => panic!("neither admitted nor refused: {e}"),
+    };
+    let rule = |action| Rule { cidr: "127.0.0.0/8".parse().unwrap(), action };
+    // So slow that no token comes back during the test.
+    let slow = Limits { connection_rate: 1, connection_burst: 2, connections_per_source: 0, ..Limits::default() };
+    let (url, running) = serve(slow, &[]);
+    let mut answers = Vec::new();
+    while answers.last() != Some(&429) {
+        answers.push(status(&url).await);
+        assert!(answers.len() < 1000, "the rate is not kept");
+    }
+    assert!(answers.len() > 2 && answers[..2] == [101, 101], "{answers:?}");
+    running.abort();
+
+    let (url, running) = serve(slow, &[rule(Action::Deny)]);
+    assert_eq!(status(&url).await, 403);
+    running.abort();
+    let (url, running) = serve(slow, &[rule(Action::Allow)]);
+    for _ in 0..5 {
+        assert_eq!(status(&url).await, 101);
+    }
     running.abort();
 }

@@ -161,7 +161,11 @@ async fn both_wildcards_can_have_one_port_and_a_taken_port_is_said_clearly() {
     let bind = |addrs: &[String]| {
         let listen = addrs.iter().map(|a| a.parse().unwrap()).collect();
         let config = config::Gateway { listen, ..quiet() };
-        Gateway::bind(&config, std::sync::Arc::new(Fixed(unlimited())), std::sync::Arc::new(Metrics::default()))
+        Gateway::bind(
+            &config,
+            std::sync::Arc::new(Fixed::new(unlimited(), &[])),
+            std::sync::Arc::new(Metrics::default()),
+        )
     };
     let v4 = bind(&["0.0.0.0:0".to_owned()]).unwrap();
     let port = v4.local_addrs()[0].port();
@@ -178,7 +182,7 @@ async fn both_wildcards_can_have_one_port_and_a_taken_port_is_said_clearly() {
 #[tokio::test]
 async fn an_upstream_that_cannot_be_is_said_at_the_start() {
     let config = config::Gateway { upstream: config::Upstream::Relay("http://x".into()), ..quiet() };
-    let bound = Gateway::bind(&config, std::sync::Arc::new(Fixed(unlimited())), std::sync::Arc::default());
+    let bound = Gateway::bind(&config, std::sync::Arc::new(Fixed::new(unlimited(), &[])), std::sync::Arc::default());
     let Err(error) = bound else { panic!("it was taken") };
     assert!(error.to_string().contains("gateway.upstream = \"http://x\": the scheme must be ws://"), "{error}");
 }

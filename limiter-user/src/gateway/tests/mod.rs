@@ -3,6 +3,7 @@
 mod admissions;
 mod auth;
 mod drains;
+mod forward_auth;
 mod handshakes;
 mod liveness;
 mod malformed;

@@ -1,0 +1,193 @@
+//! Asking an HTTP service whether a client may connect, as nginx's `auth_request` does.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::{
+    HeaderMap, Method, Request, Response, StatusCode, Uri,
+    body::Incoming,
+    client::conn::http1,
+    header::{
+        CONNECTION, CONTENT_LENGTH, HOST, HeaderName, HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+        WWW_AUTHENTICATE,
+    },
+    http::{request::Parts, uri::PathAndQuery},
+};
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpStream, pin, time::timeout};
+
+use crate::config::{self, user_name};
+
+/// Longest head of an answer, in bytes, and most header lines in it. Its body is not read.
+const LONGEST_HEAD: usize = 16 * 1024;
+const MOST_HEADERS: usize = 64;
+
+/// Headers of a client that hold for its own connection, or that only we may set.
+const NOT_FORWARDED: [HeaderName; 9] = [
+    CONNECTION,
+    UPGRADE,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    CONTENT_LENGTH,
+    HOST,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("forwarded"),
+];
+
+/// The same, by how they begin.
+const NOT_FORWARDED_PREFIXES: [&str; 4] = ["x-forwarded-", "x-original-", "x-limiter-", "proxy-"];
+
+/// Headers of a refusal that a client can do something with.
+const PASSED_ON: [HeaderName; 2] = [WWW_AUTHENTICATE, SET_COOKIE];
+
+/// The service that is asked.
+#[derive(Debug)]
+pub(super) struct Forward {
+    host: String,
+    port: u16,
+    authority: HeaderValue,
+    path: PathAndQuery,
+    timeout: Duration,
+    user_header: HeaderName,
+}
+
+/// What it is asked about one client. Has no `Debug`: there are credentials in it.
+#[derive(Clone)]
+pub(super) struct Question(Arc<HeaderMap>);
+
+/// Where a client comes from.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::gateway) struct Visitor<'a> {
+    /// Its address, behind whatever proxies.
+    pub(in crate::gateway) address: std::net::IpAddr,
+    /// `http` or `https`.
+    pub(in crate::gateway) scheme: &'a str,
+}
+
+/// What the service says.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// The client is this user.
+    Allowed(Arc<str>),
+    /// It is not to come in: 401 or 403, with the headers that go with it.
+    Refused(StatusCode, HeaderMap),
+    /// There is no telling, for this reason.
+    Unavailable(String),
+}
+
+impl Forward {
+    pub(super) fn new(config: &config::Forward) -> Self {
+        let url = &config.url;
+        Self {
+            host: url.host.clone(),
+            port: url.port,
+            // A host and a port, as a URL has them.
+            authority: HeaderValue::from_str(&url.authority).unwrap_or(HeaderValue::from_static("auth")),
+            path: PathAndQuery::try_from(url.path.as_str()).unwrap_or(PathAndQuery::from_static("/")),
+            timeout: config.timeout,
+            user_header: config.user_header.parse().unwrap_or(HeaderName::from_static("x-user")),
+        }
+    }
+
+    pub(super) async fn ask(&self, question: &Question) -> Verdict {
+        let answer = match timeout(self.timeout, self.exchange(question)).await {
+            Err(_) => return Verdict::Unavailable(format!("no answer within {:?}", self.timeout)),
+            Ok(Err(error)) => return Verdict::Unavailable(error.to_string()),
+            Ok(Ok(answer)) => answer,
+        };
+        let (head, _) = answer.into_parts();
+        match head.status {
+            status if status.is_success() => self.user(&head.headers).map_or_else(
+                || {
+                    Verdict::Unavailable(format!(
+                        "it answers {status} without a user in the header {}",
+                        self.user_header
+                    ))
+                },
+                Verdict::Allowed,
+            ),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                let mut headers = HeaderMap::new();
+                for name in PASSED_ON {
+                    for value in head.headers.get_all(&name) {
+                        headers.append(name.clone(), value.clone());
+                    }
+                }
+                Verdict::Refused(head.status, headers)
+            }
+            status => Verdict::Unavailable(format!("it answers {status}")),
+        }
+    }
+
+    fn user(&self, headers: &HeaderMap) -> Option<Arc<str>> {
+        let mut lines = headers.get_all(&self.user_header).iter();
+        match (lines.next(), lines.next()) {
+            (Some(line), None) => user_name(str::from_utf8(line.as_bytes()).ok()?),
+            _ => None,
+        }
+    }
+
+    async fn exchange(
+        &self,
+        question: &Question,
+    ) -> Result<Response<Incoming>, Box<dyn std::error::Error + Send + Sync>> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        let (mut sender, connection) = http1::Builder::new()
+            .max_buf_size(LONGEST_HEAD)
+            .max_headers(MOST_HEADERS)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        let mut request = Request::new(Empty::<Bytes>::new());
+        *request.uri_mut() = Uri::from(self.path.clone());
+        *request.headers_mut() = (*question.0).clone();
+        request.headers_mut().insert(HOST, self.authority.clone());
+        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        pin!(connection);
+        let sending = sender.send_request(request);
+        pin!(sending);
+        // Both in this task: whoever gives up on the question drops the socket with it.
+        tokio::select! {
+            biased;
+            answer = &mut sending => Ok(answer?),
+            ended = &mut connection => {
+                ended?;
+                Ok(sending.await?)
+            }
+        }
+    }
+}
+
+impl Question {
+    /// About the client with this request.
+    pub(super) fn new(head: &Parts, visitor: Visitor<'_>) -> Self {
+        let mut headers = HeaderMap::new();
+        for (name, value) in &head.headers {
+            let is_ours = NOT_FORWARDED_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix));
+            if !is_ours && !NOT_FORWARDED.contains(name) {
+                headers.append(name.clone(), value.clone());
+            }
+        }
+        let mut set = |name: &'static str, value: &str| {
+            // Each is a part of a request that was legal.
+            if let Ok(value) = HeaderValue::from_str(value) {
+                headers.insert(name, value);
+            }
+        };
+        let target = head.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+        let host = head.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        for (name, value) in [
+            ("x-original-method", Method::GET.as_str()),
+            ("x-forwarded-method", Method::GET.as_str()),
+            ("x-original-uri", target),
+            ("x-forwarded-uri", target),
+            ("x-forwarded-host", host),
+            ("x-forwarded-proto", visitor.scheme),
+            ("x-forwarded-for", &visitor.address.to_string()),
+        ] {
+            set(name, value);
+        }
+        Self(Arc::new(headers))
+    }
+}

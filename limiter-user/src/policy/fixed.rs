@@ -1,0 +1,103 @@
+//! A policy without a kernel: what the configuration says, kept by the gateway alone.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use super::{Action, Cidr, Connection, Limits, Policy, Rule};
+
+/// Limits and rules that stay as they are, for a gateway without the kernel's part.
+#[derive(Clone, Debug, Default)]
+pub struct Fixed {
+    limits: Limits,
+    /// By the length of the prefix: as many look-ups as there are lengths, however many rules.
+    rules: BTreeMap<u8, HashMap<Cidr, Action>>,
+}
+
+impl Fixed {
+    /// Of two rules for one prefix, the last holds.
+    pub fn new(limits: Limits, rules: &[Rule]) -> Self {
+        let mut by_length: BTreeMap<u8, HashMap<Cidr, Action>> = BTreeMap::new();
+        for rule in rules {
+            by_length.entry(rule.cidr.prefix()).or_default().insert(rule.cidr, rule.action);
+        }
+        Self { limits, rules: by_length }
+    }
+
+    /// The rule with the longest prefix that an address is in.
+    fn holding(&self, client: IpAddr) -> Option<&Action> {
+        let client = client.to_canonical();
+        self.rules.iter().rev().find_map(|(length, rules)| rules.get(&Cidr::new(client, *length)?))
+    }
+}
+
+impl Policy for Fixed {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn limits_for(&self, client: IpAddr) -> Limits {
+        let mut limits = self.limits;
+        match self.holding(client) {
+            Some(Action::Allow) => {
+                limits.connections_per_source = 0;
+                limits.connections_total = 0;
+                limits.connection_rate = 0;
+            }
+            Some(Action::Limit(own)) => {
+                limits.connections_per_source = own.connections_per_source.unwrap_or(limits.connections_per_source);
+                if let Some((rate, burst)) = own.rate {
+                    (limits.connection_rate, limits.connection_burst) = (rate, burst);
+                }
+            }
+            Some(Action::Deny) | None => {}
+        }
+        limits
+    }
+
+    fn denies(&self, client: IpAddr) -> bool {
+        matches!(self.holding(client), Some(Action::Deny))
+    }
+
+    fn is_kept_below(&self) -> bool {
+        false
+    }
+
+    fn closed(&self, _: &Connection) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::OwnLimits;
+
+    fn rule(cidr: &str, action: Action) -> Rule {
+        Rule { cidr: cidr.parse().unwrap(), action }
+    }
+
+    #[test]
+    fn the_longest_prefix_holds_in_its_own_family() {
+        let own = OwnLimits { connections_per_source: Some(7), rate: Some((1, 2)) };
+        let fixed = Fixed::new(
+            Limits::default(),
+            &[
+                rule("::/0", Action::Deny),
+                rule("192.0.2.0/24", Action::Deny),
+                rule("192.0.2.128/25", Action::Limit(own)),
+                rule("192.0.2.129", Action::Allow),
+            ],
+        );
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert!(
+            fixed.denies(ip("192.0.2.1")) && fixed.denies(ip("::ffff:192.0.2.1")) && fixed.denies(ip("2001:db8::1"))
+        );
+        assert!(!fixed.denies(ip("198.51.100.1")) && !fixed.denies(ip("192.0.2.128")));
+        let limits = fixed.limits_for(ip("192.0.2.128"));
+        assert_eq!((limits.connections_per_source, limits.connection_rate, limits.connection_burst), (7, 1, 2));
+        assert_eq!(limits.connections_total, Limits::default().connections_total);
+        let limits = fixed.limits_for(ip("192.0.2.129"));
+        assert_eq!((limits.connections_per_source, limits.connections_total, limits.connection_rate), (0, 0, 0));
+        assert_eq!(fixed.limits_for(ip("198.51.100.1")), Limits::default());
+    }
+}
