@@ -26,18 +26,37 @@ pub struct Refused {
     pub observed: bool,
 }
 
+/// Whether the same source's last refusal was reported less than a second ago. Then this one is left out, and counted as
+/// such.
+#[inline(always)]
+pub fn reported_lately(sampler: Sampler) -> bool {
+    // SAFETY: the helper has no precondition.
+    is_left_out(sampler, unsafe { bpf_ktime_get_coarse_ns() })
+}
+
+#[inline(always)]
+fn is_left_out(sampler: Sampler, now_ns: u64) -> bool {
+    // SAFETY: both pointers are into a map value and aligned.
+    unsafe {
+        let last_ns = atomic::load(sampler.reported_ns);
+        let is_left_out = last_ns != 0 && now_ns.wrapping_sub(last_ns) < REPORT_INTERVAL_NS;
+        if is_left_out {
+            sampler.unreported.write_volatile(atomic::load(sampler.unreported).wrapping_add(1));
+        }
+        is_left_out
+    }
+}
+
 /// Reports a refusal, unless the same source's last one was reported less than a second ago: then it is only counted.
 #[inline(always)]
 pub fn report(sampler: Sampler, refused: &Refused) {
     // SAFETY: the helper has no precondition.
     let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
+    if is_left_out(sampler, now_ns) {
+        return;
+    }
     // SAFETY: both pointers are into a map value and aligned.
     unsafe {
-        let last_ns = atomic::load(sampler.reported_ns);
-        if last_ns != 0 && now_ns.wrapping_sub(last_ns) < REPORT_INTERVAL_NS {
-            sampler.unreported.write_volatile(atomic::load(sampler.unreported).wrapping_add(1));
-            return;
-        }
         sampler.reported_ns.write_volatile(now_ns);
         let unreported = atomic::load(sampler.unreported);
         sampler.unreported.write_volatile(0);
