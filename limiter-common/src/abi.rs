@@ -50,8 +50,11 @@ pub const MAP_AUDIT: &str = "AUDIT";
 /// At 0: the [`crate::TagSecret`] of [`MAP_LEDGER`]. Written once, before anything is attached.
 pub const MAP_TAG_SECRET: &str = "TAG_SECRET";
 
+/// A socket's cookie → the [`crate::user::Member`] that its connection counts against instead of its entry's source.
+pub const MAP_MEMBERS: &str = "MEMBERS";
+
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 14] = [
+pub const PINNED_MAPS: [&str; 15] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -66,6 +69,7 @@ pub const PINNED_MAPS: [&str; 14] = [
     MAP_AUDIT,
     MAP_IN_FORCE,
     MAP_TAG_SECRET,
+    MAP_MEMBERS,
 ];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.

@@ -2,7 +2,7 @@
 //!
 //! User space can't change a count and the ledger in one step; a program can. So user space never writes to either map.
 
-use crate::Endpoints;
+use crate::{Endpoints, user::Member};
 
 /// A request to the control program.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,10 @@ pub struct Request {
     pub connection: Endpoints,
     /// Always 0.
     pub reserved: u32,
+    /// With [`op::COUNT_FOR_USER`]: the user.
+    pub member: Member,
+    /// Always 0.
+    pub reserved_too: u32,
 }
 
 /// What a [`Request`] asks for.
@@ -36,6 +40,8 @@ pub mod op {
     /// Say what a SYN of the connection's client to its local port would get now. Counts nothing, reports nothing and
     /// changes nothing; only the client's address and the local port are looked at.
     pub const JUDGE: u32 = 5;
+    /// Have a connection count against a user instead of its source, if its entry has that owner.
+    pub const COUNT_FOR_USER: u32 = 6;
 }
 
 /// How many reservations one [`op::EXPIRE`] looks at.

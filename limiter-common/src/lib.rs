@@ -27,6 +27,7 @@ pub mod model;
 pub mod policy;
 pub mod rule;
 pub mod source;
+pub mod user;
 pub mod verdict;
 
 pub use address::Address;

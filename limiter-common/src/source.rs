@@ -10,7 +10,7 @@ pub struct SourceKey {
     pub address: Address,
     /// Index of the service.
     pub service: u16,
-    /// Length of the prefix in bits, in the address's own family: 0 to 32 for IPv4, 0 to 128 for IPv6.
+    /// Length of the prefix in bits, in the address's own family: 0 to 32 for IPv4, 0 to 128 for IPv6; or [`USER_PREFIX`].
     pub prefix: u8,
     /// Always 0.
     pub reserved: u8,
@@ -23,7 +23,22 @@ impl SourceKey {
         let prefix = if address.is_v4() { ipv4_prefix } else { ipv6_prefix };
         Self { address: address.masked(prefix), service, prefix, reserved: 0 }
     }
+
+    /// A user of a service, in the place of an address: `id` is a hash of its name.
+    #[inline(always)]
+    pub const fn of_user(service: u16, id: Address) -> Self {
+        Self { address: id, service, prefix: USER_PREFIX, reserved: 0 }
+    }
+
+    /// Whether this is a user and no address.
+    #[inline(always)]
+    pub const fn is_user(&self) -> bool {
+        self.prefix == USER_PREFIX
+    }
 }
+
+/// [`SourceKey::prefix`] of a user; no address has so many bits.
+pub const USER_PREFIX: u8 = u8::MAX;
 
 /// What is known of a source. It exists as long as the source holds a connection, so there are never more sources than
 /// connections.
@@ -68,8 +83,12 @@ mod host {
     unsafe impl aya::Pod for SourceEntry {}
 
     impl fmt::Display for SourceKey {
-        /// As CIDR: `192.0.2.7/32`.
+        /// As CIDR: `192.0.2.7/32`. A user, whose name is elsewhere, as `user:` and its hash.
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            if self.is_user() {
+                f.write_str("user:")?;
+                return self.address.words().into_iter().try_for_each(|word| write!(f, "{:08x}", u32::from_be(word)));
+            }
             write!(f, "{}/{}", IpAddr::from(self.address), self.prefix)
         }
     }

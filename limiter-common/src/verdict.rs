@@ -131,11 +131,13 @@ pub enum Counter {
     /// Refused SYNs of a service that answers by a RST, and that were dropped: there had been too many, or there is no right
     /// answer to such a packet.
     ResetSuppressed = 32,
+    /// Connections that count against a user from then on, and no longer against their source.
+    CountedForUser = 33,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -169,6 +171,7 @@ impl Counter {
         Self::HeadersHidden,
         Self::ResetSent,
         Self::ResetSuppressed,
+        Self::CountedForUser,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -246,6 +249,7 @@ impl Counter {
             Self::HeadersHidden => "headers_hidden",
             Self::ResetSent => "reset_sent",
             Self::ResetSuppressed => "reset_suppressed",
+            Self::CountedForUser => "counted_for_user",
         }
     }
 }

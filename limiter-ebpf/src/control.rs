@@ -11,7 +11,7 @@ use limiter_common::{
 use crate::{
     admission,
     counters::count_at,
-    ledger::{self, Entered},
+    ledger::{self, Assigned, Entered},
     policy::{in_force, service_on},
 };
 
@@ -63,6 +63,14 @@ pub fn serve(ctx: &XdpContext) -> u32 {
             let Some(service) = service_on(request.connection.local_port, in_force()) else { return answer::NOT_THERE };
             count_at(service, request.counter);
             answer::DONE
+        }
+        op::COUNT_FOR_USER => {
+            match ledger::count_for_user(&ledger::key_of(&request.connection), request.owner, &request.member) {
+                Assigned::Yes => answer::DONE,
+                Assigned::Already => answer::THERE_ALREADY,
+                Assigned::NotThere => answer::NOT_THERE,
+                Assigned::Full => answer::FULL,
+            }
         }
         op::JUDGE => {
             let in_force = in_force();

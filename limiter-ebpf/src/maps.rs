@@ -2,12 +2,13 @@
 
 use aya_ebpf::{
     Global,
+    bindings::BPF_F_NO_PREALLOC,
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use limiter_common::{
     Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
-    ledger::Reservation, policy::ServiceState, rule::RuleEntry,
+    ledger::Reservation, policy::ServiceState, rule::RuleEntry, user::Member,
 };
 
 #[map]
@@ -49,6 +50,10 @@ pub static AUDIT: Array<AuditReport> = Array::with_max_entries(abi::MAX_SERVICES
 
 #[map]
 pub static IN_FORCE: Array<u64> = Array::with_max_entries(1, 0);
+
+// Memory is taken for those that there are.
+#[map]
+pub static MEMBERS: HashMap<u64, Member> = HashMap::with_max_entries(abi::DEFAULT_MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
 #[map]
 pub static TAG_SECRET: Array<TagSecret> = Array::with_max_entries(1, 0);

@@ -75,6 +75,7 @@ mod tests {
         let row = ConnectionRow {
             service: "chat".into(),
             source: "2001:db8::/64".into(),
+            user: None,
             remote: "[2001:db8::7]:50000".parse().unwrap(),
             local: "[2001:db8::1]:8080".parse().unwrap(),
             state: "open",

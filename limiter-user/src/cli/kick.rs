@@ -2,17 +2,16 @@
 
 use std::net::SocketAddr;
 
-use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{Global, connections::parse_cidr, output::Format};
-use crate::kernel;
+use crate::{config::user_name, kernel, kernel::Kicked};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The client's address, or a prefix of addresses
-    #[arg(value_name = "IP", value_parser = parse_cidr)]
-    client: IpNet,
+    /// The client's address, a prefix of addresses, or the name of a user (user:NAME if it looks like an address)
+    #[arg(value_name = "IP|USER", value_parser = parse_kicked)]
+    client: Kicked,
     #[command(flatten)]
     format: Format,
 }
@@ -27,7 +26,19 @@ pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
     args.format.print(&document, || text(&document.kicked, &args.client))
 }
 
-fn text(kicked: &[SocketAddr], client: &IpNet) -> String {
+fn parse_kicked(text: &str) -> Result<Kicked, String> {
+    if let Ok(clients) = parse_cidr(text) {
+        return Ok(Kicked::Clients(clients));
+    }
+    let name = user_name(text.strip_prefix("user:").unwrap_or(text));
+    name.map(|name| Kicked::User(name.to_string())).ok_or_else(|| "expected an address, a prefix or a user".to_owned())
+}
+
+fn text(kicked: &[SocketAddr], client: &Kicked) -> String {
+    let client = match client {
+        Kicked::Clients(clients) => clients.to_string(),
+        Kicked::User(name) => format!("user {name}"),
+    };
     match kicked.len() {
         0 => format!("nothing is open from {client}\n"),
         1 => format!("closed 1 connection from {client}\n"),
@@ -41,10 +52,21 @@ mod tests {
 
     #[test]
     fn what_was_closed_is_counted() {
-        let client = "192.0.2.7/32".parse().unwrap();
+        let client = parse_kicked("192.0.2.7").unwrap();
         let one = "192.0.2.7:50000".parse().unwrap();
         assert_eq!(text(&[], &client), "nothing is open from 192.0.2.7/32\n");
         assert_eq!(text(&[one], &client), "closed 1 connection from 192.0.2.7/32\n");
         assert_eq!(text(&[one, one], &client), "closed 2 connections from 192.0.2.7/32\n");
+    }
+
+    #[test]
+    fn what_is_no_address_is_a_user() {
+        assert_eq!(parse_kicked("192.0.2.0/24"), Ok(Kicked::Clients("192.0.2.0/24".parse().unwrap())));
+        assert_eq!(parse_kicked("alice@example.com"), Ok(Kicked::User("alice@example.com".into())));
+        assert_eq!(parse_kicked("user:192.0.2.7"), Ok(Kicked::User("192.0.2.7".into())));
+        assert_eq!(text(&[], &parse_kicked("alice").unwrap()), "nothing is open from user alice\n");
+        for wrong in ["", " ", "user:", "a\nb"] {
+            assert!(parse_kicked(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

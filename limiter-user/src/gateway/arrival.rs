@@ -20,6 +20,7 @@ use super::{
     socket::Socket,
     tls::Tls,
 };
+use crate::policy::Connection;
 
 /// How long a client may take to read why it is refused.
 const LINGER: Duration = Duration::from_secs(1);
@@ -35,6 +36,8 @@ pub(super) struct Endpoints {
     pub(super) local: SocketAddr,
     /// Whether it speaks TLS to us.
     pub(super) scheme: Scheme,
+    /// The connection as the kernel knows it.
+    pub(super) connection: Connection,
 }
 
 /// A connection whose next bytes are those of its HTTP request.
@@ -58,6 +61,7 @@ pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instan
         remote: connection.remote,
         local: connection.local,
         scheme: Scheme::Http,
+        connection,
     };
     let prepared = tokio::select! {
         prepared = prepare(&mut socket, &mut endpoints, shared) => prepared,

@@ -214,6 +214,7 @@ async fn decide(
             let member = auth.enter(authenticated, &shared.metrics)?;
             // From here on it counts as its user's, so that users behind one address leave each other room.
             permit.leave_source();
+            shared.policy.authenticated(&endpoints.connection, member.user());
             Some(member)
         }
         None => None,

@@ -77,7 +77,8 @@ impl Auditor {
         let limits = Effective::new(&policy, rule.as_ref().map(|(_, rule)| rule));
         let past = |held: u64, limit: u32| limit != 0 && held > u64::from(limit);
         Ok(limits.denied != 0
-            || past(self.sources.held(source)?, limits.connections_per_source)
+            // How many a user may have is the gateway's to say.
+            || (!source.is_user() && past(self.sources.held(source)?, limits.connections_per_source))
             || past(self.services.state(index)?.connections, limits.connections_total))
     }
 }

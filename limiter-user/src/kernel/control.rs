@@ -14,6 +14,7 @@ use aya::{
 use limiter_common::{
     Counter, DenyReason, Endpoints, abi,
     control::{Request, answer, op, watch},
+    user::Member,
 };
 
 use super::{
@@ -21,6 +22,7 @@ use super::{
     load::{Loaded, program},
     sock_diag::Socket,
 };
+use crate::policy::Connection;
 
 /// Runs the control program.
 pub struct Control {
@@ -55,6 +57,20 @@ impl Control {
     /// addresses belong to another socket by now.
     pub fn release(&self, remote: SocketAddr, local: SocketAddr, cookie: u64) -> Result<bool, KernelError> {
         self.release_as(&Socket::new(Endpoints::new(remote, local), cookie), Counter::ClosedGateway)
+    }
+
+    /// Has a connection count against a user instead of its source. `false` if it is not in the ledger (any more).
+    pub fn count_for_user(&self, connection: &Connection, member: Member) -> Result<bool, KernelError> {
+        let socket = Socket::new(Endpoints::new(connection.remote, connection.local), connection.cookie);
+        let request = Request { member, ..request(op::COUNT_FOR_USER, &socket, Counter::CountedForUser) };
+        match self.ask(&request)? {
+            answer::DONE | answer::THERE_ALREADY => Ok(true),
+            answer::FULL => Err(KernelError::Failed {
+                what: "the ledger has no room for another user".to_owned(),
+                source: "raise max_connections".into(),
+            }),
+            _ => Ok(false),
+        }
     }
 
     /// Takes a socket's connection out of the ledger.
@@ -136,5 +152,5 @@ impl Control {
 }
 
 fn request(op: u32, socket: &Socket, counter: Counter) -> Request {
-    Request { op, counter: counter as u32, owner: socket.cookie, connection: socket.connection, reserved: 0 }
+    Request { op, counter: counter as u32, owner: socket.cookie, connection: socket.connection, ..Request::default() }
 }

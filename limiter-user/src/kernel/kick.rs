@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::Path, thread, time::Duration};
 
 use ipnet::IpNet;
-use limiter_common::ledger::{OWNER_REMOVED, RESERVATION_NS, is_reservation};
+use limiter_common::{
+    Endpoints, SourceKey,
+    ledger::{OWNER_REMOVED, RESERVATION_NS, is_reservation},
+};
 
 use super::{
     KernelError,
@@ -12,16 +15,33 @@ use super::{
     maps::Ledger,
     pinned::Pinned,
     sock_diag::{Destroyed, SockDiag, Socket},
+    users,
 };
 
-/// Closes every connection in the ledger of the state pinned there whose client is in `clients`. Returns their clients.
+/// Whose connections are closed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kicked {
+    /// Those from a prefix of addresses.
+    Clients(IpNet),
+    /// Those of a user.
+    User(String),
+}
+
+/// Closes every connection in the ledger of the state pinned there that is one of `kicked`. Returns their clients.
 ///
 /// # Errors
 ///
 /// [`KernelError::NoDestroy`] if this kernel can't close sockets on behalf of others, and those of [`Pinned::open`].
-pub fn kick(pin_path: &Path, clients: &IpNet) -> Result<Vec<SocketAddr>, KernelError> {
+pub fn kick(pin_path: &Path, kicked: &Kicked) -> Result<Vec<SocketAddr>, KernelError> {
     let pinned = Pinned::open(pin_path)?;
-    Cutter::new(&pinned)?.cut(clients)
+    let mut cutter = Cutter::new(&pinned)?;
+    match kicked {
+        Kicked::Clients(clients) => cutter.cut(clients),
+        Kicked::User(name) => {
+            let id = users::id(name);
+            cutter.cut_those(|_, source| source.is_user() && source.address == id)
+        }
+    }
 }
 
 /// How often it is looked whether the stack has opened what was half open.
@@ -53,10 +73,15 @@ impl Cutter {
     ///
     /// [`KernelError::NoDestroy`] if this kernel can't close sockets on behalf of others.
     pub fn cut(&mut self, clients: &IpNet) -> Result<Vec<SocketAddr>, KernelError> {
+        self.cut_those(|connection, _| clients.contains(&connection.remote().ip()))
+    }
+
+    /// The same for those of which `is_meant` says so, given what they count against.
+    fn cut_those(&mut self, is_meant: impl Fn(&Endpoints, &SourceKey) -> bool) -> Result<Vec<SocketAddr>, KernelError> {
         let mut cut = Vec::new();
         self.pending = 0;
         for (connection, entry) in self.ledger.entries()? {
-            if entry.owner == OWNER_REMOVED || !clients.contains(&connection.remote().ip()) {
+            if entry.owner == OWNER_REMOVED || !is_meant(&connection, &entry.source) {
                 continue;
             }
             if is_reservation(entry.owner) {

@@ -13,6 +13,7 @@ use limiter_common::{
     ledger::Reservation,
     policy::{InForce, ServiceState},
     rule::{RuleEntry, RuleKey},
+    user::Member,
 };
 
 use super::{KernelError, pins::Pins};
@@ -45,6 +46,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, AuditReport>(abi::MAP_AUDIT, MapType::Array, Some(abi::MAX_SERVICES)),
     shape::<u32, InForce>(abi::MAP_IN_FORCE, MapType::Array, Some(1)),
     shape::<u32, TagSecret>(abi::MAP_TAG_SECRET, MapType::Array, Some(1)),
+    shape::<u64, Member>(abi::MAP_MEMBERS, MapType::Hash, None),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

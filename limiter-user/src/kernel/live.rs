@@ -12,6 +12,7 @@ use super::{
     maps::Services,
     pins::Pins,
     rules::{Rules, apply, is_deny},
+    users,
 };
 use crate::policy::{Connection, Limits, Policy};
 
@@ -78,6 +79,14 @@ impl Policy for LivePolicy {
                 tracing::warn!(%error, "can't look up the rule for a client; it is not taken for denied");
                 false
             }
+        }
+    }
+
+    fn authenticated(&self, connection: &Connection, user: &str) {
+        let Some(member) = users::member(self.index, user) else { return };
+        // One that is not there is not counted, or ends just now.
+        if let Err(error) = self.control.count_for_user(connection, member) {
+            tracing::warn!(%error, "can't count a connection for its user; it goes on counting for its source");
         }
     }
 

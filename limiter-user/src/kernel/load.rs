@@ -131,7 +131,8 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(abi::MAP_LEDGER, config.max_connections)
         // There are never more sources than connections.
-        .map_max_entries(abi::MAP_SOURCES, config.max_connections);
+        .map_max_entries(abi::MAP_SOURCES, config.max_connections)
+        .map_max_entries(abi::MAP_MEMBERS, config.max_connections);
     if !config.debug_log {
         loader.map_max_entries(LOG_MAP, LOG_BYTES_OFF);
     }

@@ -16,6 +16,7 @@ use limiter_common::{
     policy::{self, InForce, ServiceName, ServiceState},
     rule::RuleEntry,
     source::is_gone,
+    user::Member,
 };
 
 use super::{Counters, KernelError, batch, copies::Word, host, pins::Pins, rules::Rules};
@@ -224,6 +225,7 @@ impl Services {
 pub struct Ledger {
     entries: HashMap<MapData, ConnectionKey, LedgerEntry>,
     secret: TagSecret,
+    members: HashMap<MapData, u64, Member>,
 }
 
 impl fmt::Debug for Ledger {
@@ -239,17 +241,28 @@ impl Ledger {
         Ok(Self {
             entries: open(&pins.map(abi::MAP_LEDGER), Map::HashMap)?,
             secret: secret.get(&0, 0).map_err(KernelError::failed("can't read the ledger's secret"))?,
+            members: open(&pins.map(abi::MAP_MEMBERS), Map::HashMap)?,
         })
     }
 
-    /// The entry of a connection, if there is one.
+    /// The entry of a connection, if there is one; its source is the user's if it counts against one.
     pub fn get(&self, connection: &Endpoints) -> Result<Option<LedgerEntry>, KernelError> {
         let entry = there(self.entries.get(&connection.key(&self.secret), 0), "can't read the ledger")?;
         // The key has but a tag of IPv6 addresses.
-        Ok(entry.filter(|entry| entry.is_of(connection)))
+        let Some(mut entry) = entry.filter(|entry| entry.is_of(connection)) else { return Ok(None) };
+        if let Some(member) = there(self.members.get(&entry.owner, 0), MEMBERS_UNREADABLE)? {
+            entry.source = member.source;
+        }
+        Ok(Some(entry))
     }
 
-    /// Every entry there is, with the ends of its connection; entries that come and go meanwhile may or may not be among
+    /// The names of the users that connections count against.
+    pub fn users(&self) -> Result<StdHashMap<SourceKey, String>, KernelError> {
+        let members = collect(self.members.keys(), |cookie| self.members.get(cookie, 0), MEMBERS_UNREADABLE)?;
+        Ok(members.into_iter().map(|(_, member)| (member.source, member.name.to_string_lossy())).collect())
+    }
+
+    /// The same of every entry there is, with the ends of its connection; entries that come and go meanwhile may or may not be among
     /// them.
     pub fn entries(&self) -> Result<Vec<(Endpoints, LedgerEntry)>, KernelError> {
         let entries = collect(self.entries.keys(), |key| self.entries.get(key, 0), "can't read the ledger")?;
@@ -259,7 +272,14 @@ impl Ledger {
             remote_port: key.remote_port(),
             local_port: key.local_port(),
         };
-        Ok(entries.into_iter().map(|(key, entry)| (ends(key, &entry), entry)).collect())
+        let members = collect(self.members.keys(), |cookie| self.members.get(cookie, 0), MEMBERS_UNREADABLE)?;
+        let members: StdHashMap<u64, SourceKey> =
+            members.into_iter().map(|(cookie, member)| (cookie, member.source)).collect();
+        let counted = |entry: LedgerEntry| LedgerEntry {
+            source: members.get(&entry.owner).copied().unwrap_or(entry.source),
+            ..entry
+        };
+        Ok(entries.into_iter().map(|(key, entry)| (ends(key, &entry), counted(entry))).collect())
     }
 }
 
@@ -343,6 +363,9 @@ impl Audits {
         Ok(())
     }
 }
+
+/// What to say where it can't be read.
+const MEMBERS_UNREADABLE: &str = "can't read which connections count against users";
 
 /// A value, or `None` if there is nothing under its key.
 fn there<V>(value: Result<V, MapError>, what: &str) -> Result<Option<V>, KernelError> {

@@ -28,6 +28,7 @@ mod recount;
 mod report;
 mod rules;
 mod sock_diag;
+mod users;
 
 pub use attach::{AttachReport, Attached};
 pub use audit::{AdoptedOpen, Audit, Auditor};
@@ -39,7 +40,7 @@ pub use events::{Event, Events};
 pub use explain::{Explanation, ServiceExplanation, SynOutcome};
 pub use host::monotonic;
 pub use interfaces::InterfaceReport;
-pub use kick::{Cutter, kick};
+pub use kick::{Cutter, Kicked, kick};
 pub use live::LivePolicy;
 pub use load::{Hook, Loaded, load_unpinned};
 pub use maps::{Ledger, ServiceEntry, Services, Sources};

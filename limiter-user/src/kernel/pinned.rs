@@ -124,9 +124,18 @@ impl Pinned {
         sources.retain(|(_, entry)| entry.connections != 0 && !is_gone(entry.connections));
         sources.sort_by_key(|(key, entry)| (std::cmp::Reverse(entry.connections), key.service, key.to_string()));
         let rules = Rules::open(&self.pins)?;
+        let users = Ledger::open(&self.pins)?.users()?;
         sources
             .into_iter()
             .map(|(key, entry)| {
+                if key.is_user() {
+                    return Ok(SourceRow {
+                        service: service_name(services.get(&u32::from(key.service)), &key),
+                        source: source_name(&key, &users),
+                        connections: entry.connections,
+                        limit: 0,
+                    });
+                }
                 let service = services.get(&u32::from(key.service));
                 let mut limits = service.map(|service| service.limits);
                 if let (Some(limits), Some((_, rule))) = (&mut limits, rules.holding(key.address.into())?) {
@@ -155,14 +164,17 @@ impl Pinned {
     /// Every connection in the ledger, oldest first.
     pub fn connections(&self) -> Result<Vec<ConnectionRow>, KernelError> {
         let services = self.names()?;
-        let mut entries = Ledger::open(&self.pins)?.entries()?;
+        let ledger = Ledger::open(&self.pins)?;
+        let mut entries = ledger.entries()?;
+        let users = ledger.users()?;
         entries.sort_by_key(|(_, entry)| entry.opened_ns);
         let now = host::monotonic();
         Ok(entries
             .into_iter()
             .map(|(ends, entry)| ConnectionRow {
                 service: service_name(services.get(&u32::from(entry.source.service)), &entry.source),
-                source: entry.source.to_string(),
+                source: source_name(&entry.source, &users),
+                user: users.get(&entry.source).cloned(),
                 remote: ends.remote(),
                 local: ends.local(),
                 state: if is_reservation(entry.owner) { "reserved" } else { "open" },
@@ -246,4 +258,9 @@ pub fn detach(pin_path: &Path) -> Result<usize, KernelError> {
 /// The name of a source's service; its number, if the service was taken away and the connection has outlived it.
 fn service_name(service: Option<&ServiceEntry>, key: &SourceKey) -> String {
     service.map_or_else(|| format!("#{}", key.service), |service| service.name.clone())
+}
+
+/// A source as people know it: `192.0.2.7/32`, or `user:alice`.
+fn source_name(key: &SourceKey, users: &HashMap<SourceKey, String>) -> String {
+    users.get(key).map_or_else(|| key.to_string(), |name| format!("user:{name}"))
 }

@@ -70,7 +70,9 @@ fn look(services: &Services, ledger: &Ledger, sources: &Sources) -> Result<HashM
 }
 
 fn changes(counters: &Counters) -> u64 {
-    CHANGES.iter().map(|&counter| counters.get(counter)).sum()
+    let entries: u64 = CHANGES.iter().map(|&counter| counters.get(counter)).sum();
+    // Which takes one from a source and gives it to another.
+    entries + 2 * counters.get(Counter::CountedForUser)
 }
 
 fn by_source<'a>(entries: impl Iterator<Item = &'a LedgerEntry>) -> HashMap<SourceKey, u64> {

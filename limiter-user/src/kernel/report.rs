@@ -89,7 +89,7 @@ impl Counters {
 pub struct SourceRow {
     /// Name of the service.
     pub service: String,
-    /// The source, as CIDR.
+    /// The source, as CIDR; or `user:` and the name of a user, to whom no limit of the kernel applies.
     pub source: String,
     /// Connections that it holds.
     pub connections: u64,
@@ -102,8 +102,11 @@ pub struct SourceRow {
 pub struct ConnectionRow {
     /// Name of the service.
     pub service: String,
-    /// The source that it counts against, as CIDR.
+    /// What it counts against: its source as CIDR, or `user:` and the name of its user.
     pub source: String,
+    /// The name of its user, if its client has shown who it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// The client.
     pub remote: SocketAddr,
     /// The address it connected to.

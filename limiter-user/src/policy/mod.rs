@@ -41,6 +41,12 @@ pub trait Policy: Send + Sync + 'static {
         true
     }
 
+    /// The client of a connection has shown who it is: from now on the connection counts against that user instead of its
+    /// source. Called at most once for a connection, and before [`Self::closed`].
+    fn authenticated(&self, connection: &Connection, user: &str) {
+        let _ = (connection, user);
+    }
+
     /// The gateway is done with a connection: whatever state the kernel's socket is in, it counts no more. Called exactly
     /// once for every accepted connection, before its descriptor is closed.
     fn closed(&self, connection: &Connection);

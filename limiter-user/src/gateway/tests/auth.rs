@@ -243,6 +243,9 @@ async fn users_behind_one_address_leave_each_other_room() {
     }
     let refused = connect(&gateway, "/", &bearer(&setup.signer.token_of("d", 60))).await.unwrap_err();
     assert_eq!(refused.status(), 503, "they count in all");
+    let told = gateway.policy.users.lock().unwrap();
+    assert_eq!(told.iter().map(|(_, user)| user.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert!(told.iter().zip(&clients).all(|((connection, _), client)| connection.remote == address(client)));
 }
 
 #[tokio::test]

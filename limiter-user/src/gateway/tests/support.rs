@@ -43,6 +43,8 @@ pub struct Recorder {
     pub denied: Mutex<Vec<IpAddr>>,
     pub allowed: Mutex<Vec<IpAddr>>,
     closed: Mutex<HashMap<Connection, u32>>,
+    /// The users of connections, in the order in which they were told.
+    pub users: Mutex<Vec<(Connection, String)>>,
 }
 
 impl Policy for Recorder {
@@ -56,6 +58,11 @@ impl Policy for Recorder {
 
     fn denies(&self, client: IpAddr) -> bool {
         self.denied.lock().unwrap().contains(&client)
+    }
+
+    fn authenticated(&self, connection: &Connection, user: &str) {
+        assert!(!self.closed.lock().unwrap().contains_key(connection));
+        self.users.lock().unwrap().push((*connection, user.to_owned()));
     }
 
     fn closed(&self, connection: &Connection) {
