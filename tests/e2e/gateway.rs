@@ -182,6 +182,31 @@ fn a_message_too_big_ends_its_session_only() -> Result<()> {
 }
 
 #[test]
+fn who_breaks_the_rules_too_often_is_denied_in_the_kernel() -> Result<()> {
+    let lab = Lab::new(2)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let _daemon = run_with_kernel(
+        &lab,
+        &limiter,
+        "[gateway.messages]\nmax_size = \"1KiB\"\ndeny_after = 2\ndeny_for = \"1h\"\n",
+    )?;
+    let (client, other) = (&lab.clients[0], &lab.clients[1]);
+    for _ in 0..2 {
+        let mut offender = websocket::open(&client.namespace, client.service(Family::V4))?;
+        offender.send(Message::text("x".repeat(1025)))?;
+        assert_eq!(websocket::close_code(&mut offender)?, 1009);
+    }
+    let rules = limiter.json("rules")?;
+    assert_eq!(rules["rules"][0]["cidr"], format!("{}/32", client.address(Family::V4)));
+    assert_eq!(rules["rules"][0]["action"], "deny");
+    let denied = Crowd::connect(&client.namespace, client.service(Family::V4), 1, NO_ANSWER)?;
+    assert_eq!(denied.unanswered.len(), 1, "its SYN gets no answer");
+    assert!(limiter.counter("syn_rule")? >= 1);
+    let mut bystander = websocket::open(&other.namespace, other.service(Family::V4))?;
+    websocket::echo(&mut bystander, "hello")
+}
+
+#[test]
 fn messages_too_many_end_their_session_only() -> Result<()> {
     let lab = Lab::new(1)?;
     let limiter = Limiter::new(&lab.server)?;

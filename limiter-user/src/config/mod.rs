@@ -10,6 +10,7 @@ mod bounded;
 mod certificate;
 mod edit;
 mod error;
+mod messages;
 mod origin;
 mod parse;
 mod read;
@@ -25,6 +26,7 @@ pub use auth::{Auth, AuthError, Forward, HttpUrl, Jwt, OnExcess, Places, UserLim
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{LimitKey, PreparedFile, prepare_limits};
 pub use error::{ConfigError, Problem};
+pub use messages::{Algorithm, Kinds, Messages, OnViolation};
 pub use origin::{AllowedOrigin, InvalidOrigin, Origin};
 pub use resolve::{DEFAULT_SERVICE, Overrides, Purpose};
 pub use schema::*;

@@ -6,9 +6,10 @@ use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
 use toml::de::DeTable;
 
 use super::{
-    Admin, Config, ConfigError, Gateway, Kernel, Log, Messages, RuleAction, Service,
+    Admin, Config, ConfigError, Gateway, Kernel, Log, RuleAction, Service,
     auth_parse::{self, AuthSpans},
     edit::GREATEST_CONNECTION_RATE,
+    messages,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
     tls, value,
@@ -20,9 +21,6 @@ pub(super) const LARGEST_LEDGER: u32 = 1 << 24;
 
 /// An audit reads the whole ledger: one after the other would be all that the host does.
 const SHORTEST_AUDIT_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Largest message that may be allowed: it is held in memory whole.
-const LARGEST_MESSAGE_BYTES: u64 = 1 << 30;
 
 /// A file, checked by itself.
 #[derive(Clone, Debug, Default)]
@@ -261,24 +259,13 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>
     section.read("idle_timeout", &mut gateway.idle_timeout, any);
     section.read("ping_interval", &mut gateway.ping_interval, any);
     section.read("pong_timeout", &mut gateway.pong_timeout, positive);
+    section.read("max_lifetime", &mut gateway.max_lifetime, any);
     section.read("drain_timeout", &mut gateway.drain_timeout, any);
-    messages(section.section("messages"), &mut gateway.messages);
+    messages::parse(section.section("messages"), &mut gateway.messages);
     let certificates = tls::parse(&mut section, &mut gateway.tls);
     let auth = auth_parse::parse(&mut section, !gateway.allowed_origins.is_empty(), &mut gateway.auth);
     section.finish();
     (listen, certificates, auth)
-}
-
-fn messages(mut section: Section, messages: &mut Messages) {
-    section.read("max_size", &mut messages.max_size, |item| value::size(item, 1..=LARGEST_MESSAGE_BYTES));
-    section.read("rate", &mut messages.rate, |item| {
-        value::integer(item, 0..=u32::MAX, "messages per window; 0: any number")
-    });
-    section.read("window", &mut messages.window, |item| {
-        value::duration(item, Duration::from_millis(1), Duration::from_hours(24))
-    });
-    section.read("on_violation", &mut messages.on_violation, value::choice);
-    section.finish();
 }
 
 fn admin(mut section: Section, admin: &mut Admin) -> Option<Range<usize>> {

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{
-    AttachMode, CertificateFiles, EXAMPLE, LogFormat, OnDeny, OnFull, OnViolation, Overrides, Purpose, Tls, TlsHost,
-    Upstream,
+    Algorithm, AttachMode, CertificateFiles, EXAMPLE, Kinds, LogFormat, Messages, OnDeny, OnFull, OnViolation,
+    Overrides, Purpose, Tls, TlsHost, Upstream,
 };
 use crate::policy::{Action, OwnLimits, Rule};
 
@@ -76,12 +76,20 @@ fn every_key_is_read() {
         idle_timeout = "0s"
         ping_interval = "1m 30s"
         pong_timeout = "500ms"
+        max_lifetime = "1h"
         drain_timeout = "0s"
         [gateway.messages]
         max_size = "1MiB"
         rate = 0
         window = "10s"
+        max_fragments = 0
+        allow = "text"
+        algorithm = "token-bucket"
+        burst = 5
+        bytes_per_second = "1MiB"
         on_violation = "drop"
+        deny_after = 3
+        deny_for = "1h"
         [gateway.tls]
         certificate = "/c.pem"
         key = "/k.pem"
@@ -149,6 +157,7 @@ fn every_key_is_read() {
             idle_timeout: Duration::ZERO,
             ping_interval: Duration::from_secs(90),
             pong_timeout: Duration::from_millis(500),
+            max_lifetime: Duration::from_hours(1),
             drain_timeout: Duration::ZERO,
             tls: Some(Tls {
                 default: CertificateFiles { certificate: "/c.pem".into(), key: "/k.pem".into() },
@@ -161,8 +170,15 @@ fn every_key_is_read() {
             messages: Messages {
                 max_size: 1 << 20,
                 rate: 0,
+                max_fragments: 0,
+                allow: Kinds::Text,
                 window: Duration::from_secs(10),
+                algorithm: Algorithm::TokenBucket,
+                burst: 5,
+                bytes_per_second: 1 << 20,
                 on_violation: OnViolation::Drop,
+                deny_after: 3,
+                deny_for: Duration::from_hours(1),
             },
         },
         admin: Admin { listen: None },
@@ -290,6 +306,11 @@ fn each_problem_is_told_with_its_place() {
         ("[gateway.messages]\nmax_size = \"64 apples\"", "2:12", "expected a size with its unit"),
         ("[gateway.messages]\nmax_size = -5", "2:12", "expected a size with its unit"),
         ("[gateway.messages]\nmax_size = \"0B\"", "2:12", "expected a size from 1 B to 1.0 GiB"),
+        ("[gateway.messages]\nburst = 5", "2:9", "gateway.messages.burst: it goes with algorithm = \"token-bucket\""),
+        ("[gateway.messages]\nallow = \"json\"", "2:9", "expected one of any, text, binary"),
+        ("[gateway.messages]\nbytes_per_second = -1", "2:20", "expected a size with its unit"),
+        ("[gateway.messages]\ndeny_for = \"0s\"", "2:12", "expected a duration from 1s to "),
+        ("[gateway]\nmax_lifetime = \"soon\"", "2:16", "expected a duration with its unit"),
         ("[admin]\nlisten = \"localhost\"", "2:10", "or \"\" for none"),
         ("[admin]\nlisten = \"0.0.0.0:8080\"", "2:10", "the gateway listens on 0.0.0.0:8080 too"),
         ("[log]\nlevel = \"inof\"", "2:9", "expected a level"),

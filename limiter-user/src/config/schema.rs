@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
-use super::{AllowedOrigin, Auth, Tls};
+use super::{AllowedOrigin, Auth, Messages, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -154,6 +154,8 @@ pub struct Gateway {
     pub ping_interval: Duration,
     /// How long a client may take to answer a ping before it is given up.
     pub pong_timeout: Duration,
+    /// A connection of this age is closed (1001), up to a tenth earlier, so that not all come back at once; zero: never.
+    pub max_lifetime: Duration,
     /// How long the shutdown waits for clients to close.
     pub drain_timeout: Duration,
     /// `[gateway.tls]`; `None`: the gateway speaks plain HTTP.
@@ -176,6 +178,7 @@ impl Default for Gateway {
             idle_timeout: Duration::from_mins(5),
             ping_interval: Duration::from_secs(30),
             pong_timeout: Duration::from_secs(10),
+            max_lifetime: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             tls: None,
             auth: None,
@@ -192,34 +195,6 @@ pub enum Upstream {
     /// A WebSocket server (`ws://host:port/path`). The client's path and query are appended to a URL without a path of
     /// its own, and replaced by the URL's otherwise.
     Relay(String),
-}
-
-/// `[gateway.messages]`: limits on what a client sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Messages {
-    /// Longest message, in bytes, summed over its fragments.
-    pub max_size: usize,
-    /// Messages per window per connection; 0: any number.
-    pub rate: u32,
-    /// The window.
-    pub window: Duration,
-    /// What a violation of the rate does.
-    pub on_violation: OnViolation,
-}
-
-impl Default for Messages {
-    fn default() -> Self {
-        Self { max_size: 64 * 1024, rate: 60, window: Duration::from_mins(1), on_violation: OnViolation::Close }
-    }
-}
-
-/// What happens on a message too many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum OnViolation {
-    /// The connection is closed with 1008.
-    Close,
-    /// The message is dropped.
-    Drop,
 }
 
 /// `[admin]`: metrics and health over HTTP.

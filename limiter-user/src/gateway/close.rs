@@ -40,6 +40,8 @@ pub(super) enum End {
     Violation(Violation),
     /// No message either way for `idle_timeout`.
     Idle,
+    /// Open for `max_lifetime`.
+    TooOld,
     /// A ping was not answered within `pong_timeout`.
     NoPong,
     /// The client does not take what it is sent.
@@ -84,6 +86,7 @@ impl End {
             Self::Malformed(..) => "malformed",
             Self::Violation(violation) => violation.label(),
             Self::Idle => "idle",
+            Self::TooOld => "too_old",
             Self::NoPong => "no_pong",
             Self::SlowConsumer => "slow_consumer",
             Self::Expired => "expired",
@@ -109,6 +112,7 @@ impl End {
             Self::Malformed(code, reason) => (*code, *reason),
             Self::Violation(violation) => violation.close(),
             Self::Idle => (CloseCode::Away, "idle"),
+            Self::TooOld => (CloseCode::Away, "open for as long as it may be"),
             Self::NoPong => (CloseCode::Away, "no answer to ping"),
             Self::SlowConsumer => (CloseCode::Policy, "too slow to receive"),
             Self::Expired => (CloseCode::Library(UNAUTHENTICATED), "token expired"),

@@ -191,6 +191,11 @@ async fn decide(
     if !is_seen_below && shared.policy.denies(identity.ip) {
         return Err(Refusal::Denied);
     }
+    if shared.config.messages.deny_after != 0
+        && shared.offenders.denies(shared.policy.limits().source(identity.ip), Instant::now())
+    {
+        return Err(Refusal::Denied);
+    }
     // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
     let limits = if forwarded::is_trusted(identity.ip, &shared.config.trusted_proxies) {
         shared.policy.limits()

@@ -20,6 +20,8 @@ pub(super) const FAR: Duration = Duration::from_hours(24);
 pub(super) struct Liveness {
     /// When the last ping went out that nothing has come after.
     pinged: Option<Instant>,
+    /// When it is too old.
+    expires: Option<Instant>,
 }
 
 /// What is to be done about a client.
@@ -33,8 +35,11 @@ pub(super) enum Due {
 }
 
 impl Liveness {
-    pub(super) fn new() -> Self {
-        Self { pinged: None }
+    /// Zero: it never grows too old. Up to a tenth of its time is taken away, by chance: those that came together, after a
+    /// restart perhaps, are not to come back together.
+    pub(super) fn new(max_lifetime: Duration) -> Self {
+        let lifetime = max_lifetime.mul_f64(1.0 - fastrand::f64() / 10.0);
+        Self { pinged: None, expires: after(Instant::now(), lifetime) }
     }
 
     /// Looks at a client of whom something was last `heard` then, and who last took part in a message then.
@@ -44,6 +49,9 @@ impl Liveness {
         let idle_at = after(last_message, config.idle_timeout);
         if idle_at.is_some_and(|at| now >= at) {
             return Due::End(End::Idle);
+        }
+        if self.expires.is_some_and(|at| now >= at) {
+            return Due::End(End::TooOld);
         }
         let next = match self.pinged {
             Some(at) if now >= at + config.pong_timeout => return Due::End(End::NoPong),
@@ -56,7 +64,7 @@ impl Liveness {
                 due => due,
             },
         };
-        Due::Later(earliest([idle_at, next]).unwrap_or(now + FAR))
+        Due::Later(earliest([idle_at, self.expires, next]).unwrap_or(now + FAR))
     }
 
     /// A ping went out.
@@ -67,7 +75,7 @@ impl Liveness {
 
 /// Pings a quiet client; completes when it does not answer, or has been idle for too long.
 pub(super) async fn watch(client: &Peer<Socket>, config: &config::Gateway) -> End {
-    let mut liveness = Liveness::new();
+    let mut liveness = Liveness::new(config.max_lifetime);
     loop {
         let heard = client.transport(Socket::last_read);
         match liveness.due(Instant::now(), heard, client.last_message(), config) {

@@ -29,6 +29,7 @@ pub struct Metrics {
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
     pub(super) accept_errors: Counter,
+    pub(super) sources_denied: Counter,
     /// Series of `messages` and `message_bytes`, at hand so that a message costs no look-up.
     pub(super) received: Direction,
     pub(super) sent: Direction,
@@ -94,6 +95,7 @@ impl Default for Metrics {
             key_reloads: Family::default(),
             users: Gauge::default(),
             accept_errors: Counter::default(),
+            sources_denied: Counter::default(),
             messages,
             message_bytes,
         }
@@ -130,6 +132,11 @@ impl Metrics {
             self.messages.clone(),
         );
         registry.register("message_bytes", "Payload of the messages that were passed on", self.message_bytes.clone());
+        registry.register(
+            "sources_denied",
+            "Sources denied for a time because of what their clients sent",
+            self.sources_denied.clone(),
+        );
         registry.register(
             "accept_errors",
             "Failed accepts; out of file descriptors, mostly",

@@ -20,10 +20,12 @@ pub(crate) mod listen;
 mod liveness;
 mod messages;
 mod metrics;
+mod offenders;
 mod origin;
 mod peer;
 mod proxy_hint;
 mod proxy_protocol;
+mod rate;
 mod relay;
 mod sampler;
 mod session;
@@ -50,6 +52,7 @@ use application::Application;
 use auth::Auth;
 use drain::Drain;
 use listen::{Addresses, Listeners};
+use offenders::Offenders;
 use sampler::Sampler;
 use tls::Tls;
 use tokio::task::JoinSet;
@@ -73,6 +76,7 @@ struct Shared {
     rates: Rates,
     log: Sampler,
     drain: Drain,
+    offenders: Offenders,
 }
 
 /// A gateway that has its addresses, and that nobody can connect to yet.
@@ -109,6 +113,7 @@ impl Reserved {
             rates: Rates::default(),
             log: Sampler::default(),
             drain: Drain::default(),
+            offenders: Offenders::default(),
         };
         Ok(Gateway { listeners, shared: Arc::new(shared) })
     }

@@ -38,7 +38,7 @@ pub(super) async fn run(
     // What is only needed at the end, or by the built-in application, takes no room in a relayed session.
     match application {
         Opened::Relay(upstream) => {
-            let mut relay = Relay::new(client, early, upstream, config, &shared.metrics);
+            let mut relay = Relay::new(client, early, upstream, address, shared);
             let end = tokio::select! {
                 biased;
                 () = shared.drain.wait() => End::Draining,
@@ -60,7 +60,7 @@ pub(super) async fn run(
                 let limits = messages::client_config(&config.messages);
                 let client = WebSocketStream::from_partially_read(client, early, Role::Server, Some(limits)).await;
                 let client = Peer::new(client, config.pong_timeout);
-                let inbound = Inbound::new(&config.messages, &shared.metrics);
+                let inbound = Inbound::new(shared, address);
                 let end = tokio::select! {
                     biased;
                     () = shared.drain.wait() => End::Draining,

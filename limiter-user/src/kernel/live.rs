@@ -4,6 +4,7 @@
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use super::{
@@ -11,16 +12,18 @@ use super::{
     control::Control,
     maps::Services,
     pins::Pins,
-    rules::{Rules, apply, is_deny},
+    rules::{Rules, apply, is_allow, is_deny},
     users,
 };
-use crate::policy::{Connection, Limits, Policy};
+use crate::policy::{Action, Cidr, Connection, Limits, Policy, Rule, Source};
 
 /// One service's policy, read anew at every question.
 #[derive(Debug)]
 pub struct LivePolicy {
     services: Services,
     rules: Rules,
+    /// The same, for changes.
+    denials: Mutex<Rules>,
     index: u32,
     control: Arc<Control>,
     /// What to go by should the map not be readable.
@@ -33,6 +36,7 @@ impl LivePolicy {
         Ok(Self {
             services: Services::open(pins)?,
             rules: Rules::open(pins)?,
+            denials: Mutex::new(Rules::open(pins)?),
             index,
             control,
             last: Mutex::new(limits),
@@ -87,6 +91,33 @@ impl Policy for LivePolicy {
         // One that is not there is not counted, or ends just now.
         if let Err(error) = self.control.count_for_user(connection, member) {
             tracing::warn!(%error, "can't count a connection for its user; it goes on counting for its source");
+        }
+    }
+
+    fn deny(&self, source: Source, time: Duration) -> bool {
+        let Some(cidr) = Cidr::new(source.network, source.prefix) else { return false };
+        let denied = match self.rules.holding(source.network) {
+            // Somebody has decided that already, and for longer perhaps.
+            Ok(Some((_, rule))) if is_allow(&rule) || is_deny(&rule) => return is_deny(&rule),
+            Ok(_) => {
+                let mut denials = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
+                match denials.get(cidr) {
+                    // Of the operator's, for this very source: it would be lost.
+                    Ok(Some(_)) => return false,
+                    Ok(None) => denials
+                        .remove_ended()
+                        .and_then(|()| denials.set(&Rule { cidr, action: Action::Deny }, Some(time), false)),
+                    Err(error) => Err(error),
+                }
+            }
+            Err(error) => Err(error),
+        };
+        match denied {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, %source, "can't deny a source in the kernel; the gateway refuses it alone");
+                false
+            }
         }
     }
 

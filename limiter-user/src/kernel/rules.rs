@@ -282,6 +282,11 @@ fn entry(rule: &Rule, expires_ns: u64, from_file: bool) -> RuleEntry {
     entry
 }
 
+/// Whether the rule lets past every limit.
+pub(super) fn is_allow(entry: &RuleEntry) -> bool {
+    matches!(action(entry), Action::Allow)
+}
+
 /// Whether the rule denies.
 pub(super) fn is_deny(entry: &RuleEntry) -> bool {
     matches!(action(entry), Action::Deny)

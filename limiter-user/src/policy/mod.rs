@@ -13,7 +13,10 @@ pub use limits::{Limits, Source};
 pub use rates::Rates;
 pub use rule::{Action, Cidr, InvalidCidr, OwnLimits, Rule};
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 /// The limits in force for one service, and the place where the ends of its connections are told.
 ///
@@ -45,6 +48,13 @@ pub trait Policy: Send + Sync + 'static {
     /// source. Called at most once for a connection, and before [`Self::closed`].
     fn authenticated(&self, connection: &Connection, user: &str) {
         let _ = (connection, user);
+    }
+
+    /// Denies a source for that time, for what its clients have sent; where a rule lets it past the limits, it stays.
+    /// Whether the kernel keeps it out now: the gateway does in any case.
+    fn deny(&self, source: Source, time: Duration) -> bool {
+        let _ = (source, time);
+        false
     }
 
     /// The gateway is done with a connection: whatever state the kernel's socket is in, it counts no more. Called exactly

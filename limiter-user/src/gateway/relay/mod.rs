@@ -19,6 +19,7 @@ pub(super) use inspect::{Judge, Verdict};
 
 use std::{
     future::poll_fn,
+    net::IpAddr,
     pin::{Pin, pin},
     task::{Context, Poll},
 };
@@ -30,6 +31,7 @@ use tokio::{
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use super::{
+    Shared,
     close::End,
     liveness::{Due, FAR, Liveness, earliest},
     messages::{Inbound, Violation},
@@ -61,22 +63,23 @@ pub(super) struct Relay<'a> {
 }
 
 impl<'a> Relay<'a> {
-    /// `early`: what the client sent right after its handshake.
+    /// `early`: what the client, which is at `address`, sent right after its handshake.
     pub(super) fn new(
         client: Socket,
         early: Vec<u8>,
         upstream: Connected,
-        config: &'a config::Gateway,
-        metrics: &'a Metrics,
+        address: IpAddr,
+        shared: &'a Shared,
     ) -> Self {
+        let config = &shared.config;
         Self {
             client,
             upstream: upstream.stream,
             up: Pipe::new(Sender::Client, early, config.pong_timeout),
             down: Pipe::new(Sender::Server, upstream.early, config.pong_timeout),
-            inbound: Inbound::new(&config.messages, metrics),
-            outbound: Outbound { metrics, last: Instant::now() },
-            liveness: Liveness::new(),
+            inbound: Inbound::new(shared, address),
+            outbound: Outbound { metrics: &shared.metrics, last: Instant::now() },
+            liveness: Liveness::new(config.max_lifetime),
             config,
         }
     }
@@ -158,7 +161,7 @@ impl<'a> Relay<'a> {
     }
 }
 
-fn of_client(ended: Ended, inbound: &Inbound) -> End {
+fn of_client(ended: Ended, inbound: &mut Inbound) -> End {
     match ended {
         Ended::Gone => End::Lost,
         Ended::Stop(Stop::Close(frame)) => End::Client(frame),

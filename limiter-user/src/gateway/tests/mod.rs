@@ -7,6 +7,7 @@ mod forward_auth;
 mod handshakes;
 mod liveness;
 mod malformed;
+mod message_limits;
 mod origins;
 mod proxies;
 mod proxy_headers;

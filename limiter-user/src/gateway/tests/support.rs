@@ -27,7 +27,7 @@ use tokio_tungstenite::{
 use crate::{
     config,
     gateway::{DrainReport, Gateway, Metrics, admission::Admission},
-    policy::{Connection, Limits, Policy},
+    policy::{Connection, Limits, Policy, Source},
 };
 
 /// More than anything here takes; a test that waits this long has failed.
@@ -42,6 +42,8 @@ pub struct Recorder {
     /// Addresses that a rule denies, and those that one lets past every limit.
     pub denied: Mutex<Vec<IpAddr>>,
     pub allowed: Mutex<Vec<IpAddr>>,
+    /// Sources that the gateway had denied.
+    pub convicted: Mutex<Vec<(Source, Duration)>>,
     closed: Mutex<HashMap<Connection, u32>>,
     /// The users of connections, in the order in which they were told.
     pub users: Mutex<Vec<(Connection, String)>>,
@@ -63,6 +65,11 @@ impl Policy for Recorder {
     fn authenticated(&self, connection: &Connection, user: &str) {
         assert!(!self.closed.lock().unwrap().contains_key(connection));
         self.users.lock().unwrap().push((*connection, user.to_owned()));
+    }
+
+    fn deny(&self, source: Source, time: Duration) -> bool {
+        self.convicted.lock().unwrap().push((source, time));
+        true
     }
 
     fn closed(&self, connection: &Connection) {
