@@ -658,7 +658,7 @@ impl Segment {
     /// offsets of the TCP header.
     #[inline(always)]
     pub fn option_words(&self, place: usize, kind: u8) -> (u16, u16) {
-        let shift = if (place - self.offset) % 2 == 0 { 8 } else { 0 };
+        let shift = if (place - self.offset).is_multiple_of(2) { 8 } else { 0 };
         (u16::from(kind) << shift, u16::from(OPTION_UNKNOWN) << shift)
     }
 

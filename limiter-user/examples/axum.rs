@@ -19,7 +19,7 @@ use futures_util::StreamExt as _;
 use hyper_util::rt::TokioIo;
 use limiter::{
     guard::{AdmitLayer, Guard, Guest},
-    policy::{Fixed, Limits},
+    policy::Fixed,
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -29,7 +29,7 @@ use tokio_tungstenite::{
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind("0.0.0.0:8080").await.context("can't listen")?;
-    let guard = Guard::new(listener, Arc::new(Fixed(Limits::default())))?;
+    let guard = Guard::new(listener, Arc::new(Fixed::default()))?;
     let app = Router::new()
         // What a layer is put on is what it holds for: the page below is served to everybody.
         .route("/echo", any(echo).layer(AdmitLayer))

@@ -14,7 +14,7 @@ use limiter::{
     config::{Kernel, Service},
     guard::Guard,
     kernel::Attached,
-    policy::{Fixed, Limits, Policy},
+    policy::{Fixed, Policy},
 };
 use tokio::net::TcpListener;
 
@@ -30,7 +30,7 @@ async fn main() -> anyhow::Result<()> {
             let (_, policy) = attached.policies()?.into_iter().next().context("one service was attached")?;
             Arc::new(policy) as Arc<dyn Policy>
         }
-        None => Arc::new(Fixed(Limits::default())),
+        None => Arc::new(Fixed::default()),
     };
     let guard = Guard::new(listener, policy)?;
     tokio::select! {

@@ -55,7 +55,10 @@ pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
     let tail = args.tail.unwrap_or(if args.follow { TAIL_FOLLOWED } else { usize::MAX });
     there.events.drain(..there.events.len().saturating_sub(tail));
     reader.print(&there, args.json)?;
-    while args.follow {
+    if !args.follow {
+        return Ok(());
+    }
+    loop {
         thread::sleep(POLL_INTERVAL);
         if !reader.log.is_pinned() {
             return Err(KernelError::NotAttached { pin_path }.into());
@@ -64,7 +67,6 @@ pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
         batch.events.retain(|event| args.wants(event));
         reader.print(&batch, args.json)?;
     }
-    Ok(())
 }
 
 impl Args {

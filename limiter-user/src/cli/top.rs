@@ -132,8 +132,6 @@ fn per_second(count: u64, time: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::{kernel::Counters, policy::Limits};
 
@@ -151,7 +149,7 @@ mod tests {
                 on_deny: "drop",
                 limits: Limits::default(),
                 connections: 3,
-                counters: Counters(BTreeMap::from_iter(counters.iter().copied())),
+                counters: Counters(counters.iter().copied().collect()),
             }],
             ledger_entries: 3,
             ledger_size: 1000,

@@ -8,10 +8,10 @@
 //! ```no_run
 //! # async fn serve() -> anyhow::Result<()> {
 //! use std::sync::Arc;
-//! use limiter::{guard::Guard, policy::{Fixed, Limits}};
+//! use limiter::{guard::Guard, policy::Fixed};
 //!
 //! let listener = tokio::net::TcpListener::bind("0.0.0.0:8080").await?;
-//! let mut guard = Guard::new(listener, Arc::new(Fixed(Limits::default())))?;
+//! let mut guard = Guard::new(listener, Arc::new(Fixed::default()))?;
 //! loop {
 //!     let (stream, guest) = guard.accept().await;
 //!     tokio::spawn(async move {
@@ -170,7 +170,11 @@ impl Guest {
         let seat = self.seat.upgrade().ok_or(Refused::Gone)?;
         let mut permit = seat.permit.lock().unwrap_or_else(PoisonError::into_inner);
         if permit.is_none() {
-            let limits = seat.accepted.policy().limits_for(self.remote.ip());
+            let policy = seat.accepted.policy();
+            if policy.denies(self.remote.ip()) {
+                return Err(Refused::Denied);
+            }
+            let limits = policy.limits_for(self.remote.ip());
             let taken = seat.admission.try_admit(self.remote.ip(), &limits).map_err(|full| match full {
                 Full::Source(limit) => Refused::Source { limit },
                 Full::Service => Refused::Service,
@@ -193,6 +197,9 @@ pub enum Refused {
     /// `connections_total` is reached.
     #[error("the service has no room for another connection at the moment")]
     Service,
+    /// A rule denies its address.
+    #[error("connections from this address are not allowed")]
+    Denied,
     /// The connection has ended meanwhile.
     #[error("the connection has ended")]
     Gone,

@@ -16,7 +16,7 @@ use tower_layer::Layer as _;
 use tower_service::Service as _;
 
 use super::*;
-use crate::policy::{Connection, Limits};
+use crate::policy::{Action, Connection, Fixed, Limits, Rule};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -160,6 +160,17 @@ async fn a_guest_does_not_keep_its_connection() {
     assert_eq!(refused.admit(), Ok(()));
     drop(other);
     policy.wait_closed(2).await;
+}
+
+#[tokio::test]
+async fn whom_a_rule_denies_is_refused_without_the_kernel_too() {
+    let deny = Rule { cidr: "127.0.0.0/8".parse().unwrap(), action: Action::Deny };
+    let policy = Fixed::new(Limits::default(), &[deny]);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut guard = Guard::new(listener, Arc::new(policy)).unwrap();
+    let _client = TcpStream::connect(guard.local_addr()).await.unwrap();
+    let (_stream, guest) = guard.accept().await;
+    assert_eq!(guest.admit(), Err(Refused::Denied));
 }
 
 #[tokio::test]

@@ -15,12 +15,12 @@ const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 /// How many elements one system call reads.
 const CHUNK: u32 = 16_384;
 
-/// Attributes of the batch commands.
+/// Attributes of the batch commands; `from` and `next` are `in_batch` and `out_batch` there.
 #[repr(C)]
 #[derive(Default)]
 struct Batch {
-    in_batch: u64,
-    out_batch: u64,
+    from: u64,
+    next: u64,
     keys: u64,
     values: u64,
     count: u32,
@@ -40,8 +40,8 @@ pub(super) fn read<K: Pod, V: Pod>(map: &MapData, most: usize) -> io::Result<Vec
     let mut started = false;
     while elements.len() < most {
         let mut batch = Batch {
-            in_batch: if started { place.as_ptr() as u64 } else { 0 },
-            out_batch: place.as_mut_ptr() as u64,
+            from: if started { place.as_ptr() as u64 } else { 0 },
+            next: place.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: CHUNK,

@@ -89,6 +89,9 @@ impl ServiceEntry {
     }
 }
 
+/// Ports of services, each with the index of its service.
+type Ports = Vec<(u16, u32)>;
+
 /// Services: their limits, their ports, what they hold and what was counted.
 pub struct Services {
     in_force: Word,
@@ -96,7 +99,7 @@ pub struct Services {
     states: Array<MapData, ServiceState>,
     ports: Array<MapData, u32>,
     /// The ports of the services as of that word: to read them takes a system call for each there could be.
-    known_ports: Mutex<Option<(InForce, Vec<(u16, u32)>)>>,
+    known_ports: Mutex<Option<(InForce, Ports)>>,
     counters: PerCpuArray<MapData, u64>,
 }
 
