@@ -51,7 +51,7 @@ fn say(text: &str) {
 }
 
 /// The error with its causes on one line; each problem of a configuration on a line of its own.
-fn messages(error: &anyhow::Error) -> Vec<String> {
+pub(super) fn messages(error: &anyhow::Error) -> Vec<String> {
     match error.downcast_ref() {
         Some(ConfigError::Invalid(problems)) => problems.iter().map(ToString::to_string).collect(),
         _ => vec![format!("{error:#}")],

@@ -1,8 +1,10 @@
 //! Log lines, on stderr.
 
-use std::io;
+use std::{io, sync::OnceLock};
 
-use tracing_subscriber::{EnvFilter, filter::ParseError};
+use tracing_subscriber::{
+    EnvFilter, Registry, filter::ParseError, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+};
 
 use crate::config::{Log, LogFormat};
 
@@ -12,20 +14,35 @@ const NEVER_BELOW_WARN: &str = "tungstenite=warn";
 
 /// Starts logging for the rest of the process; a second call does nothing.
 pub(super) fn start(log: &Log) -> Result<(), ParseError> {
-    let filter = filter(&log.level)?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let (filter, handle) = reload::Layer::new(filter(&log.level)?);
+    let lines = tracing_subscriber::registry().with(filter);
     // It fails only where logging was started before.
-    let _ = match log.format {
+    let started = match log.format {
         LogFormat::Text => {
             let colours = io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none();
-            lines.with_ansi(colours).try_init()
+            lines.with(fmt::layer().with_writer(io::stderr).with_ansi(colours)).try_init()
         }
-        LogFormat::Json => lines.json().flatten_event(true).try_init(),
+        LogFormat::Json => lines.with(fmt::layer().with_writer(io::stderr).json().flatten_event(true)).try_init(),
     };
+    if started.is_ok() {
+        let _ = FILTER.set(handle);
+    }
     Ok(())
 }
 
-fn filter(level: &str) -> Result<EnvFilter, ParseError> {
+/// What the process logs by, once it does.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// From now on the process logs by that filter.
+pub(super) fn change(filter: EnvFilter) {
+    if let Some(handle) = FILTER.get() {
+        // It fails only when the subscriber is gone, and that is there until the end.
+        let _ = handle.reload(filter);
+    }
+}
+
+/// The filter of a level, or of what else `log.level` may say.
+pub(super) fn filter(level: &str) -> Result<EnvFilter, ParseError> {
     Ok(level.parse::<EnvFilter>()?.add_directive(NEVER_BELOW_WARN.parse()?))
 }
 

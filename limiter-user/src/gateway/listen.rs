@@ -13,6 +13,7 @@ use std::{
 use socket2::{Domain, Protocol, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::watch,
     task::{JoinError, JoinSet},
     time::sleep,
 };
@@ -161,7 +162,7 @@ fn listen(socket: socket2::Socket) -> io::Result<(TcpListener, SocketAddr)> {
 /// are still there.
 pub(super) async fn serve(
     mut listeners: Listeners,
-    shared: &Arc<Shared>,
+    current: &watch::Receiver<Arc<Shared>>,
     shutdown: impl Future<Output = ()>,
 ) -> JoinSet<()> {
     let mut connections = JoinSet::new();
@@ -173,12 +174,14 @@ pub(super) async fn serve(
             Some(ended) = connections.join_next() => report_panic(&ended),
             (accepted, local) = poll_fn(|cx| listeners.poll_accept(cx)) => match accepted {
                 Ok((stream, remote)) => {
+                    let shared = Arc::clone(&current.borrow());
                     let socket = Socket::new(stream, remote, local, Arc::clone(&shared.policy));
-                    connections.spawn(connection::serve(socket, Arc::clone(shared)));
+                    connections.spawn(connection::serve(socket, shared));
                 }
                 // The client went away while it waited in the backlog: its own affair.
                 Err(e) if is_about_one_connection(&e) => {}
                 Err(e) => {
+                    let shared = Arc::clone(&current.borrow());
                     shared.metrics.accept_errors.inc();
                     if let Some(left_out) = shared.log.admit("accept") {
                         tracing::warn!(

@@ -29,6 +29,7 @@ mod rate;
 mod relay;
 mod sampler;
 mod session;
+mod settings;
 mod socket;
 mod tls;
 mod upstream;
@@ -40,6 +41,7 @@ mod tests;
 pub use drain::DrainReport;
 pub use listen::BindError;
 pub use metrics::Metrics;
+pub use settings::{PreparedSettings, Settings};
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -54,13 +56,14 @@ use drain::Drain;
 use listen::{Addresses, Listeners};
 use offenders::Offenders;
 use sampler::Sampler;
+use settings::Parts;
 use tls::Tls;
-use tokio::task::JoinSet;
+use tokio::{sync::watch::Sender, task::JoinSet};
 
 /// A gateway whose addresses are bound and that [`run`](Self::run) sets going.
 pub struct Gateway {
     listeners: Listeners,
-    shared: Arc<Shared>,
+    current: Arc<Sender<Arc<Shared>>>,
 }
 
 /// What every connection of one gateway needs.
@@ -73,10 +76,10 @@ struct Shared {
     tls: Option<Arc<Tls>>,
     auth: Option<Arc<Auth>>,
     /// Of clients that the kernel does not see.
-    rates: Rates,
-    log: Sampler,
-    drain: Drain,
-    offenders: Offenders,
+    rates: Arc<Rates>,
+    log: Arc<Sampler>,
+    drain: Arc<Drain>,
+    offenders: Arc<Offenders>,
 }
 
 /// A gateway that has its addresses, and that nobody can connect to yet.
@@ -84,11 +87,8 @@ struct Shared {
 /// Whether the addresses are to be had is known before anything else is done to the host, and no client gets in before the
 /// kernel's limits are in force.
 pub struct Reserved {
-    config: config::Gateway,
     addresses: Addresses,
-    application: Application,
-    tls: Option<Arc<Tls>>,
-    auth: Option<Arc<Auth>>,
+    parts: Parts,
 }
 
 impl Reserved {
@@ -100,7 +100,7 @@ impl Reserved {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
-        let Self { config, addresses, application, tls, auth } = self;
+        let Self { addresses, parts: Parts { config, application, tls, auth } } = self;
         let listeners = addresses.listen()?;
         let shared = Shared {
             config,
@@ -110,12 +110,12 @@ impl Reserved {
             application,
             tls,
             auth,
-            rates: Rates::default(),
-            log: Sampler::default(),
-            drain: Drain::default(),
-            offenders: Offenders::default(),
+            rates: Arc::default(),
+            log: Arc::default(),
+            drain: Arc::default(),
+            offenders: Arc::default(),
         };
-        Ok(Gateway { listeners, shared: Arc::new(shared) })
+        Ok(Gateway { listeners, current: Arc::new(Sender::new(Arc::new(shared))) })
     }
 }
 
@@ -125,11 +125,9 @@ impl Gateway {
     /// # Errors
     /// [`BindError`] names the address or key at fault and says what to do; nothing stays bound then.
     pub fn reserve(config: &config::Gateway) -> Result<Reserved, BindError> {
-        let application = Application::new(&config.upstream)?;
-        let tls = config.tls.as_ref().map(Tls::new).transpose()?.map(Arc::new);
-        let auth = config.auth.as_ref().map(Auth::new).transpose()?.map(Arc::new);
+        let parts = Parts::new(config, None)?;
         let addresses = Addresses::bind(&config.listen)?;
-        Ok(Reserved { config: config.clone(), addresses, application, tls, auth })
+        Ok(Reserved { addresses, parts })
     }
 
     /// [`Self::reserve`] and [`Reserved::open`] in one.
@@ -149,19 +147,20 @@ impl Gateway {
         self.listeners.local_addrs()
     }
 
+    /// A hand on its settings, to change them while it runs.
+    pub fn settings(&self) -> Settings {
+        Settings(Arc::clone(&self.current))
+    }
+
     /// Serves until `shutdown` completes, then stops accepting, closes every session with 1001 and waits up to
     /// `drain_timeout` for the clients to do likewise. Dropping the future instead ends everything at once.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> DrainReport {
-        let Self { listeners, shared } = self;
+        let Self { listeners, current } = self;
         // Ends when it is dropped.
         let mut watching = JoinSet::new();
-        if let Some(tls) = &shared.tls {
-            watching.spawn(Arc::clone(tls).watch(Arc::clone(&shared.metrics)));
-        }
-        if let Some(auth) = &shared.auth {
-            watching.spawn(Arc::clone(auth).watch(Arc::clone(&shared.metrics)));
-        }
-        let mut connections = listen::serve(listeners, &shared, shutdown).await;
+        watching.spawn(settings::watch_files(current.subscribe()));
+        let mut connections = listen::serve(listeners, &current.subscribe(), shutdown).await;
+        let shared = Arc::clone(&current.borrow());
         drain::finish(&mut connections, &shared).await
     }
 }

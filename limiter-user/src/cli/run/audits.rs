@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use limiter_common::Endpoints;
-use tokio::{sync::mpsc, task::spawn_blocking, time::MissedTickBehavior};
+use tokio::{
+    sync::{mpsc, watch},
+    task::spawn_blocking,
+    time::{Interval, MissedTickBehavior},
+};
 
 use crate::kernel::{Audit, Auditor, KernelError};
 
@@ -15,16 +19,27 @@ enum Work {
     Cut(Vec<Endpoints>),
 }
 
-/// Audits every `interval` (zero: never), and cuts what comes through `past_limit`. Does not end.
-pub(super) async fn run(mut auditor: Auditor, interval: Duration, mut past_limit: mpsc::Receiver<Endpoints>) {
-    // An interval of zero is refused; this one is never waited for then.
-    let mut ticks = tokio::time::interval(if interval.is_zero() { Duration::from_hours(1) } else { interval });
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+/// Audits every so often (zero: never), and cuts what comes through `past_limit`. Does not end.
+pub(super) async fn run(
+    mut auditor: Auditor,
+    mut intervals: watch::Receiver<Duration>,
+    mut past_limit: mpsc::Receiver<Endpoints>,
+) {
+    let mut interval = *intervals.borrow_and_update();
+    let mut ticks = every(interval);
     let mut failed = false;
     loop {
         let mut connections = Vec::new();
         let work = tokio::select! {
             _ = ticks.tick(), if !interval.is_zero() => Work::Audit,
+            Ok(()) = intervals.changed() => {
+                let new = *intervals.borrow_and_update();
+                if new != interval {
+                    interval = new;
+                    ticks = every(interval);
+                }
+                continue;
+            }
             received = past_limit.recv_many(&mut connections, QUEUE), if !past_limit.is_closed() => {
                 if received == 0 {
                     continue;
@@ -62,6 +77,13 @@ pub(super) async fn run(mut auditor: Auditor, interval: Duration, mut past_limit
             }
         }
     }
+}
+
+fn every(interval: Duration) -> Interval {
+    // An interval of zero is refused; this one is never waited for then.
+    let mut ticks = tokio::time::interval(if interval.is_zero() { Duration::from_hours(1) } else { interval });
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 fn log(audit: &Audit) {

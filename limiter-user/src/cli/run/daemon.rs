@@ -2,15 +2,17 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use sd_notify::NotifyState;
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
     time::MissedTickBehavior,
 };
 
 use super::{
     audits, refusals,
+    reload::Reloader,
     signals::{Signal, Signals},
 };
 use crate::{
@@ -25,6 +27,7 @@ pub(super) struct Daemon {
     pub(super) admin: Option<Admin>,
     pub(super) readiness: Readiness,
     pub(super) kernel: Option<KernelSide>,
+    pub(super) reloader: Reloader,
 }
 
 /// What the daemon does for the kernel's side.
@@ -34,19 +37,19 @@ pub(super) struct KernelSide {
     pub(super) debug_log: Option<DebugLog>,
     pub(super) auditor: Auditor,
     /// Zero: no audits.
-    pub(super) audit_interval: Duration,
+    pub(super) audit_interval: watch::Receiver<Duration>,
 }
 
 /// Where refusals are read from, and the names of the services by their index.
 pub(super) struct Refusals {
     pub(super) events: Events,
-    pub(super) services: HashMap<u32, String>,
+    pub(super) services: watch::Receiver<HashMap<u32, String>>,
 }
 
 impl Daemon {
     /// Serves until a signal says to end; then waits for the clients, or for a second signal.
     pub(super) async fn run(self, mut signals: Signals) -> anyhow::Result<()> {
-        let Self { gateways, admin, readiness, kernel } = self;
+        let Self { gateways, admin, readiness, kernel, mut reloader } = self;
         let drain = watch::Sender::new(false);
         let end = watch::Sender::new(false);
         let mut serving = JoinSet::new();
@@ -76,21 +79,19 @@ impl Daemon {
         }
 
         readiness.set(State::Ready);
-        notify(NotifyState::Ready);
+        notify(&[NotifyState::Ready]);
         let crashed = loop {
             tokio::select! {
                 signal = signals.next() => match signal {
                     Signal::End => break None,
-                    Signal::Reload => tracing::warn!(
-                        "the file is not read again: change limits with `limiter limit set`, or restart for the rest"
-                    ),
+                    Signal::Reload => reloader = reload(reloader).await?,
                 },
                 Some(ended) = serving.join_next() => break Some(ended),
             }
         };
 
         readiness.set(State::Draining);
-        notify(NotifyState::Stopping);
+        notify(&[NotifyState::Stopping]);
         drain.send_replace(true);
         tokio::select! {
             () = join_all(&mut serving) => {}
@@ -107,6 +108,23 @@ impl Daemon {
             None => Ok(()),
         }
     }
+}
+
+/// Reads the configuration again, and tells systemd so. Fails only if that panics.
+async fn reload(mut reloader: Reloader) -> anyhow::Result<Reloader> {
+    // With the time, which `Type=notify-reload` asks for.
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(_) => notify(&[NotifyState::Reloading]),
+    }
+    let reloader = spawn_blocking(move || {
+        reloader.reload();
+        reloader
+    })
+    .await
+    .context("reading the configuration again ended badly")?;
+    notify(&[NotifyState::Ready]);
+    Ok(reloader)
 }
 
 /// How often reservations are looked through on behalf of nobody in particular.
@@ -146,8 +164,8 @@ async fn set(mut value: watch::Receiver<bool>) {
 }
 
 /// Tells systemd, if it is there.
-fn notify(state: NotifyState) {
-    if let Err(error) = sd_notify::notify(&[state]) {
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "can't tell systemd");
     }
 }

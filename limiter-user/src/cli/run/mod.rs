@@ -4,6 +4,7 @@ mod audits;
 mod daemon;
 mod open_files;
 mod refusals;
+mod reload;
 mod signals;
 
 use std::{collections::HashMap, sync::Arc};
@@ -12,7 +13,7 @@ use anyhow::Context as _;
 
 use super::{
     Global, logging,
-    settings::{self, GatewaySettings, KernelSettings},
+    settings::{self, GatewaySettings, KernelSettings as KernelFlags},
 };
 use crate::{
     admin::{self, Admin, Readiness},
@@ -22,26 +23,28 @@ use crate::{
     policy::{Fixed, Policy},
 };
 use daemon::{Daemon, KernelSide, Refusals};
+use reload::{KernelSettings, Reloader, RunningGateway, Typed};
 use signals::Signals;
+use tokio::sync::watch;
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
-    pub(super) kernel: KernelSettings,
+    pub(super) kernel: KernelFlags,
     #[command(flatten)]
     pub(super) gateway: GatewaySettings,
 }
 
 pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
-    let config = settings::for_run(global, args.kernel, args.gateway)?;
+    let config = settings::for_run(global, args.kernel.clone(), args.gateway.clone())?;
     logging::start(&config.log)?;
     open_files::raise();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the threads")?;
-    runtime.block_on(serve(&config))
+    runtime.block_on(serve(&config, Typed { global: global.clone(), args }))
 }
 
-async fn serve(config: &Config) -> anyhow::Result<()> {
+async fn serve(config: &Config, typed: Typed) -> anyhow::Result<()> {
     // Before anything is attached, so that no signal can end the process half-way.
     let signals = Signals::new()?;
     let addresses = Addresses::take(config).await?;
@@ -51,14 +54,14 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     if config.kernel.interfaces.is_empty() {
         tracing::info!("no interface is configured: the gateway keeps the limits alone");
         let policies = config.services.iter().map(|service| (service.name.clone(), fixed(service, config))).collect();
-        return addresses.open(policies, None)?.run(signals).await;
+        return addresses.open(policies, None, config, typed)?.run(signals).await;
     }
 
     let (mut attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
     super::attach::log(&report);
     // Before anybody new is let in, so that it is clear who was there before.
     super::attach::log_adopted(super::attach::adopt_open(&attached, !config.kernel.audit_interval.is_zero()));
-    match open_attached(config, addresses, &mut attached) {
+    match open_attached(config, addresses, &mut attached, typed) {
         // Held until the end: it keeps other daemons off.
         Ok(daemon) => {
             let ended = daemon.run(signals).await;
@@ -77,23 +80,30 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     }
 }
 
-fn open_attached(config: &Config, addresses: Addresses, attached: &mut Attached) -> anyhow::Result<Daemon> {
+fn open_attached(
+    config: &Config,
+    addresses: Addresses,
+    attached: &mut Attached,
+    typed: Typed,
+) -> anyhow::Result<Daemon> {
     let policies = attached
         .policies()?
         .into_iter()
         .map(|(service, policy)| (service.name, Arc::new(policy) as Arc<dyn Policy>))
         .collect();
     let pinned = Pinned::open(&config.kernel.pin_path)?;
-    let services = pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect();
+    let (names, services) = watch::channel(pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect());
     let refusals = attached.take_events().map(|events| Refusals { events, services });
+    let (audit_interval, intervals) = watch::channel(config.kernel.audit_interval);
     let side = KernelSide {
         refusals,
         control: attached.control(),
         debug_log: attached.take_debug_log(),
         auditor: attached.auditor()?,
-        audit_interval: config.kernel.audit_interval,
+        audit_interval: intervals,
     };
-    addresses.open(policies, Some((pinned, side)))
+    let settings = KernelSettings { pinned: Arc::new(pinned), audit_interval, names };
+    addresses.open(policies, Some((side, settings)), config, typed)
 }
 
 fn fixed(service: &Service, config: &Config) -> Arc<dyn Policy> {
@@ -129,27 +139,33 @@ impl Addresses {
     fn open(
         self,
         mut policies: HashMap<String, Arc<dyn Policy>>,
-        kernel: Option<(Pinned, KernelSide)>,
+        kernel: Option<(KernelSide, KernelSettings)>,
+        config: &Config,
+        typed: Typed,
     ) -> anyhow::Result<Daemon> {
         let gateway_metrics = Arc::new(gateway::Metrics::default());
         let mut metrics = admin::Metrics::default();
         gateway_metrics.register(metrics.registry());
 
         let mut gateways = Vec::new();
+        let mut running = Vec::new();
         for (service, reserved) in self.gateways {
             let policy = policies.remove(&service).with_context(|| format!("the service {service} has no policy"))?;
             let gateway = reserved.open(policy, Arc::clone(&gateway_metrics))?;
             for address in gateway.local_addrs() {
                 tracing::info!(%address, service, "listening");
             }
+            let listen = gateway.local_addrs().to_vec();
+            running.push(RunningGateway { service, listen, settings: gateway.settings() });
             gateways.push(gateway);
         }
-        let kernel = kernel.map(|(pinned, side)| {
-            metrics.add_kernel(Arc::new(pinned));
-            side
-        });
+        let (kernel, kernel_settings) = kernel.unzip();
+        if let Some(KernelSettings { pinned, .. }) = &kernel_settings {
+            metrics.add_kernel(Arc::clone(pinned) as Arc<dyn admin::KernelState>);
+        }
+        let reloader = Reloader::new(typed, config.clone(), running, kernel_settings, metrics.registry());
         let readiness = Readiness::default();
         let admin = self.admin.map(|bound| bound.showing(metrics, readiness.clone()));
-        Ok(Daemon { gateways, admin, readiness, kernel })
+        Ok(Daemon { gateways, admin, readiness, kernel, reloader })
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use limiter_common::{Endpoints, event::Stage};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::kernel::{Event, Events};
 
@@ -16,7 +16,11 @@ const WINDOW: Duration = Duration::from_secs(1);
 
 /// Logs refusals as long as they can be read. `services`: names by index. Connections that are open already go to
 /// `past_limit`, to be cut.
-pub(super) async fn log_all(events: Events, services: HashMap<u32, String>, past_limit: mpsc::Sender<Endpoints>) {
+pub(super) async fn log_all(
+    events: Events,
+    services: watch::Receiver<HashMap<u32, String>>,
+    past_limit: mpsc::Sender<Endpoints>,
+) {
     let mut budget = Budget::default();
     let error = events
         .read(|event| {
@@ -25,6 +29,7 @@ pub(super) async fn log_all(events: Events, services: HashMap<u32, String>, past
                 let _ = past_limit.try_send(Endpoints::new(event.remote, event.local));
             }
             if let Some(left_out) = budget.take(Instant::now()) {
+                let services = services.borrow();
                 let name = services.get(&event.service).map_or("?", String::as_str);
                 log(&event, name, left_out);
             }

@@ -142,6 +142,12 @@ impl Auth {
         })
     }
 
+    /// With the sessions of users counted together with another's: the same gateway's, before its settings changed.
+    #[must_use]
+    pub(super) fn counting_with(self, other: &Self) -> Self {
+        Self { users: Arc::clone(&other.users), ..self }
+    }
+
     /// Who the client is. What it shows is taken out of the request that the application will see, unless that is wanted.
     pub(super) async fn authenticate(
         &self,

@@ -14,6 +14,7 @@ mod proxy_headers;
 mod relayed_frames;
 mod relays;
 mod sessions;
+mod settings;
 mod storm;
 mod support;
 mod tls;

@@ -26,7 +26,7 @@ use tokio_tungstenite::{
 
 use crate::{
     config,
-    gateway::{DrainReport, Gateway, Metrics, admission::Admission},
+    gateway::{DrainReport, Gateway, Metrics, Settings, admission::Admission},
     policy::{Connection, Limits, Policy, Source},
 };
 
@@ -104,6 +104,7 @@ pub struct Running {
     pub policy: Arc<Recorder>,
     metrics: Arc<Metrics>,
     admission: Arc<Admission>,
+    pub settings: Settings,
     stop: oneshot::Sender<()>,
     ended: JoinHandle<DrainReport>,
 }
@@ -132,12 +133,13 @@ pub fn start_with(config: &config::Gateway, limits: Limits) -> Running {
     let metrics = Arc::new(Metrics::default());
     let gateway = Gateway::bind(config, Arc::clone(&policy) as Arc<dyn Policy>, Arc::clone(&metrics)).unwrap();
     let addr = gateway.local_addrs()[0];
-    let admission = Arc::clone(&gateway.shared.admission);
+    let admission = Arc::clone(&gateway.current.borrow().admission);
+    let settings = gateway.settings();
     let (stop, stopped) = oneshot::channel();
     let ended = tokio::spawn(gateway.run(async {
         _ = stopped.await;
     }));
-    Running { addr, policy, metrics, admission, stop, ended }
+    Running { addr, policy, metrics, admission, settings, stop, ended }
 }
 
 impl Running {

@@ -1,0 +1,76 @@
+//! Settings that change while clients are connected.
+
+use futures_util::SinkExt;
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Message;
+
+use super::support::*;
+use crate::{
+    config::{self, CertificateFiles, Messages, Tls, Upstream},
+    gateway::Settings,
+};
+
+fn change(settings: &Settings, config: &config::Gateway) {
+    settings.prepare(config, None).map(crate::gateway::PreparedSettings::commit).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Messages of ten bytes at most, and pages of one origin.
+fn narrow() -> config::Gateway {
+    config::Gateway {
+        allowed_origins: vec!["https://example.com".parse().unwrap()],
+        messages: Messages { max_size: 10, ..quiet().messages },
+        ..quiet()
+    }
+}
+
+async fn answer(gateway: &Running, origin: &str) -> String {
+    let mut request = good_request("/").replace("\r\n\r\n", &format!("\r\nOrigin: {origin}\r\n\r\n")).into_bytes();
+    request.extend(frame(0x88, &[]));
+    gateway.raw(&request).await
+}
+
+#[tokio::test]
+async fn new_settings_hold_for_new_connections_and_the_old_ones_keep_theirs() {
+    let gateway = start(&quiet());
+    let mut before = gateway.connect().await;
+    let long = "x".repeat(100);
+    echoes(&mut before, &long).await;
+    assert!(answer(&gateway, "https://example.org").await.starts_with("HTTP/1.1 101 "));
+
+    change(&gateway.settings, &narrow());
+    assert!(answer(&gateway, "https://example.org").await.starts_with("HTTP/1.1 403 "));
+    let mut after = gateway.connect().await;
+    echoes(&mut after, "short").await;
+    after.send(Message::text(long.as_str())).await.unwrap();
+    assert_eq!(next_close(&mut after).await.0, 1009);
+    echoes(&mut before, &long).await;
+
+    // Whoever is open is told of the end, whatever settings it has.
+    let mut after = gateway.connect().await;
+    echoes(&mut after, "short").await;
+    let ended = gateway.begin_stop();
+    for client in [&mut before, &mut after] {
+        assert_eq!(next_close(client).await.0, 1001);
+        _ = timeout(PATIENCE, client.close(None)).await.unwrap();
+    }
+    let report = timeout(PATIENCE, ended).await.unwrap().unwrap();
+    assert_eq!((report.closed, report.cut), (2, 0));
+}
+
+#[tokio::test]
+async fn what_is_no_good_changes_nothing() {
+    let gateway = start(&narrow());
+    let missing = CertificateFiles { certificate: "/no/such.pem".into(), key: "/no/such.key".into() };
+    let bad = [
+        config::Gateway { upstream: Upstream::Relay("ws://".into()), ..quiet() },
+        config::Gateway { tls: Some(Tls { default: missing, hosts: Vec::new() }), ..quiet() },
+    ];
+    for bad in bad {
+        assert!(gateway.settings.prepare(&bad, None).is_err());
+        assert!(answer(&gateway, "https://example.org").await.starts_with("HTTP/1.1 403 "));
+    }
+    // Good ones that nobody puts in force change nothing either.
+    drop(gateway.settings.prepare(&quiet(), None));
+    assert!(answer(&gateway, "https://example.org").await.starts_with("HTTP/1.1 403 "));
+    gateway.stop().await;
+}
