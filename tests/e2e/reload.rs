@@ -5,7 +5,7 @@ use std::{fs, os::unix::net::UnixDatagram, path::Path, time::Duration};
 use anyhow::{Context, Result, ensure};
 use limiter_tests::{
     both_families,
-    lab::{Family, Lab, PORT},
+    lab::{Client, Family, Lab, PORT},
     limiter::{Daemon, Limiter},
     process::Process,
     tcp::Crowd,
@@ -28,7 +28,7 @@ const NOT_DONE: &str = "the old one stays in force, whole";
 /// A file for the lab's interfaces (or none), with a limit per source and more.
 fn file(lab: Option<&Lab>, service: &str, connections: &str, more: &str) -> String {
     let interfaces: Vec<_> =
-        lab.map(|lab| lab.clients.iter().map(|client| client.server_interface()).collect()).unwrap_or_default();
+        lab.map(|lab| lab.clients.iter().map(Client::server_interface).collect()).unwrap_or_default();
     format!(
         "[kernel]\ninterfaces = {interfaces:?}\n[limits]\nconnection_rate = 0\n\
          [gateway]\nlisten = [\"0.0.0.0:{PORT}\", \"[::]:{PORT}\"]\n\

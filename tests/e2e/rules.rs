@@ -75,7 +75,7 @@ fn whom_a_rule_cuts_is_closed_at_once(family: Family) -> Result<()> {
     let mut cut: Vec<_> = document["cut"].as_array().context("a list")?.iter().collect();
     let mut expected =
         open.iter().map(|stream| Ok(Value::from(stream.local_addr()?.to_string()))).collect::<Result<Vec<_>>>()?;
-    cut.sort_by_key(|address| address.to_string());
+    cut.sort_by_key(ToString::to_string);
     expected.sort_by_key(ToString::to_string);
     assert_eq!(cut, expected.iter().collect::<Vec<_>>());
     for stream in &mut open {

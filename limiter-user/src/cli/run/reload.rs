@@ -75,6 +75,9 @@ impl Reloader {
                 for key in restart {
                     tracing::warn!(key, "it has changed, and takes a restart: the old value stays in force");
                 }
+                for warning in self.config.warnings() {
+                    tracing::warn!("{warning}");
+                }
                 self.count("ok");
                 tracing::info!("the configuration was read again and is in force");
             }

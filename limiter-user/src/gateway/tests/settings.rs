@@ -1,6 +1,6 @@
 //! Settings that change while clients are connected.
 
-use futures_util::SinkExt;
+use futures_util::{SinkExt, StreamExt};
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -11,16 +11,24 @@ use crate::{
 };
 
 fn change(settings: &Settings, config: &config::Gateway) {
-    settings.prepare(config, None).map(crate::gateway::PreparedSettings::commit).unwrap_or_else(|e| panic!("{e}"));
+    match settings.prepare(config, None) {
+        Ok(prepared) => prepared.commit(),
+        Err(error) => panic!("{error}"),
+    }
 }
 
-/// Messages of ten bytes at most, and pages of one origin.
+/// Messages of two hundred bytes at most, and pages of one origin.
 fn narrow() -> config::Gateway {
     config::Gateway {
         allowed_origins: vec!["https://example.com".parse().unwrap()],
-        messages: Messages { max_size: 10, ..quiet().messages },
+        messages: Messages { max_size: 200, ..quiet().messages },
         ..quiet()
     }
+}
+
+/// The next read writes the answer to the Close frame, and finds the end.
+async fn ends(client: &mut Client) {
+    assert!(timeout(PATIENCE, client.next()).await.unwrap().is_none());
 }
 
 async fn answer(gateway: &Running, origin: &str) -> String {
@@ -33,7 +41,7 @@ async fn answer(gateway: &Running, origin: &str) -> String {
 async fn new_settings_hold_for_new_connections_and_the_old_ones_keep_theirs() {
     let gateway = start(&quiet());
     let mut before = gateway.connect().await;
-    let long = "x".repeat(100);
+    let long = "x".repeat(1000);
     echoes(&mut before, &long).await;
     assert!(answer(&gateway, "https://example.org").await.starts_with("HTTP/1.1 101 "));
 
@@ -43,15 +51,17 @@ async fn new_settings_hold_for_new_connections_and_the_old_ones_keep_theirs() {
     echoes(&mut after, "short").await;
     after.send(Message::text(long.as_str())).await.unwrap();
     assert_eq!(next_close(&mut after).await.0, 1009);
+    drop(after);
     echoes(&mut before, &long).await;
 
     // Whoever is open is told of the end, whatever settings it has.
     let mut after = gateway.connect().await;
     echoes(&mut after, "short").await;
+    gateway.policy.wait_closed(3).await;
     let ended = gateway.begin_stop();
     for client in [&mut before, &mut after] {
         assert_eq!(next_close(client).await.0, 1001);
-        _ = timeout(PATIENCE, client.close(None)).await.unwrap();
+        ends(client).await;
     }
     let report = timeout(PATIENCE, ended).await.unwrap().unwrap();
     assert_eq!((report.closed, report.cut), (2, 0));
