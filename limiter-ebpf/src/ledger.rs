@@ -62,7 +62,7 @@ pub fn reserve(
     let mut spent = false;
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
     let Ok(held_by_source) = sources::add(&source, state) else {
-        return full(service, policy);
+        return full(policy);
     };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
@@ -100,7 +100,7 @@ pub fn reserve(
             }
             // Another CPU has just made the same entry; or another connection has the same key, and there is no room for
             // both.
-            return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(service, policy) };
+            return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(policy) };
         }
     }
     count(service, Counter::OpenedReserved);
@@ -264,10 +264,7 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
         return Entered::Full;
     };
     let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    let Ok(held_by_source) = sources::add(&source, state) else {
-        count(service, Counter::LedgerFull);
-        return Entered::Full;
-    };
+    let Ok(held_by_source) = sources::add(&source, state) else { return no_room(service, counter) };
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
     let limits = limits_for(&ends.remote, policy, in_force);
@@ -284,8 +281,7 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
         if error == -EEXIST {
             return Entered::ThereAlready;
         }
-        count(service, Counter::LedgerFull);
-        return Entered::Full;
+        return no_room(service, counter);
     }
     count(service, counter);
     if flags & FLAG_PAST_LIMIT != 0
@@ -398,12 +394,17 @@ fn release_service(state: *mut ServiceState) {
     unsafe { atomic::fetch_add(&raw mut (*state).connections, 1_u64.wrapping_neg()) };
 }
 
+/// A connection that is let pass is counted as such when it is open, by [`no_room`].
 #[inline(always)]
-fn full(service: u16, policy: &ServicePolicy) -> Reserved {
-    if policy.on_full == OnFull::Closed as u8 {
-        Reserved::Refused(DenyReason::LedgerFull)
-    } else {
+fn full(policy: &ServicePolicy) -> Reserved {
+    if policy.on_full == OnFull::Closed as u8 { Reserved::Refused(DenyReason::LedgerFull) } else { Reserved::Uncounted }
+}
+
+/// Notes that a connection is open and has no entry: once for each, and not whenever the audit tries again.
+#[inline(always)]
+fn no_room(service: u16, counter: Counter) -> Entered {
+    if let Counter::OpenedUnseen = counter {
         count(service, Counter::LedgerFull);
-        Reserved::Uncounted
     }
+    Entered::Full
 }

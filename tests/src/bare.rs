@@ -1,4 +1,4 @@
-//! XDP programs of two instructions: somebody else's on an interface, and the baseline of the benchmarks.
+//! XDP programs of few instructions: somebody else's on an interface, and the baseline of the benchmarks.
 
 use std::{
     mem,
@@ -65,6 +65,44 @@ const LIVE_FRAMES: u32 = 1 << 1;
 impl BareXdp {
     /// Loads it.
     pub fn load(answer: Answer) -> Result<Self> {
+        Self::load_instructions(&with_answer(answer))
+    }
+
+    /// Loads one that writes random numbers to frames of `length` bytes before it answers. To each of at most two places
+    /// goes one of 16 bits, and to the places that stand with it its complement.
+    pub fn load_randomising(answer: Answer, length: usize, places: &[(usize, Vec<usize>)]) -> Result<Self> {
+        let length = i32::try_from(length)?;
+        let mut writes = Vec::new();
+        for (place, complements) in places {
+            writes.extend([
+                // r1 = r0 & 0xffff; *(u16 *)(r2 + place) = r1; r1 ^= 0xffff; r0 >>= 16
+                instruction(0xbf, 1, 0, 0, 0),
+                instruction(0x57, 1, 0, 0, 0xffff),
+                instruction(0x6b, 2, 1, i16::try_from(*place)?, 0),
+                instruction(0xa7, 1, 0, 0, 0xffff),
+                instruction(0x77, 0, 0, 0, 16),
+            ]);
+            for place in complements {
+                writes.push(instruction(0x6b, 2, 1, i16::try_from(*place)?, 0));
+            }
+        }
+        let mut instructions = vec![
+            // r6 = r1; call bpf_get_prandom_u32
+            instruction(0xbf, 6, 1, 0, 0),
+            instruction(0x85, 0, 0, 0, 7),
+            // r2 = data; r3 = data_end; r4 = r2 + length; if r4 > r3 then to the answer
+            instruction(0x61, 2, 6, 0, 0),
+            instruction(0x61, 3, 6, 4, 0),
+            instruction(0xbf, 4, 2, 0, 0),
+            instruction(0x07, 4, 0, 0, length),
+            instruction(0x2d, 4, 3, i16::try_from(writes.len())?, 0),
+        ];
+        instructions.extend(writes);
+        instructions.extend(with_answer(answer));
+        Self::load_instructions(&instructions)
+    }
+
+    fn load_instructions(instructions: &[[u8; 8]]) -> Result<Self> {
         #[repr(C)]
         struct ProgLoad {
             prog_type: u32,
@@ -73,15 +111,13 @@ impl BareXdp {
             license: u64,
             rest: [u64; 16],
         }
-        // r0 = answer; exit
-        let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, answer as u8, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
         let license = c"GPL";
         let program = descriptor(
             // BPF_PROG_LOAD of a BPF_PROG_TYPE_XDP
             5,
             &mut ProgLoad {
                 prog_type: 6,
-                insn_cnt: 2,
+                insn_cnt: u32::try_from(instructions.len())?,
                 insns: instructions.as_ptr() as u64,
                 license: license.as_ptr() as u64,
                 rest: [0; 16],
@@ -136,4 +172,16 @@ impl BareXdp {
         call(10, &mut run).context("cannot run a program (BPF_PROG_TEST_RUN)")?;
         Ok(Duration::from_nanos(run.duration_ns.into()))
     }
+}
+
+/// r0 = answer; exit
+fn with_answer(answer: Answer) -> [[u8; 8]; 2] {
+    [instruction(0xb7, 0, 0, 0, answer as i32), instruction(0x95, 0, 0, 0, 0)]
+}
+
+/// `struct bpf_insn`.
+fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> [u8; 8] {
+    let [a, b] = offset.to_ne_bytes();
+    let [c, d, e, f] = immediate.to_ne_bytes();
+    [code, source << 4 | destination, a, b, c, d, e, f]
 }

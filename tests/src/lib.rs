@@ -7,6 +7,7 @@
 
 pub mod bare;
 pub mod bpf;
+pub mod flood;
 pub mod frame;
 pub mod lab;
 pub mod limiter;

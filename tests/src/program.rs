@@ -1,6 +1,10 @@
 //! The programs of admission by `BPF_PROG_TEST_RUN`: not attached to anything, with maps of its own that nobody else sees.
 
-use std::{collections::HashMap, net::IpAddr, os::fd::AsFd as _};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -21,6 +25,8 @@ use limiter_common::{
     policy::{InForce, ServiceState},
     rule::{MAPPED_BITS, RuleEntry},
 };
+
+use crate::bpf;
 
 /// What the program made of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +67,16 @@ impl Program {
 
     /// Loads one anew.
     pub fn load_for(hook: Hook) -> Result<Self> {
-        let config = Kernel { max_connections: 1024, ..Kernel::default() };
+        Self::load_with(hook, 1024)
+    }
+
+    /// Loads that of XDP anew, with room for so many connections.
+    pub fn load_sized(connections: u32) -> Result<Self> {
+        Self::load_with(Hook::Xdp, connections)
+    }
+
+    fn load_with(hook: Hook, max_connections: u32) -> Result<Self> {
+        let config = Kernel { max_connections, ..Kernel::default() };
         let mut loaded =
             limiter::kernel::load_unpinned(&config, 0).context("can't load the programs; this test needs root")?;
         loaded.load_admission(hook)?;
@@ -135,6 +150,43 @@ impl Program {
         state.sources += u64::from(first);
         states.set(u32::from(source.service), state, 0)?;
         Ok(())
+    }
+
+    /// Puts connections into the ledger of which each is its source's only one.
+    pub fn fill(&mut self, connections: impl Iterator<Item = (Endpoints, SourceKey)>) -> Result<()> {
+        let secret = self.array::<TagSecret>(abi::MAP_TAG_SECRET)?.get(&0, 0)?;
+        let (mut keys, mut entries) = (Vec::new(), Vec::new());
+        let (mut sources, mut counts) = (Vec::new(), Vec::new());
+        for (ends, source) in connections {
+            keys.push(ends.key(&secret));
+            entries.push(LedgerEntry {
+                owner: 1,
+                opened_ns: 1,
+                source,
+                flags: 0,
+                remote: ends.remote,
+                local: ends.local,
+            });
+            sources.push(source);
+            counts.push(SourceEntry { connections: 1, key: source, ..SourceEntry::default() });
+        }
+        bpf::fill_map(self.map(abi::MAP_LEDGER)?, &keys, &entries)?;
+        bpf::fill_map(self.map(abi::MAP_SOURCES)?, &sources, &counts)
+    }
+
+    /// How many bytes the kernel charges for a map.
+    pub fn memory_bytes(&self, name: &'static str) -> Result<u64> {
+        let info = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", self.map(name)?.as_raw_fd()))?;
+        let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+        Ok(line.context("the kernel tells")?.trim().parse()?)
+    }
+
+    /// The descriptor of one of the hash maps.
+    fn map(&self, name: &'static str) -> Result<BorrowedFd<'_>> {
+        match self.loaded.programs.map(name) {
+            Some(Map::HashMap(map)) => Ok(map.fd().as_fd()),
+            _ => bail!("no hash map {name}"),
+        }
     }
 
     /// Gives a source a bucket of new connections.

@@ -99,15 +99,7 @@ impl RawClient {
     pub fn syns(&mut self, count: u16) -> Vec<Segment> {
         let syn = || {
             self.next_port += 1;
-            Segment {
-                source: SocketAddr::new(self.address, self.next_port),
-                destination: self.server,
-                sequence: u32::from(self.next_port) << 12,
-                acknowledgement: 0,
-                flags: flags::SYN,
-                options: Vec::new(),
-                payload: Vec::new(),
-            }
+            self.syn(SocketAddr::new(self.address, self.next_port))
         };
         iter::repeat_with(syn).take(count.into()).collect()
     }
@@ -148,6 +140,62 @@ impl RawClient {
                 expected: answer.sequence.wrapping_add(1),
             })
             .collect())
+    }
+
+    /// Opens a connection from each of these addresses. Answers to all of them have to come by this client's link.
+    pub fn open_from(&mut self, addresses: &[IpAddr]) -> Result<()> {
+        /// Fewer than any queue takes.
+        const AT_ONCE: usize = 256;
+        self.next_port += 1;
+        let port = self.next_port;
+        for addresses in addresses.chunks(AT_ONCE) {
+            let mut waiting: HashMap<IpAddr, Segment> = addresses
+                .iter()
+                .map(|&address| {
+                    let source = SocketAddr::new(address, port);
+                    (address, self.syn(source))
+                })
+                .collect();
+            let deadline = Instant::now() + SOON;
+            while !waiting.is_empty() {
+                ensure!(Instant::now() < deadline, "{} of {AT_ONCE} SYNs were not answered", waiting.len());
+                self.send(&waiting.values().cloned().collect::<Vec<_>>())?;
+                let again = Instant::now() + Duration::from_secs(1);
+                let mut acks = Vec::new();
+                while !waiting.is_empty() {
+                    let Some(segment) = self.receive_any(again)? else { break };
+                    if let Some(syn) = waiting.get(&segment.destination.ip())
+                        && segment.flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK
+                        && segment.acknowledgement == syn.sequence.wrapping_add(1)
+                    {
+                        waiting.remove(&segment.destination.ip());
+                        acks.push(Segment {
+                            source: segment.destination,
+                            destination: segment.source,
+                            sequence: segment.acknowledgement,
+                            acknowledgement: segment.sequence.wrapping_add(1),
+                            flags: flags::ACK,
+                            options: Vec::new(),
+                            payload: Vec::new(),
+                        });
+                    }
+                }
+                self.send(&acks)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn syn(&self, source: SocketAddr) -> Segment {
+        Segment {
+            source,
+            destination: self.server,
+            sequence: u32::from(source.port()) << 12,
+            acknowledgement: 0,
+            flags: flags::SYN,
+            options: Vec::new(),
+            payload: Vec::new(),
+        }
     }
 
     /// Sends a byte on each connection, and returns how many of them the server resets by a segment that a client's stack
@@ -227,6 +275,16 @@ impl RawClient {
     /// The next segment from the service to this client's address; `None` at the deadline.
     pub fn receive(&self, deadline: Instant) -> Result<Option<Segment>> {
         loop {
+            match self.receive_any(deadline)? {
+                Some(segment) if segment.destination.ip() != self.address => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// The next segment from the service, whoever it is for; `None` at the deadline.
+    pub fn receive_any(&self, deadline: Instant) -> Result<Option<Segment>> {
+        loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
@@ -248,7 +306,6 @@ impl RawClient {
             // Our own segments, which the socket sees as well, go the other way.
             if let Some(segment) = Segment::parse(&frame)
                 && segment.source == self.server
-                && segment.destination.ip() == self.address
             {
                 return Ok(Some(segment));
             }

@@ -1,6 +1,11 @@
 //! What limiter has pinned, opened to look at it and to spoil it: the faults that an audit is there for.
 
-use std::{fmt, path::Path, time::Duration};
+use std::{
+    fmt,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -8,11 +13,15 @@ use aya::{
     maps::{Array, HashMap, Map, MapData},
 };
 use limiter_common::{
-    ConnectionKey, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
-    bucket::Rate, policy::ServiceState,
+    ConnectionKey, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
+    audit::AuditReport,
+    bucket::Rate,
+    policy::{InForce, ServiceState},
+    rule::{RuleEntry, RuleKey},
 };
 
 use crate::{
+    bpf,
     limiter::Limiter,
     wait::{SOON, eventually},
 };
@@ -25,6 +34,8 @@ pub struct State {
     service: Array<MapData, ServiceState>,
     audit: Array<MapData, AuditReport>,
     policy: Array<MapData, ServicePolicy>,
+    /// Where the maps are pinned.
+    root: PathBuf,
 }
 
 impl fmt::Debug for State {
@@ -44,6 +55,7 @@ impl State {
             service: array(&root.join(abi::MAP_SERVICE_STATE))?,
             audit: array(&root.join(abi::MAP_AUDIT))?,
             policy: array(&root.join(abi::MAP_SERVICES))?,
+            root,
         })
     }
 
@@ -72,6 +84,15 @@ impl State {
         let mut held = self.sources.get(source, 0).context("the source holds a connection")?;
         held.connections = held.connections.wrapping_add_signed(by);
         Ok(self.sources.insert(source, held, 0)?)
+    }
+
+    /// Puts a rule in force for each of these addresses, where there is a rule already.
+    pub fn fill_rules(&self, addresses: impl Iterator<Item = IpAddr>, rule: RuleEntry) -> Result<()> {
+        let keys: Vec<RuleKey> = addresses.map(|address| RuleKey::of(address.into())).collect();
+        let values = vec![RuleEntry { length: 128, ..rule }; keys.len()];
+        let in_force: Array<MapData, u64> = array(&self.root.join(abi::MAP_IN_FORCE))?;
+        let copy = InForce(in_force.get(&0, 0)?).rules();
+        bpf::update_batch(&self.root.join(abi::MAP_RULES[usize::from(copy != 0)]), &keys, &values)
     }
 
     /// Gives every source a bucket of `burst` new connections that fills slower than any configuration can say.

@@ -150,7 +150,7 @@ impl Admission {
                 self.count(service, Counter::HandshakeLedgerFull);
                 return Verdict::Reset;
             }
-            self.count(service, Counter::LedgerFull);
+            // It is counted when it is open.
             return Verdict::Pass;
         }
         let source = source(service, policy, ends);

@@ -2,22 +2,24 @@
 //!
 //! Both change all the time, and neither can be read in one step. So nothing is mended because of one look: what differs
 //! must differ in two passes in a row, for the same socket (by its cookie), and still differ when that one socket is looked
-//! up. A slot that was reserved and is not confirmed yet is left to its expiry.
+//! up. A slot that was reserved and is not confirmed yet is left to its expiry, unless that has forgotten it.
 
 use std::{
     collections::{HashMap, HashSet},
     fmt, io,
     sync::Arc,
+    time::Duration,
 };
 
 use limiter_common::{
     Counter, Endpoints, LedgerEntry,
-    ledger::{FLAG_ADOPTED, OWNER_REMOVED, is_reservation},
+    ledger::{FLAG_ADOPTED, OWNER_REMOVED, RESERVATION_NS, is_reservation},
 };
 
 use super::{
     KernelError,
     control::{Adoption, Control},
+    host,
     maps::{Audits, Ledger, Services, Sources},
     pins::Pins,
     recount,
@@ -80,6 +82,10 @@ struct Differences {
     unknown: HashSet<(Endpoints, u64)>,
 }
 
+/// A reservation of this age is not in the queue of those that wait for their end: more were made at once than it has room for.
+/// Several times what one waits for, so that it is not the audit that ends those of every day.
+const FORGOTTEN: Duration = Duration::from_nanos(3 * RESERVATION_NS);
+
 type Entries = Vec<(Endpoints, LedgerEntry)>;
 
 impl Auditor {
@@ -135,8 +141,12 @@ impl Auditor {
             }
             // Where the kernel can't tell of the end of what was open before, this is how it is seen.
             let adopted = self.ledger.get(&suspect.0)?.is_some_and(|entry| entry.flags & FLAG_ADOPTED != 0);
-            let counter = if adopted { Counter::ClosedSocket } else { Counter::ClosedAudit };
-            if self.control.release_as(&socket, counter)? && !adopted {
+            let counter = match suspect.1 {
+                owner if is_reservation(owner) => Counter::ClosedExpired,
+                _ if adopted => Counter::ClosedSocket,
+                _ => Counter::ClosedAudit,
+            };
+            if self.control.release_as(&socket, counter)? && counter == Counter::ClosedAudit {
                 result.removed += 1;
             }
         }
@@ -197,9 +207,17 @@ impl Auditor {
                 })
                 .map_err(no_list)?;
         }
+        let now_ns = host::monotonic().as_nanos();
+        let forgotten: HashSet<Endpoints> = entries
+            .iter()
+            .filter(|(_, entry)| u128::from(entry.opened_ns) + FORGOTTEN.as_nanos() < now_ns)
+            .map(|(key, _)| *key)
+            .collect();
         let gone = known
             .into_iter()
-            .filter(|(_, (owner, there))| !there && *owner != OWNER_REMOVED && !is_reservation(*owner))
+            .filter(|(key, (owner, there))| {
+                !there && *owner != OWNER_REMOVED && (!is_reservation(*owner) || forgotten.contains(key))
+            })
             .map(|(key, (owner, _))| (key, owner))
             .collect();
         Ok((entries, Differences { gone, unknown }))
