@@ -53,8 +53,11 @@ pub const MAP_TAG_SECRET: &str = "TAG_SECRET";
 /// A socket's cookie → the [`crate::user::Member`] that its connection counts against instead of its entry's source.
 pub const MAP_MEMBERS: &str = "MEMBERS";
 
+/// Service index → [`crate::challenge::Challenge`]: when it answers SYNs by cookies.
+pub const MAP_CHALLENGES: &str = "CHALLENGES";
+
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 15] = [
+pub const PINNED_MAPS: [&str; 16] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -70,6 +73,7 @@ pub const PINNED_MAPS: [&str; 15] = [
     MAP_IN_FORCE,
     MAP_TAG_SECRET,
     MAP_MEMBERS,
+    MAP_CHALLENGES,
 ];
 
 /// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.

@@ -19,6 +19,7 @@ pub mod abi;
 pub mod address;
 pub mod audit;
 pub mod bucket;
+pub mod challenge;
 pub mod control;
 pub mod event;
 pub mod ledger;

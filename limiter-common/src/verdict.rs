@@ -133,11 +133,13 @@ pub enum Counter {
     ResetSuppressed = 32,
     /// Connections that count against a user from then on, and no longer against their source.
     CountedForUser = 33,
+    /// SYNs that were answered by a SYN cookie in XDP.
+    SynChallenged = 34,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -172,6 +174,7 @@ impl Counter {
         Self::ResetSent,
         Self::ResetSuppressed,
         Self::CountedForUser,
+        Self::SynChallenged,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -250,6 +253,7 @@ impl Counter {
             Self::ResetSent => "reset_sent",
             Self::ResetSuppressed => "reset_suppressed",
             Self::CountedForUser => "counted_for_user",
+            Self::SynChallenged => "syn_challenged",
         }
     }
 }

@@ -15,7 +15,7 @@ use limiter_common::{
 };
 
 use crate::{
-    atomic,
+    atomic, challenge,
     context::{Packet, Skb},
     counters::count,
     handshake::{self, Proof},
@@ -40,10 +40,13 @@ pub enum Verdict {
     Drop,
     /// It is answered by a RST.
     Reset,
+    /// It is answered by a SYN cookie; counted by who does that.
+    Challenge,
 }
 
 const DROP: u32 = Verdict::Drop as u32;
 const RESET: u32 = Verdict::Reset as u32;
+const CHALLENGE: u32 = Verdict::Challenge as u32;
 
 /// The verdict on a packet of this service, if it is one's.
 #[inline(always)]
@@ -71,6 +74,7 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
         match ctx.syn(service, in_force) {
             DROP => Some((Verdict::Drop, service)),
             RESET => Some((Verdict::Reset, service)),
+            CHALLENGE => Some((Verdict::Challenge, service)),
             _ => None,
         }
     } else if flags & (SYN | ACK | RST) == ACK {
@@ -150,11 +154,14 @@ fn syn(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<Verdict> {
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
     let policy = policy::of_service(service, in_force)?;
     let Some((reason, sampler)) = refusal(ends, service, policy, in_force, state) else {
-        count(service, Counter::SynAdmitted);
         // Opened at the SYN, a connection would be open before it is counted, and before its sender has proved itself.
         if segment.has_options() && policy.on_deny != OnDeny::Observe as u8 {
             ctx.void_fast_open(&segment);
         }
+        if challenge::is_on(service) {
+            return Some(Verdict::Challenge);
+        }
+        count(service, Counter::SynAdmitted);
         return None;
     };
     let observed = policy.on_deny == OnDeny::Observe as u8;

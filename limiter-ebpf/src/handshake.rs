@@ -57,7 +57,7 @@ pub fn prove(ctx: &impl Packet, segment: &Segment) -> Proof {
 }
 
 #[inline(always)]
-fn lookup(ctx: &impl Packet, segment: &Segment) -> *mut bpf_sock {
+pub fn lookup(ctx: &impl Packet, segment: &Segment) -> *mut bpf_sock {
     // SAFETY: an all-zero tuple is a valid one.
     let mut tuple: bpf_sock_tuple = unsafe { mem::zeroed() };
     let remote = segment.remote();

@@ -21,6 +21,7 @@
 
 mod admission;
 mod atomic;
+mod challenge;
 mod context;
 mod control;
 mod counters;
@@ -53,6 +54,7 @@ pub fn limiter_xdp(ctx: XdpContext) -> u32 {
         Verdict::Pass => xdp_action::XDP_PASS,
         Verdict::Drop => xdp_action::XDP_DROP,
         Verdict::Reset => reply::limiter_reset(ctx.ctx, service.into()),
+        Verdict::Challenge => challenge::limiter_challenge(ctx.ctx, service.into()),
     }
 }
 
@@ -76,6 +78,10 @@ fn tc_action((verdict, service): (Verdict, u16)) -> i32 {
         Verdict::Reset => {
             counters::count(service, Counter::ResetSuppressed);
             TC_ACT_SHOT
+        }
+        Verdict::Challenge => {
+            counters::count(service, Counter::SynAdmitted);
+            TC_ACT_UNSPEC
         }
     }
 }

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use limiter_common::{
     Address, ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi, audit::AuditReport,
-    ledger::Reservation, policy::ServiceState, rule::RuleEntry, user::Member,
+    challenge::Challenge, ledger::Reservation, policy::ServiceState, rule::RuleEntry, user::Member,
 };
 
 #[map]
@@ -57,6 +57,9 @@ pub static MEMBERS: HashMap<u64, Member> = HashMap::with_max_entries(abi::DEFAUL
 
 #[map]
 pub static TAG_SECRET: Array<TagSecret> = Array::with_max_entries(1, 0);
+
+#[map]
+pub static CHALLENGES: Array<Challenge> = Array::with_max_entries(abi::MAX_SERVICES, 0);
 
 /// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.
 #[unsafe(no_mangle)]

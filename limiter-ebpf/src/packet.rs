@@ -116,6 +116,7 @@ struct Ports {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct TcpHeader {
     pub source_port: u16,
     pub destination_port: u16,
@@ -207,8 +208,9 @@ fn tcp_behind(cursor: &mut Cursor, network: Network) -> Option<Segment> {
     Some(Segment { network, offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
 }
 
+/// The segment at a place that [`limiter_locate`] has found.
 #[inline(always)]
-fn at(ctx: &impl Packet, place: u32) -> Option<Segment> {
+pub fn at(ctx: &impl Packet, place: u32) -> Option<Segment> {
     let mut cursor = Cursor::new(ctx);
     cursor.skip((place >> NETWORK_SHIFT) as usize % NETWORK_END);
     let network = if place & IS_V6 == 0 {

@@ -88,29 +88,27 @@ fn reset(ctx: &XdpContext) -> Option<()> {
         checksum: 0,
         urgent: 0,
     };
-    let tcp = turn_around(ctx, &question)?;
-    // SAFETY: the header lies in the packet.
-    unsafe { *tcp.header = answer };
-    seal(&tcp);
-    Some(())
+    send_back(ctx, &question, &answer, None)
 }
 
 /// What an answer takes from the segment that it answers. Ports are as they stand in the packet.
-struct Question {
+pub struct Question {
     /// From [`packet::limiter_locate`].
-    place: u32,
-    remote_port: u16,
-    local_port: u16,
-    sequence: u32,
+    pub place: u32,
+    pub remote_port: u16,
+    pub local_port: u16,
+    pub sequence: u32,
     /// How much of the sequence space it takes up: the SYN, and its data.
-    length: u32,
+    pub length: u32,
+    /// Of the TCP header, options included, in bytes.
+    pub header_length: u32,
 }
 
 impl Question {
     /// Reads a SYN. `None` if it may not be answered: it is a fragment, was sent to many, or its lengths contradict each
     /// other.
     #[inline(always)]
-    fn read(ctx: &XdpContext) -> Option<Self> {
+    pub fn read(ctx: &XdpContext) -> Option<Self> {
         let place = packet::limiter_locate(ctx.ctx);
         if place == 0 || place & (HIDDEN | IS_FRAGMENT) != 0 {
             return None;
@@ -156,26 +154,29 @@ impl Question {
             local_port: tcp.destination_port,
             sequence: u32::from_be(tcp.sequence),
             length: 1 + (end - data_at) as u32,
+            header_length: header_length as u32,
         })
     }
 }
 
-/// The TCP header of an answer, in the packet, and the sum over its pseudo-header.
-struct Answer {
-    header: *mut TcpHeader,
-    pseudo_sum: u64,
-}
-
-/// Cuts the frame to the length of a segment without options and data, and sends it back where it came from: addresses are
-/// swapped, and the network header is new. The TCP header is left to be written.
+/// Makes the answer of the frame, with this TCP header, in which only the checksum is missing, and perhaps an option of one
+/// word: cuts it to its length, and sends it back where it came from, with a new network header. An option for which there is
+/// no room is left out: no answer is longer than its question.
 #[inline(always)]
-fn turn_around(ctx: &XdpContext, question: &Question) -> Option<Answer> {
-    let tcp_length = mem::size_of::<TcpHeader>();
+pub fn send_back(ctx: &XdpContext, question: &Question, answer: &TcpHeader, option: Option<u32>) -> Option<()> {
     let network_at = network_at(question.place);
     let v6 = question.place & IS_V6 != 0;
     let network_length = if v6 { mem::size_of::<Ipv6Header>() } else { mem::size_of::<Ipv4Header>() };
-    let answer_length = network_at + network_length + tcp_length;
     let before = frame_length(ctx);
+    let mut tcp_length = mem::size_of::<TcpHeader>();
+    let option = match option {
+        Some(option) if before >= network_at + network_length + tcp_length + mem::size_of::<u32>() => {
+            tcp_length += mem::size_of::<u32>();
+            Some(option)
+        }
+        _ => None,
+    };
+    let answer_length = network_at + network_length + tcp_length;
     let after = if before >= SHORTEST_FRAME && answer_length < SHORTEST_FRAME { SHORTEST_FRAME } else { answer_length };
     // SAFETY: the context is that of this program; every pointer into the packet is made anew below.
     if unsafe { bpf_xdp_adjust_tail(ctx.ctx, after as i32 - before as i32) } != 0 {
@@ -212,22 +213,26 @@ fn turn_around(ctx: &XdpContext, question: &Question) -> Option<Answer> {
         }
     }
     let header = cursor.take::<TcpHeader>()?;
-    for _ in 0..MOST_PADDING {
-        let Some(byte) = cursor.take::<u8>() else { break };
-        // SAFETY: take checked it.
-        unsafe { *byte = 0 };
-    }
-    Some(Answer { header, pseudo_sum: sum })
-}
-
-/// Writes the checksum of an answer whose TCP header is written otherwise.
-#[inline(always)]
-fn seal(answer: &Answer) {
-    // SAFETY: the header lies in the packet, and is five words long.
+    // SAFETY: take checked both; the header is five words long.
     unsafe {
-        let sum = answer.pseudo_sum + sum_of::<5>(answer.header.cast());
-        (*answer.header).checksum = fold(sum);
+        *header = *answer;
+        if let Some(option) = option {
+            let place = cursor.take::<u32>()?;
+            *place = option;
+            sum += u64::from(option);
+            (*header).data_offset = 6 << 4;
+        }
+        sum += sum_of::<5>(header.cast());
+        (*header).checksum = fold(sum);
     }
+    // All lengths are even. (And of single bytes the verifier would lose the bounds: what is before the end is not seen to be
+    // a byte before it.)
+    for _ in 0..MOST_PADDING / 2 {
+        let Some(bytes) = cursor.take::<u16>() else { break };
+        // SAFETY: take checked it.
+        unsafe { *bytes = 0 };
+    }
+    Some(())
 }
 
 #[inline(always)]

@@ -21,6 +21,7 @@ use limiter::{
 };
 use limiter_common::{
     Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
+    challenge::Challenge,
     event::Refusal,
     policy::{InForce, ServiceState},
     rule::{MAPPED_BITS, RuleEntry},
@@ -225,6 +226,21 @@ impl Program {
             }
         }
         Ok(counters)
+    }
+
+    /// Has a service answer SYNs by cookies from so many a second on.
+    pub fn set_challenge(&mut self, service: u16, threshold: u32) -> Result<()> {
+        self.put_challenge(service, Challenge { threshold, ..Challenge::default() })
+    }
+
+    /// Puts a service where it answers so.
+    pub fn put_challenge(&mut self, service: u16, challenge: Challenge) -> Result<()> {
+        Ok(self.array::<Challenge>(abi::MAP_CHALLENGES)?.set(u32::from(service), challenge, 0)?)
+    }
+
+    /// How that stands.
+    pub fn challenge(&mut self, service: u16) -> Result<Challenge> {
+        Ok(self.array::<Challenge>(abi::MAP_CHALLENGES)?.get(&u32::from(service), 0)?)
     }
 
     /// What a service holds.

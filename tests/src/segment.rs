@@ -155,7 +155,7 @@ impl Segment {
 }
 
 /// The Internet checksum (RFC 1071) over parts, of which all but the last have an even length.
-pub(crate) fn checksum(parts: &[&[u8]]) -> u16 {
+pub fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum: u32 = 0;
     for part in parts {
         let (pairs, rest) = part.as_chunks::<2>();

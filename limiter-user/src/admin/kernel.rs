@@ -151,6 +151,16 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
         "SYNs by what was done with them",
         services().flat_map(|row| outcomes(row, Stage::Syn, SYNS_PASSED)),
     )?;
+    writer.gauge(
+        "challenging",
+        "Whether SYNs are answered by SYN cookies in XDP now",
+        services().map(|row| ([("service", row.name.as_str())], row.challenge.challenging.into())),
+    )?;
+    writer.counter(
+        "syn_challenged",
+        "SYNs answered by SYN cookies in XDP",
+        services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::SynChallenged))),
+    )?;
     writer.counter(
         "resets",
         "Refused SYNs of services that answer by a RST, by whether they got one",

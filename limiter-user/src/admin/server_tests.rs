@@ -8,7 +8,7 @@ use tokio::{
 
 use super::{super::KernelState, *};
 use crate::{
-    kernel::{AttachedInterface, Counters, KernelError, ServiceRow, Status},
+    kernel::{AttachedInterface, ChallengeRow, Counters, KernelError, ServiceRow, Status},
     policy::Limits,
 };
 
@@ -71,12 +71,14 @@ fn status() -> Status {
         daemon: None,
         accounting: "socket",
         interfaces: vec![AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native" }],
+        syncookies_before: None,
         services: vec![ServiceRow {
             index: 0,
             name: "ch\"at".into(),
             ports: vec![8080],
             on_deny: "drop",
             limits: Limits::default(),
+            challenge: ChallengeRow::default(),
             connections: 3,
             counters: Counters(BTreeMap::from([
                 ("syn_admitted", 5),

@@ -144,7 +144,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        kernel::{Counters, RuleInForce, ServiceRow},
+        kernel::{ChallengeRow, Counters, RuleInForce, ServiceRow},
         policy::{Action, Rule},
     };
 
@@ -156,6 +156,7 @@ mod tests {
             ports: vec![80, 443],
             on_deny: "drop",
             limits,
+            challenge: ChallengeRow::default(),
             connections: 17,
             counters: Counters::default(),
         };

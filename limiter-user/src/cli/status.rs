@@ -34,6 +34,7 @@ fn text(status: &Status) -> String {
         status.sources,
         audit(status),
     );
+    text += &challenge(status);
     let interfaces = status.interfaces.iter().map(interface);
     text += &table(["INTERFACE", "INDEX", "MODE"], &[1], interfaces);
     text.push('\n');
@@ -59,6 +60,22 @@ fn text(status: &Status) -> String {
         );
     }
     text
+}
+
+/// Nothing, unless a challenge is configured.
+fn challenge(status: &Status) -> String {
+    let rows = || status.services.iter().filter(|row| row.challenge.challenge_threshold != 0);
+    let Some(first) = rows().next() else { return String::new() };
+    let when = match first.challenge.challenge_threshold {
+        1 => "always".to_owned(),
+        threshold => format!("from {threshold} SYNs a second on"),
+    };
+    let now: Vec<&str> = rows().filter(|row| row.challenge.challenging).map(|row| row.name.as_str()).collect();
+    let now = if now.is_empty() { "no service now".to_owned() } else { format!("now: {}", now.join(", ")) };
+    let sysctl = status.syncookies_before.map_or_else(String::new, |before| {
+        format!("\n            net.ipv4.tcp_syncookies is 2 for it, and will be {before} again after detach")
+    });
+    format!("Challenge   {when}; {now}{sysctl}\n\n")
 }
 
 fn audit(status: &Status) -> String {
@@ -119,7 +136,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{kernel::Counters, policy::Limits};
+    use crate::{
+        kernel::{ChallengeRow, Counters},
+        policy::Limits,
+    };
 
     fn status() -> Status {
         Status {
@@ -131,12 +151,14 @@ mod tests {
                 AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native" },
                 AttachedInterface { name: None, index: 77, mode: "generic" },
             ],
+            syncookies_before: None,
             services: vec![ServiceRow {
                 index: 0,
                 name: "chat".into(),
                 ports: vec![8080, 8443],
                 on_deny: "drop",
                 limits: Limits { connections_total: 0, ..Limits::default() },
+                challenge: ChallengeRow::default(),
                 connections: 3,
                 counters: Counters(BTreeMap::from([
                     ("syn_admitted", 5),
@@ -186,6 +208,20 @@ chat     ledger_full       2
 The ledger was full: 2 connections passed uncounted. Raise kernel.max_connections and attach anew.
 ";
         assert_eq!(text(&status()), expected);
+    }
+
+    #[test]
+    fn a_challenge_is_shown_where_one_is_configured() {
+        let mut status = status();
+        assert_eq!(challenge(&status), "");
+        status.services[0].challenge = ChallengeRow { challenge_threshold: 500, challenging: false };
+        assert_eq!(challenge(&status), "Challenge   from 500 SYNs a second on; no service now\n\n");
+        status.syncookies_before = Some(1);
+        status.services[0].challenge = ChallengeRow { challenge_threshold: 1, challenging: true };
+        assert_eq!(
+            challenge(&status),
+            "Challenge   always; now: chat\n            net.ipv4.tcp_syncookies is 2 for it, and will be 1 again after detach\n\n"
+        );
     }
 
     #[test]

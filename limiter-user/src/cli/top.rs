@@ -133,7 +133,10 @@ fn per_second(count: u64, time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{kernel::Counters, policy::Limits};
+    use crate::{
+        kernel::{ChallengeRow, Counters},
+        policy::Limits,
+    };
 
     fn status(counters: &[(&'static str, u64)]) -> Status {
         Status {
@@ -142,12 +145,14 @@ mod tests {
             daemon: Some(7),
             accounting: "socket",
             interfaces: Vec::new(),
+            syncookies_before: None,
             services: vec![ServiceRow {
                 index: 0,
                 name: "chat".into(),
                 ports: vec![8080],
                 on_deny: "drop",
                 limits: Limits::default(),
+                challenge: ChallengeRow::default(),
                 connections: 3,
                 counters: Counters(counters.iter().copied().collect()),
             }],

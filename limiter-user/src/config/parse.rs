@@ -22,6 +22,9 @@ pub(super) const LARGEST_LEDGER: u32 = 1 << 24;
 /// An audit reads the whole ledger: one after the other would be all that the host does.
 const SHORTEST_AUDIT_INTERVAL: Duration = Duration::from_millis(100);
 
+/// More SYNs than one host answers.
+const GREATEST_CHALLENGE_THRESHOLD: u32 = 100_000_000;
+
 /// A file, checked by itself.
 #[derive(Clone, Debug, Default)]
 pub(super) struct File {
@@ -112,6 +115,10 @@ fn kernel(mut section: Section, kernel: &mut Kernel) {
             return Err(Fault::new(item, r#"expected "0s" (never), or 100ms at least"#));
         }
         Ok(interval)
+    });
+    section.read("challenge", &mut kernel.challenge, value::choice);
+    section.read("challenge_threshold", &mut kernel.challenge_threshold, |item| {
+        value::integer(item, 2..=GREATEST_CHALLENGE_THRESHOLD, "SYNs per second")
     });
     section.read("debug_log", &mut kernel.debug_log, value::boolean);
     section.finish();

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{
-    Algorithm, AttachMode, CertificateFiles, EXAMPLE, Kinds, LogFormat, Messages, OnDeny, OnFull, OnViolation,
-    Overrides, Purpose, Tls, TlsHost, Upstream,
+    Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Kinds, LogFormat, Messages, OnDeny, OnFull,
+    OnViolation, Overrides, Purpose, Tls, TlsHost, Upstream,
 };
 use crate::policy::{Action, OwnLimits, Rule};
 
@@ -37,6 +37,8 @@ fn every_key_is_read() {
         pin_path = "/run/bpf/x"
         max_connections = 1_000
         audit_interval = "0s"
+        challenge = "auto"
+        challenge_threshold = 2
         debug_log = true
         [limits]
         connections_per_source = 0
@@ -117,6 +119,8 @@ fn every_key_is_read() {
             pin_path: PathBuf::from("/run/bpf/x"),
             max_connections: 1000,
             audit_interval: Duration::ZERO,
+            challenge: ChallengeMode::Auto,
+            challenge_threshold: 2,
             debug_log: true,
         },
         limits,
@@ -249,6 +253,12 @@ fn each_problem_is_told_with_its_place() {
         ),
         ("[kernel]\nattach_mode = \"tc\"", "2:15", "expected one of auto, native, generic"),
         ("[kernel]\non_deny = true", "2:11", "kernel.on_deny: found true, expected one of drop, reset, observe"),
+        (
+            "[kernel]\nchallenge = \"on\"",
+            "2:13",
+            "kernel.challenge: found the string \"on\", expected one of never, auto, always",
+        ),
+        ("[kernel]\nchallenge_threshold = 1", "2:23", "from 2 to 100000000 (SYNs per second)"),
         ("kernel = 5", "1:10", "kernel: found the number 5, expected a table"),
         ("service = 5", "1:11", "service: found the number 5, expected tables, each under [[service]]"),
         ("[service]\nname = \"a\"", "1:1", "service: found a table, expected tables, each under [[service]]"),

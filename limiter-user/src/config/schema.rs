@@ -43,6 +43,10 @@ pub struct Kernel {
     pub max_connections: u32,
     /// How often the daemon compares the ledger with the kernel's sockets; zero: never.
     pub audit_interval: Duration,
+    /// Whether SYNs are answered by cookies before the stack sees them.
+    pub challenge: ChallengeMode,
+    /// How many SYNs a second, refused ones not counted, make a service do so under [`ChallengeMode::Auto`].
+    pub challenge_threshold: u32,
     /// Debug messages of the kernel programs; off costs nothing, and it can only be changed by attaching anew.
     pub debug_log: bool,
 }
@@ -57,6 +61,8 @@ impl Default for Kernel {
             pin_path: "/sys/fs/bpf/limiter".into(),
             max_connections: limiter_common::abi::DEFAULT_MAX_CONNECTIONS,
             audit_interval: Duration::from_secs(5),
+            challenge: ChallengeMode::Never,
+            challenge_threshold: 1000,
             debug_log: false,
         }
     }
@@ -93,6 +99,17 @@ impl OnDeny {
             Self::Observe => "observe",
         }
     }
+}
+
+/// Whether SYNs are answered by cookies, in XDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ChallengeMode {
+    /// They are not, and nothing of the host is changed for it.
+    Never,
+    /// Those of a service that is flooded are.
+    Auto,
+    /// All are.
+    Always,
 }
 
 /// What happens to a connection that the ledger has no room for.

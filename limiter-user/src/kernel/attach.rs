@@ -14,7 +14,7 @@ use aya::{
 use limiter_common::abi;
 
 use super::{
-    Auditor, KernelError,
+    Auditor, KernelError, challenge,
     control::Control,
     debug_log::DebugLog,
     events::Events,
@@ -88,6 +88,7 @@ impl Attached {
             Err(error) => {
                 if !taken_over {
                     // What is there is what this attempt has made. The first error is the one to tell.
+                    let _ = challenge::restore(&pins);
                     let _ = pins.remove();
                 }
                 Err(error)
@@ -127,6 +128,7 @@ impl Attached {
 
     /// Takes everything away again.
     pub fn detach(self) -> Result<(), KernelError> {
+        challenge::restore(&self.pins)?;
         self.pins.remove().map(|_| ())
     }
 }
@@ -178,6 +180,8 @@ impl Attach<'_> {
         let attachments = placement.attach(&mut loaded.programs, interfaces)?;
         let events = Events::open(self.pins)?;
 
+        challenge::put(self.pins, self.config)?;
+
         // Nothing is left that can be refused: from here on it stays.
         let services = in_force::put(self.pins, services, rules, self.config.on_full)?;
         self.pin_sock_ops(sock_ops)?;
@@ -190,6 +194,7 @@ impl Attach<'_> {
     fn make_folders(&self) -> Result<(), KernelError> {
         // Left over from an attach that died half-way, before anything was attached.
         if self.pins.version().exists() {
+            challenge::restore(self.pins)?;
             fs::remove_dir_all(self.pins.version())
                 .map_err(KernelError::failed(format!("can't clear {}", self.pins.version().display())))?;
         }

@@ -10,6 +10,7 @@ use aya::maps::{MapData, MapType};
 use limiter_common::{
     ConnectionKey, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     audit::AuditReport,
+    challenge::Challenge,
     ledger::Reservation,
     policy::{InForce, ServiceState},
     rule::{RuleEntry, RuleKey},
@@ -47,6 +48,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, InForce>(abi::MAP_IN_FORCE, MapType::Array, Some(1)),
     shape::<u32, TagSecret>(abi::MAP_TAG_SECRET, MapType::Array, Some(1)),
     shape::<u64, Member>(abi::MAP_MEMBERS, MapType::Hash, None),
+    shape::<u32, Challenge>(abi::MAP_CHALLENGES, MapType::Array, Some(abi::MAX_SERVICES)),
 ];
 
 /// Checks every pinned map. Returns the size of the ledger.

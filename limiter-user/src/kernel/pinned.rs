@@ -6,6 +6,7 @@ use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
 
 use super::{
     AttachedInterface, ConnectionRow, EventLog, KernelError, REPAIRS, ServiceRow, SourceRow, Status,
+    challenge::{self, Challenges},
     change::Change,
     host, in_force, layout,
     maps::{Audits, Ledger, ServiceEntry, Services, Sources},
@@ -66,6 +67,7 @@ impl Pinned {
             daemon: self.daemon(),
             accounting: "socket",
             interfaces: self.interfaces()?,
+            syncookies_before: challenge::before(&self.pins),
             ledger_entries: services.iter().map(|service| service.connections).sum(),
             ledger_size: self.ledger_size,
             repairs: services
@@ -101,6 +103,7 @@ impl Pinned {
     pub fn services(&self) -> Result<Vec<ServiceRow>, KernelError> {
         let maps = &self.services;
         let ports = maps.ports()?;
+        let challenges = Challenges::open(&self.pins)?;
         maps.all()?
             .into_iter()
             .map(|(index, service)| {
@@ -110,6 +113,7 @@ impl Pinned {
                     on_deny: service.on_deny.name(),
                     name: service.name,
                     limits: service.limits,
+                    challenge: challenges.get(index)?,
                     connections: maps.state(index)?.connections,
                     counters: maps.counters(index)?,
                 })
@@ -239,20 +243,30 @@ impl Pinned {
     }
 }
 
-/// Removes every pin under `pin_path`, of whatever version, and with them programs, links and maps. Returns how many
-/// there were.
+/// What detaching did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Detached {
+    /// How many pins there were.
+    pub removed: usize,
+    /// What `net.ipv4.tcp_syncookies` was before, if limiter had changed it in another network namespace than this process's,
+    /// where it stays as it is.
+    pub syncookies_left: Option<u8>,
+}
+
+/// Removes every pin under `pin_path`, of whatever version, and with them programs, links and maps.
 ///
 /// # Errors
 ///
 /// [`KernelError::NotAttached`] if nothing is there, [`KernelError::AlreadyRunning`] while a daemon works on it.
-pub fn detach(pin_path: &Path) -> Result<usize, KernelError> {
+pub fn detach(pin_path: &Path) -> Result<Detached, KernelError> {
     let pins = Pins::new(pin_path);
     host::require_privilege("detach")?;
     if !pin_path.exists() {
         return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
     }
     let _lock = pins.lock()?;
-    pins.remove()
+    let syncookies_left = challenge::restore(&pins)?;
+    Ok(Detached { removed: pins.remove()?, syncookies_left })
 }
 
 /// The name of a source's service; its number, if the service was taken away and the connection has outlived it.

@@ -5,6 +5,7 @@
 //!   v1/                layout version (abi::ABI_VERSION)
 //!     LEDGER …         the maps, by name
 //!     netns-7          an empty folder: cookie of the network namespace that it was attached in
+//!     syncookies-1     an empty folder: what net.ipv4.tcp_syncookies was before it was changed, if it was
 //!     links/
 //!       sockops        the link of the sock_ops program
 //!       xdp-native-2   the link of the XDP program on the interface of index 2, and how it is attached
@@ -93,7 +94,12 @@ impl Pins {
 
     /// The folder whose name says which network namespace the interfaces and the sockets are of.
     pub fn netns(&self, cookie: u64) -> PathBuf {
-        self.version().join(format!("netns-{cookie}"))
+        self.version().join(Self::netns_name(cookie))
+    }
+
+    /// The name of that folder.
+    pub fn netns_name(cookie: u64) -> String {
+        format!("netns-{cookie}")
     }
 
     /// Where the link of the `sock_ops` program is pinned.

@@ -20,6 +20,8 @@ pub struct Status {
     pub accounting: &'static str,
     /// Interfaces and how they are attached.
     pub interfaces: Vec<AttachedInterface>,
+    /// What `net.ipv4.tcp_syncookies` was before limiter set it to 2, and will be again; `None` if it was not changed.
+    pub syncookies_before: Option<u8>,
     /// Services, in the order of their index.
     pub services: Vec<ServiceRow>,
     /// Entries in the ledger.
@@ -66,10 +68,22 @@ pub struct ServiceRow {
     /// Its limits.
     #[serde(flatten)]
     pub limits: Limits,
+    /// Whether it answers SYNs by cookies.
+    #[serde(flatten)]
+    pub challenge: ChallengeRow,
     /// Connections that it holds.
     pub connections: u64,
     /// What was counted, summed over all CPUs, since it was attached.
     pub counters: Counters,
+}
+
+/// Whether a service answers SYNs by cookies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ChallengeRow {
+    /// From how many SYNs a second on; 0: never, 1: always.
+    pub challenge_threshold: u32,
+    /// Whether it does now.
+    pub challenging: bool,
 }
 
 /// The counters of one service.

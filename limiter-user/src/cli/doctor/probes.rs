@@ -190,6 +190,8 @@ fn syncookies(host: &impl Host) -> Row {
             found(&value),
             "sysctl net.ipv4.tcp_syncookies=1, or a flood of spoofed SYNs fills the backlog",
         ),
+        // Set by whoever wants cookies at any time; so does kernel.challenge.
+        Ok(value) if value == "2" => row("syncookies", State::Ok, found(&value) + ", for every connection", ""),
         Ok(value) => row("syncookies", State::Ok, found(&value), ""),
         Err(error) => unreadable("syncookies", PATH, &error),
     }

@@ -157,6 +157,9 @@ fn settings_that_weaken_the_host_are_warned_of() {
     let host = Fake::fit();
     host.write("/proc/sys/net/ipv4/tcp_syncookies", "0\n");
     assert_eq!(only_fault(&host, "syncookies").state, State::Warn);
+    host.write("/proc/sys/net/ipv4/tcp_syncookies", "2\n");
+    let row = syncookies(&host);
+    assert_eq!((row.state, row.found.contains("for every connection")), (State::Ok, true));
 
     let host = Fake::fit();
     host.write("/proc/sys/net/core/somaxconn", "128\n");

@@ -149,7 +149,7 @@ mod tests {
     use std::{cell::RefCell, io};
 
     use super::*;
-    use crate::kernel::Counters;
+    use crate::kernel::{ChallengeRow, Counters};
 
     const FIVE: &[(LimitKey, u32)] = &[(LimitKey::ConnectionsPerSource, 5)];
 
@@ -160,6 +160,7 @@ mod tests {
             ports: vec![8080],
             on_deny: "drop",
             limits: Limits::default(),
+            challenge: ChallengeRow::default(),
             connections: 0,
             counters: Counters::default(),
         }
