@@ -113,7 +113,7 @@ fn fast_open(cookie: &[u8]) -> Vec<u8> {
 /// The cookie that the server gives this client, if it gives one.
 fn fast_open_cookie(raw: &mut RawClient) -> Result<Option<Vec<u8>>> {
     let syn = Segment { options: fast_open(&[]), ..raw.syns(1).remove(0) };
-    raw.send(&[syn.clone()])?;
+    raw.send(std::slice::from_ref(&syn))?;
     let deadline = std::time::Instant::now() + SOON;
     loop {
         let answer = raw.receive(deadline)?.context("a SYN is answered")?;
