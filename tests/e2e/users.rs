@@ -82,14 +82,14 @@ fn users_behind_one_address_leave_each_other_room(family: Family) -> Result<()> 
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let limiter = Limiter::new(&lab.server)?;
-    let setup = Setup::start(&lab, &limiter, &["alice", "bob", "caf\u{e9} owner"])?;
+    let setup = Setup::start(&lab, &limiter, &["alice", "bob", "\u{fc} owner"])?;
     let mut sessions = Vec::new();
     for user in [0, 0, 1, 2] {
         let mut session = setup.open(client, family, user)?;
         websocket::echo(&mut session, "in")?;
         sessions.push(session);
     }
-    assert_eq!(setup.counted()?, ["user:alice", "user:alice", "user:bob", "user:caf\u{e9} owner"]);
+    assert_eq!(setup.counted()?, ["user:alice", "user:alice", "user:bob", "user:\u{fc} owner"]);
     assert_eq!(limiter.held_by(client.address(family))?, 0, "none is its source's any more");
     let sources = limiter.json("sources")?;
     assert_eq!(sources["sources"][0]["source"], "user:alice");

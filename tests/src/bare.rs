@@ -181,7 +181,8 @@ fn with_answer(answer: Answer) -> [[u8; 8]; 2] {
 
 /// `struct bpf_insn`.
 fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> [u8; 8] {
-    let [a, b] = offset.to_ne_bytes();
-    let [c, d, e, f] = immediate.to_ne_bytes();
-    [code, source << 4 | destination, a, b, c, d, e, f]
+    let mut bytes = [code, source << 4 | destination, 0, 0, 0, 0, 0, 0];
+    bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
+    bytes[4..].copy_from_slice(&immediate.to_ne_bytes());
+    bytes
 }
