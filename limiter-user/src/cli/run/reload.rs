@@ -153,6 +153,9 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
     keep("kernel.attach_mode", &old_kernel.attach_mode, &mut new_kernel.attach_mode, &mut restart);
     keep("kernel.pin_path", &old_kernel.pin_path, &mut new_kernel.pin_path, &mut restart);
     keep("kernel.max_connections", &old_kernel.max_connections, &mut new_kernel.max_connections, &mut restart);
+    keep("kernel.challenge", &old_kernel.challenge, &mut new_kernel.challenge, &mut restart);
+    let threshold = &mut new_kernel.challenge_threshold;
+    keep("kernel.challenge_threshold", &old_kernel.challenge_threshold, threshold, &mut restart);
     keep("kernel.debug_log", &old_kernel.debug_log, &mut new_kernel.debug_log, &mut restart);
     keep("gateway.listen", &old.gateway.listen, &mut new.gateway.listen, &mut restart);
     keep("admin.listen", &old.admin.listen, &mut new.admin.listen, &mut restart);
@@ -170,7 +173,7 @@ fn keep<T: Clone + PartialEq>(key: &'static str, old: &T, new: &mut T, restart: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::AttachMode;
+    use crate::config::{AttachMode, ChallengeMode};
 
     #[test]
     fn what_takes_a_restart_stays_and_is_named() {
@@ -178,11 +181,15 @@ mod tests {
         let mut new = old.clone();
         assert_eq!(keep_fixed(&old, &mut new), Vec::<&str>::new());
         new.kernel.attach_mode = AttachMode::Generic;
+        new.kernel.challenge = ChallengeMode::Auto;
+        new.kernel.challenge_threshold = 5;
         new.gateway.listen = vec!["127.0.0.1:1".parse().unwrap()];
         new.admin.listen = None;
         new.gateway.drain_timeout = Duration::from_secs(1);
         new.kernel.audit_interval = Duration::from_secs(1);
-        assert_eq!(keep_fixed(&old, &mut new), ["kernel.attach_mode", "gateway.listen", "admin.listen"]);
+        let named =
+            ["kernel.attach_mode", "kernel.challenge", "kernel.challenge_threshold", "gateway.listen", "admin.listen"];
+        assert_eq!(keep_fixed(&old, &mut new), named);
         let mut expected = old;
         expected.gateway.drain_timeout = Duration::from_secs(1);
         expected.kernel.audit_interval = Duration::from_secs(1);
