@@ -25,7 +25,8 @@ use super::{
     arrival::{self, Arrived, Endpoints},
     auth::{Member, Visitor},
     forwarded::{self, Identity},
-    handshake, origin, proxy_hint, session,
+    handshake, origin, proxy_hint,
+    session::{self, Established},
     socket::Socket,
     upstream::Client,
 };
@@ -53,18 +54,23 @@ pub(super) struct Accepted {
 }
 
 /// Serves a connection until it is closed.
-pub(super) async fn serve(socket: Socket, shared: Arc<Shared>) {
-    let started = Instant::now();
-    let deadline = started + shared.config.handshake_timeout;
-    // Boxed, so that a session does not carry the room for its handshake along.
-    let handshake = Box::pin(async {
-        let arrived = arrival::arrive(socket, &shared, deadline).await?;
-        shake_hands(arrived, &shared, deadline).await
-    });
-    if let Some((socket, early, accepted)) = handshake.await {
-        let open = shared.metrics.session_opened(started.elapsed());
-        session::run(socket, early, accepted, open, &shared).await;
+pub(super) fn serve(socket: Socket, shared: Arc<Shared>) -> impl Future<Output = ()> + Send {
+    // Boxed from the start, so that a session does not carry the room for its handshake along.
+    let handshake = Box::pin(establish(socket, Arc::clone(&shared)));
+    async move {
+        if let Some(established) = handshake.await {
+            session::run(established, &shared).await;
+        }
     }
+}
+
+/// Everything up to the answer 101.
+async fn establish(socket: Socket, shared: Arc<Shared>) -> Option<Box<Established>> {
+    let since = Instant::now();
+    let deadline = since + shared.config.handshake_timeout;
+    let arrived = arrival::arrive(socket, &shared, deadline).await?;
+    let (socket, early, accepted) = shake_hands(arrived, &shared, deadline).await?;
+    Some(Box::new(Established { socket, early, accepted, since }))
 }
 
 /// Reads the request and answers it; with what the client has sent since. `None`: refused, or the client left; the

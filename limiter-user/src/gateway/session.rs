@@ -11,10 +11,12 @@ use tokio_tungstenite::{WebSocketStream, tungstenite::Message, tungstenite::prot
 
 use super::{
     Shared,
+    admission::Permit,
     application::Opened,
     auth::Member,
     close::{self, End},
     connection::Accepted,
+    drain::Witness,
     liveness, messages,
     messages::Inbound,
     metrics::{Metrics, OpenSession},
@@ -23,62 +25,109 @@ use super::{
     socket::Socket,
 };
 
-/// Serves a client to the end of the session and closes both sides. `early`: what came right after the handshake.
-pub(super) async fn run(
-    client: Socket,
-    early: Vec<u8>,
-    accepted: Accepted,
-    mut open: OpenSession<'_>,
-    shared: &Arc<Shared>,
-) {
+/// What a session begins with. Boxed, and taken apart before the session waits for anything: what is moved out of a future's
+/// variable still takes room in it.
+pub(super) struct Established {
+    pub(super) socket: Socket,
+    /// What the client sent right after its handshake.
+    pub(super) early: Vec<u8>,
+    pub(super) accepted: Accepted,
+    /// When the connection was accepted.
+    pub(super) since: Instant,
+}
+
+/// What a session gives back at its end.
+struct Held<'a> {
+    who: Who,
+    permit: Permit,
+    open: OpenSession<'a>,
+    witness: Witness<'a>,
+}
+
+impl Held<'_> {
+    /// The client's socket is closed: whoever gets the slot doesn't find it still taken in the kernel.
+    fn release(self, agreed: bool) {
+        let Self { who, permit, open, mut witness } = self;
+        if agreed {
+            witness.closed();
+        }
+        drop((witness, open, permit, who));
+    }
+}
+
+/// A session with an upstream: all that a quiet one keeps, in one piece.
+struct Relayed<'a> {
+    relay: Relay<'a>,
+    held: Held<'a>,
+}
+
+enum Begun<'a> {
+    Relay(Box<Relayed<'a>>),
+    Echo(Box<(Socket, Vec<u8>, Held<'a>)>),
+}
+
+/// Serves a client to the end of the session and closes both sides.
+pub(super) async fn run(established: Box<Established>, shared: &Arc<Shared>) {
+    match begin(*established, shared) {
+        Begun::Relay(session) => relayed(session, shared).await,
+        Begun::Echo(session) => Box::pin(echoed(session, shared)).await,
+    }
+}
+
+fn begin(established: Established, shared: &Shared) -> Begun<'_> {
+    let Established { socket, early, accepted, since } = established;
     let Accepted { client: address, permit, user, application } = accepted;
-    let config = &shared.config;
-    let mut witness = shared.drain.session();
-    let who = Who { address, remote: client.connection().remote, user };
-    // What is only needed at the end, or by the built-in application, takes no room in a relayed session.
+    let open = shared.metrics.session_opened(since.elapsed());
+    let who = Who { address, remote: socket.connection().remote, user };
+    let held = Held { who, permit, open, witness: shared.drain.session() };
     match application {
         Opened::Relay(upstream) => {
-            let mut relay = Relay::new(client, early, upstream, address, shared);
-            let end = tokio::select! {
-                biased;
-                () = shared.drain.wait() => End::Draining,
-                end = lapse(who.user.as_ref(), shared) => end,
-                end = relay.run() => end,
-            };
-            open.ends(end.label());
-            log(&end, &who, open.lasted(), shared);
-            let closed = |agreed: bool| {
-                if agreed {
-                    witness.closed();
-                }
-                drop((witness, open, permit, who));
-            };
-            Box::pin(relay::close(relay, &end, config.drain_timeout, closed)).await;
+            let relay = Relay::new(socket, early, upstream, address, shared);
+            Begun::Relay(Box::new(Relayed { relay, held }))
         }
-        Opened::Echo => {
-            Box::pin(async {
-                let limits = messages::client_config(&config.messages);
-                let client = WebSocketStream::from_partially_read(client, early, Role::Server, Some(limits)).await;
-                let client = Peer::new(client, config.pong_timeout);
-                let inbound = Inbound::new(shared, address);
-                let end = tokio::select! {
-                    biased;
-                    () = shared.drain.wait() => End::Draining,
-                    end = liveness::watch(&client, config) => end,
-                    end = lapse(who.user.as_ref(), shared) => end,
-                    end = echo(&client, inbound, &shared.metrics) => end,
-                };
-                open.ends(end.label());
-                log(&end, &who, open.lasted(), shared);
-                if close::client(client.into_socket(), &end, config.drain_timeout).await {
-                    witness.closed();
-                }
-                // The socket is closed by now: whoever gets the slot doesn't find it still taken in the kernel.
-                drop((witness, open, permit, who));
-            })
-            .await;
-        }
+        Opened::Echo => Begun::Echo(Box::new((socket, early, held))),
     }
+}
+
+async fn relayed(mut session: Box<Relayed<'_>>, shared: &Shared) {
+    let Relayed { relay, held } = &mut *session;
+    let end = tokio::select! {
+        biased;
+        () = shared.drain.wait() => End::Draining,
+        end = lapse(held.who.user.as_ref(), shared) => end,
+        end = relay.run() => end,
+    };
+    ends(&end, held, shared);
+    // Boxed, because the room is needed only now.
+    Box::pin(async move {
+        let Relayed { relay, held } = *session;
+        relay::close(relay, &end, shared.config.drain_timeout, |agreed| held.release(agreed)).await;
+    })
+    .await;
+}
+
+async fn echoed(session: Box<(Socket, Vec<u8>, Held<'_>)>, shared: &Shared) {
+    let (client, early, mut held) = *session;
+    let config = &shared.config;
+    let limits = messages::client_config(&config.messages);
+    let client = WebSocketStream::from_partially_read(client, early, Role::Server, Some(limits)).await;
+    let client = Peer::new(client, config.pong_timeout);
+    let inbound = Inbound::new(shared, held.who.address);
+    let end = tokio::select! {
+        biased;
+        () = shared.drain.wait() => End::Draining,
+        end = liveness::watch(&client, config) => end,
+        end = lapse(held.who.user.as_ref(), shared) => end,
+        end = echo(&client, inbound, &shared.metrics) => end,
+    };
+    ends(&end, &mut held, shared);
+    let agreed = close::client(client.into_socket(), &end, config.drain_timeout).await;
+    held.release(agreed);
+}
+
+fn ends(end: &End, held: &mut Held<'_>, shared: &Shared) {
+    held.open.ends(end.label());
+    log(end, &held.who, held.open.lasted(), shared);
 }
 
 /// Who is at the other end of a session.
