@@ -75,7 +75,7 @@ fn a_flood_is_answered_by_cookies_and_ends(family: Family) -> Result<()> {
     limiter.wait_held(home.address(family), 2)?;
 
     // It ends by itself, without a daemon.
-    eventually(Duration::from_secs(60), "the challenge has ended", || Ok(!challenging(&limiter)?))?;
+    eventually(Duration::from_mins(1), "the challenge has ended", || Ok(!challenging(&limiter)?))?;
     let challenged = limiter.counter("syn_challenged")?;
     let after = connect_served(&home.namespace, home.service(family), SOON)?;
     assert_eq!(limiter.counter("syn_challenged")?, challenged);
