@@ -64,8 +64,12 @@ fn an_interface_whose_xdp_is_taken() -> Result<()> {
     let _foreign = BareXdp::load(Answer::Pass)?.attach(&lab.server, &taken)?;
     let before = lab.server.link(&taken)?["xdp"].clone();
     for verb in ["attach", "run"] {
-        let outcome = limiter
-            .outcome([verb.to_owned(), "--port".into(), "8080".into()].into_iter().chain(lab.interface_flags()))?;
+        let outcome = limiter.outcome(
+            [verb, "--port", "8080", "--attach-mode", "native"]
+                .map(str::to_owned)
+                .into_iter()
+                .chain(lab.interface_flags()),
+        )?;
         assert_error(&outcome, FAILED, &[&taken, "XDP"]);
         assert_eq!(lab.server.link(&taken)?["xdp"], before, "the other program is still there, and alone");
         lab.server.wait_xdp_free(&lab.clients[0].server_interface())?;
@@ -100,7 +104,8 @@ fn a_take_over_that_fails_leaves_what_was_in_force() -> Result<()> {
         (&["attach", both[0], both[1], both[2], both[3], "--port", "9000"], "client2"),
         (&["attach", "--interface", "eth7", "--port", "9000"], "eth7"),
     ] {
-        let outcome = limiter.outcome(arguments.iter().copied().chain(["--connections-per-source", "9"]))?;
+        let more = ["--connections-per-source", "9", "--attach-mode", "native"];
+        let outcome = limiter.outcome(arguments.iter().copied().chain(more))?;
         assert_error(&outcome, FAILED, &[said]);
         let after = limiter.json("status")?;
         for what in ["services", "interfaces", "daemon"] {

@@ -25,9 +25,13 @@ both_families!(
     a_crowd_gets_the_limit,
     a_crowd_gets_the_limit_with_cookies,
     a_crowd_gets_the_limit_in_generic_mode,
+    a_crowd_gets_the_limit_in_tc_mode,
+    a_crowd_gets_the_limit_in_tc_mode_with_cookies,
     a_batch_of_acks_gets_the_limit,
     a_batch_of_acks_gets_the_limit_with_cookies,
     a_batch_of_acks_gets_the_limit_in_generic_mode,
+    a_batch_of_acks_gets_the_limit_in_tc_mode,
+    a_batch_of_acks_gets_the_limit_in_tc_mode_with_cookies,
     a_closed_connection_makes_room_for_one,
     a_killed_process_gives_its_slots_back,
     a_new_limit_holds_at_once_and_cuts_nobody,
@@ -50,6 +54,14 @@ fn a_crowd_gets_the_limit_with_cookies(family: Family) -> Result<()> {
 
 fn a_crowd_gets_the_limit_in_generic_mode(family: Family) -> Result<()> {
     crowd_gets_the_limit(family, "1", "generic")
+}
+
+fn a_crowd_gets_the_limit_in_tc_mode(family: Family) -> Result<()> {
+    crowd_gets_the_limit(family, "1", "tc")
+}
+
+fn a_crowd_gets_the_limit_in_tc_mode_with_cookies(family: Family) -> Result<()> {
+    crowd_gets_the_limit(family, "2", "tc")
 }
 
 fn crowd_gets_the_limit(family: Family, syncookies: &str, mode: &str) -> Result<()> {
@@ -94,6 +106,14 @@ fn a_batch_of_acks_gets_the_limit_with_cookies(family: Family) -> Result<()> {
 
 fn a_batch_of_acks_gets_the_limit_in_generic_mode(family: Family) -> Result<()> {
     batch_of_acks_gets_the_limit(family, "1", "generic")
+}
+
+fn a_batch_of_acks_gets_the_limit_in_tc_mode(family: Family) -> Result<()> {
+    batch_of_acks_gets_the_limit(family, "1", "tc")
+}
+
+fn a_batch_of_acks_gets_the_limit_in_tc_mode_with_cookies(family: Family) -> Result<()> {
+    batch_of_acks_gets_the_limit(family, "2", "tc")
 }
 
 fn batch_of_acks_gets_the_limit(family: Family, syncookies: &str, mode: &str) -> Result<()> {

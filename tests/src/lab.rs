@@ -63,6 +63,13 @@ impl Lab {
 impl Client {
     fn new(server: &Namespace, number: u8) -> Result<Self> {
         let client = Self { namespace: Namespace::new()?, number };
+        client.plug_in(server)?;
+        Ok(client)
+    }
+
+    /// Makes the link to the server. For one whose link was deleted.
+    pub fn plug_in(&self, server: &Namespace) -> Result<()> {
+        let client = self;
         let server_interface = client.server_interface();
         let [mac, server_mac] = [client.mac(), client.server_mac()].map(format_mac);
         server.ip(&format!(
@@ -90,8 +97,7 @@ impl Client {
             )?;
         }
         server.ip(&server_lines)?;
-        client.namespace.ip(&client_lines)?;
-        Ok(client)
+        client.namespace.ip(&client_lines)
     }
 
     /// The client's address.

@@ -20,6 +20,7 @@ pub mod segment;
 pub mod shape;
 pub mod state;
 pub mod tcp;
+pub mod tun;
 pub mod wait;
 pub mod websocket;
 

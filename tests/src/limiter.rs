@@ -42,6 +42,8 @@ pub struct Limiter<'lab> {
     server: &'lab Namespace,
     binary: PathBuf,
     pin_path: PathBuf,
+    /// Features of the kernel that it is to take for missing.
+    without: &'static str,
 }
 
 impl<'lab> Limiter<'lab> {
@@ -53,7 +55,14 @@ impl<'lab> Limiter<'lab> {
         REMOVE_LEFTOVERS.call_once(remove_leftovers);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let pin_path = Path::new(BPFFS).join(format!("{PIN_PREFIX}{}-{number}", std::process::id()));
-        Ok(Self { server, binary: binary()?, pin_path })
+        Ok(Self { server, binary: binary()?, pin_path, without: "" })
+    }
+
+    /// The same on a kernel that lacks something: `btf`, `tcx`, `watch` or `destroy`, or several, separated by commas.
+    #[must_use]
+    pub fn without(mut self, features: &'static str) -> Self {
+        self.without = features;
+        self
     }
 
     /// Where it pins.
@@ -80,6 +89,7 @@ impl<'lab> Limiter<'lab> {
                 command.env_remove(name);
             }
         }
+        command.env("LIMITER_TEST_WITHOUT", self.without);
         command.args(arguments).arg("--pin-path").arg(&self.pin_path);
         command
     }

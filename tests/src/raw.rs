@@ -313,6 +313,45 @@ impl RawClient {
     }
 }
 
+/// Sends frames on a client's link of which only the first bytes lie in one piece of memory.
+#[derive(Debug)]
+pub struct VnetSocket(Socket);
+
+impl VnetSocket {
+    /// On the client's link.
+    pub fn new(client: &Client) -> Result<Self> {
+        let index = client.namespace.interface_index(CLIENT_INTERFACE)?;
+        let socket = client.namespace.enter(|| packet_socket(index)).context("cannot open a packet socket")?;
+        let on: libc::c_int = 1;
+        // SAFETY: the descriptor is open, and the length is that of the value.
+        let outcome = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                PACKET_VNET_HDR,
+                (&raw const on).cast(),
+                libc::socklen_t::try_from(size_of_val(&on))?,
+            )
+        };
+        ensure!(outcome == 0, "PACKET_VNET_HDR: {}", io::Error::last_os_error());
+        Ok(Self(socket))
+    }
+
+    /// Sends a frame of at least a page, whose first `linear` bytes are in one piece.
+    pub fn send(&self, frame: &[u8], linear: u16) -> Result<()> {
+        // struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
+        let mut message = vec![0; 10];
+        message[2..4].copy_from_slice(&linear.to_ne_bytes());
+        message.extend(frame);
+        let sent = self.0.send(&message)?;
+        ensure!(sent == message.len(), "{sent} of {} bytes were sent", message.len());
+        Ok(())
+    }
+}
+
+/// Of linux/if_packet.h.
+const PACKET_VNET_HDR: libc::c_int = 15;
+
 /// `libc::ETH_P_ALL` and `libc::AF_PACKET` in the width that `sockaddr_ll` has them in.
 const ETH_P_ALL: u16 = 3;
 const AF_PACKET: u16 = 17;

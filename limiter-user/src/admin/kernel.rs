@@ -140,7 +140,7 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
     )?;
     writer.gauge(
         "kernel_attached",
-        "Interfaces that the XDP program is attached to",
+        "Interfaces that a program of admission is attached to",
         status
             .interfaces
             .iter()

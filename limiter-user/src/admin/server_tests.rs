@@ -70,7 +70,13 @@ fn status() -> Status {
         abi: 1,
         daemon: None,
         accounting: "socket",
-        interfaces: vec![AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native" }],
+        interfaces: vec![AttachedInterface {
+            name: Some("eth0".into()),
+            index: 2,
+            mode: "native",
+            hook: "xdp",
+            why: None,
+        }],
         syncookies_before: None,
         services: vec![ServiceRow {
             index: 0,

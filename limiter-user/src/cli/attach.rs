@@ -90,6 +90,7 @@ pub(super) fn log(report: &AttachReport) {
         tracing::info!(
             interface = interface.name,
             mode = interface.mode.name(),
+            hook = interface.mode.hook(),
             taken_over = report.taken_over,
             "attached"
         );
@@ -99,7 +100,7 @@ pub(super) fn log(report: &AttachReport) {
 /// What the user should know although it is no error.
 fn remarks(report: &AttachReport) -> Vec<String> {
     let fallbacks = report.interfaces.iter().filter_map(|interface| {
-        let why = interface.fallback.as_ref()?;
+        let why = interface.why?;
         let (name, mode) = (&interface.name, interface.mode.name());
         Some(format!("{name} is attached in {mode} mode, which is slower: {why}"))
     });
@@ -132,7 +133,7 @@ mod tests {
     use super::*;
     use crate::{
         config::OnDeny,
-        kernel::{InterfaceReport, XdpMode},
+        kernel::{InterfaceReport, Mode, Why},
         policy::Limits,
     };
 
@@ -142,14 +143,18 @@ mod tests {
             taken_over: false,
             interfaces: vec![InterfaceReport {
                 name: "lo".into(),
-                mode: XdpMode::Generic,
-                fallback: Some("not supported".into()),
+                mode: Mode::Generic,
+                why: Some(Why::Refused(libc::EOPNOTSUPP)),
             }],
             warnings: vec!["the ledger keeps its size".into()],
         };
         assert_eq!(
             remarks(&report),
-            ["the ledger keeps its size", "lo is attached in generic mode, which is slower: not supported"]
+            [
+                "the ledger keeps its size",
+                "lo is attached in generic mode, which is slower: it refuses XDP in a faster mode: \
+                 Operation not supported (os error 95)"
+            ]
         );
         let service = Service {
             name: "default".into(),

@@ -39,7 +39,7 @@ pub(super) struct KernelSettings {
     /// What the SYN of a source at its limit gets [default: drop]
     #[arg(long, value_enum, value_name = "ACTION", env = "LIMITER_ON_DENY")]
     on_deny: Option<OnDeny>,
-    /// How the XDP program is attached [default: auto]
+    /// Where packets are seen: by XDP in the driver or in the network stack, or by TC [default: auto]
     #[arg(long, value_enum, value_name = "MODE", env = "LIMITER_ATTACH_MODE")]
     attach_mode: Option<AttachMode>,
 }

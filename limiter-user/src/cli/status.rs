@@ -36,7 +36,7 @@ fn text(status: &Status) -> String {
     );
     text += &challenge(status);
     let interfaces = status.interfaces.iter().map(interface);
-    text += &table(["INTERFACE", "INDEX", "MODE"], &[1], interfaces);
+    text += &table(["INTERFACE", "INDEX", "MODE", "HOOK", "WHY"], &[1], interfaces);
     text.push('\n');
     let header = ["SERVICE", "PORTS", "ON DENY", "CONNECTIONS", "TOTAL LIMIT", "PER SOURCE", "RATE", "SOURCE IS"];
     text += &table(header, &[3, 4, 5], status.services.iter().map(service));
@@ -84,9 +84,10 @@ fn audit(status: &Status) -> String {
     format!("{age} ago: drift {}, {} repairs", status.drift, status.repairs)
 }
 
-fn interface(interface: &AttachedInterface) -> [String; 3] {
+fn interface(interface: &AttachedInterface) -> [String; 5] {
     let name = interface.name.clone().unwrap_or_else(|| "(gone, or in another namespace)".to_owned());
-    [name, interface.index.to_string(), interface.mode.to_owned()]
+    let why = interface.why.clone().unwrap_or_default();
+    [name, interface.index.to_string(), interface.mode.to_owned(), interface.hook.to_owned(), why]
 }
 
 fn service(service: &ServiceRow) -> [String; 8] {
@@ -148,8 +149,8 @@ mod tests {
             daemon: None,
             accounting: "socket",
             interfaces: vec![
-                AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native" },
-                AttachedInterface { name: None, index: 77, mode: "generic" },
+                AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native", hook: "xdp", why: None },
+                AttachedInterface { name: None, index: 77, mode: "tc", hook: "tcx", why: Some("it is taken".into()) },
             ],
             syncookies_before: None,
             services: vec![ServiceRow {
@@ -189,9 +190,9 @@ Accounting  socket
 Ledger      3 of 1000 connections, 1 sources
 Audit       2s ago: drift 0, 4 repairs
 
-INTERFACE                        INDEX  MODE
-eth0                                 2  native
-(gone, or in another namespace)     77  generic
+INTERFACE                        INDEX  MODE    HOOK  WHY
+eth0                                 2  native  xdp
+(gone, or in another namespace)     77  tc      tcx   it is taken
 
 SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  RATE              SOURCE IS
 chat     8080,8443  drop               3    unlimited          20  10/s, 20 at once  /32 and /64

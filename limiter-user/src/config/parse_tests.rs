@@ -249,9 +249,9 @@ fn each_problem_is_told_with_its_place() {
         (
             "[kernel]\nattach_mode = \"natve\"",
             "2:15",
-            "found the string \"natve\", expected one of auto, native, generic; did you mean \"native\"?",
+            "found the string \"natve\", expected one of auto, native, generic, tc; did you mean \"native\"?",
         ),
-        ("[kernel]\nattach_mode = \"tc\"", "2:15", "expected one of auto, native, generic"),
+        ("[kernel]\nattach_mode = \"skb\"", "2:15", "expected one of auto, native, generic, tc"),
         ("[kernel]\non_deny = true", "2:11", "kernel.on_deny: found true, expected one of drop, reset, observe"),
         (
             "[kernel]\nchallenge = \"on\"",

@@ -68,15 +68,17 @@ impl Default for Kernel {
     }
 }
 
-/// How the XDP program is attached.
+/// Where packets are seen, the faster modes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum AttachMode {
-    /// Native, and generic where the driver has no XDP; said aloud.
+    /// The first of the three that is to be had; said aloud if it is not native.
     Auto,
-    /// In the driver, or not at all.
+    /// By XDP in the driver, or not at all.
     Native,
-    /// In the network stack: slower, works on every device.
+    /// By XDP in the network stack: slower.
     Generic,
+    /// By TC: slower still, for every device, beside any other program.
+    Tc,
 }
 
 /// What a refused SYN gets.

@@ -20,13 +20,14 @@ use super::{
     events::Events,
     host, in_force,
     interfaces::{InterfaceReport, Interfaces},
+    keeper::Keeper,
     layout, link,
     live::LivePolicy,
-    load::{Hook, Loaded, load, program},
+    load::{Loaded, load, program},
     pins::{Lock, Pins},
 };
 use crate::{
-    config::{Kernel, Service},
+    config::{AttachMode, Kernel, Service},
     policy::Rule,
 };
 
@@ -38,6 +39,8 @@ pub struct Attached {
     control: Arc<Control>,
     events: Option<Events>,
     debug_log: Option<DebugLog>,
+    interfaces: Vec<String>,
+    attach_mode: AttachMode,
     // Last, so that nobody else starts before the rest is dropped.
     _lock: Lock,
 }
@@ -83,7 +86,17 @@ impl Attached {
             Ok((services, mut loaded, events, report)) => {
                 let debug_log = loaded.debug_log.take();
                 let control = Arc::new(Control::new(loaded));
-                Ok((Self { pins, services, control, events: Some(events), debug_log, _lock: lock }, report))
+                let attached = Self {
+                    pins,
+                    services,
+                    control,
+                    events: Some(events),
+                    debug_log,
+                    interfaces: config.interfaces.clone(),
+                    attach_mode: config.attach_mode,
+                    _lock: lock,
+                };
+                Ok((attached, report))
             }
             Err(error) => {
                 if !taken_over {
@@ -109,6 +122,11 @@ impl Attached {
     /// The control program.
     pub fn control(&self) -> Arc<Control> {
         Arc::clone(&self.control)
+    }
+
+    /// Whoever attaches interfaces again that go away and come back.
+    pub fn keeper(&self) -> Result<Keeper, KernelError> {
+        Keeper::new(&self.pins, &self.interfaces, self.attach_mode, self.control())
     }
 
     /// Whoever compares the ledger with the kernel's sockets.
@@ -175,9 +193,8 @@ impl Attach<'_> {
             );
         }
         let sock_ops = attach_sock_ops(&mut loaded.programs, cgroup)?;
-        loaded.load_admission(Hook::Xdp)?;
         let placement = Interfaces::new(self.pins, self.config.attach_mode);
-        let attachments = placement.attach(&mut loaded.programs, interfaces)?;
+        let attachments = placement.attach(&mut loaded, interfaces)?;
         let events = Events::open(self.pins)?;
 
         challenge::put(self.pins, self.config)?;
@@ -186,18 +203,15 @@ impl Attach<'_> {
         let services = in_force::put(self.pins, services, rules, self.config.on_full)?;
         self.pin_sock_ops(sock_ops)?;
         let reports = placement.keep(attachments)?;
-        placement.remove_others(interfaces)?;
+        placement.remove_others(&interfaces.iter().map(|(_, index)| *index).collect::<Vec<_>>())?;
         let report = AttachReport { taken_over: self.taken_over, interfaces: reports, warnings };
         Ok((services, loaded, events, report))
     }
 
     fn make_folders(&self) -> Result<(), KernelError> {
-        // Left over from an attach that died half-way, before anything was attached.
-        if self.pins.version().exists() {
-            challenge::restore(self.pins)?;
-            fs::remove_dir_all(self.pins.version())
-                .map_err(KernelError::failed(format!("can't clear {}", self.pins.version().display())))?;
-        }
+        // Left over from an attach that died half-way.
+        challenge::restore(self.pins)?;
+        self.pins.clear()?;
         for folder in [self.pins.links(), self.pins.netns(self.netns_cookie)] {
             fs::create_dir_all(&folder)
                 .map_err(KernelError::failed(format!("can't make the folder {}", folder.display())))?;

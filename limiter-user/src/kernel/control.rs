@@ -19,6 +19,7 @@ use limiter_common::{
 
 use super::{
     KernelError,
+    features::Feature,
     load::{Loaded, program},
     sock_diag::Socket,
 };
@@ -26,7 +27,7 @@ use crate::policy::Connection;
 
 /// Runs the control program.
 pub struct Control {
-    // Only to load and attach the program that watches takes more than a look.
+    // Only to load and attach programs takes more than a look.
     loaded: RwLock<Loaded>,
 }
 
@@ -117,10 +118,18 @@ impl Control {
         Ok(())
     }
 
+    /// Works with the programs, which nobody else does meanwhile.
+    pub(super) fn with_programs<T>(&self, work: impl FnOnce(&mut Loaded) -> T) -> T {
+        work(&mut self.loaded.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Has the stack tell of the end of every connection of a service that is open now, in this process's network
     /// namespace. `false` if this kernel can't (before 6.12).
     pub(super) fn watch(&self) -> Result<bool, KernelError> {
         const WHAT: &str = "can't go through the open connections";
+        if Feature::Watch.is_hidden() {
+            return Ok(false);
+        }
         let mut loaded = self.loaded.write().unwrap_or_else(PoisonError::into_inner);
         let watcher: &mut Iter = program(&mut loaded.programs, abi::PROGRAM_WATCH)?;
         // Loaded when it is needed, which is seldom: reading the kernel's types takes a while.

@@ -34,7 +34,7 @@ pub enum KernelError {
     NoDestroy,
     /// Another program holds the interface's XDP hook.
     #[error(
-        "the XDP hook of {interface} is taken by another program: `ip -details link show {interface}` names it; detach it, or leave {interface} out"
+        "the XDP hook of {interface} is taken by another program: `ip -details link show {interface}` names it; detach it, leave {interface} out, or allow TC with --attach-mode auto or tc"
     )]
     InterfaceTaken {
         /// The interface.
@@ -50,6 +50,24 @@ pub enum KernelError {
         /// The driver's answer.
         #[source]
         source: io::Error,
+    },
+    /// XDP was asked for on an interface whose packets it can't read.
+    #[error(
+        "the packets of {interface} have no Ethernet header, so XDP can't read them: use TC with --attach-mode auto or tc"
+    )]
+    NoEthernet {
+        /// The interface.
+        interface: String,
+    },
+    /// An interface of a kind that is not known to begin its packets with an Ethernet or an IP header.
+    #[error(
+        "{interface} is of a kind that limiter can't read packets of (ARPHRD type {number}): leave it out; connections by it still count, and are cut past the limits by `limiter run`"
+    )]
+    UnknownLinkType {
+        /// The interface.
+        interface: String,
+        /// Its `ARPHRD_…` number.
+        number: u16,
     },
     /// The pin path is not on a bpffs.
     #[error("{} is not on a BPF file system: `mount -t bpf bpf /sys/fs/bpf`, or name a place on one with --pin-path", pin_path.display())]

@@ -134,6 +134,52 @@ pub fn interface_name(index: u32) -> Option<String> {
     Some(String::from_utf8_lossy(&name[..end]).into_owned())
 }
 
+/// What kind of link an interface is on (`ARPHRD_…` of `linux/if_arp.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkType(pub u16);
+
+impl LinkType {
+    /// Whether its packets begin with an Ethernet header (14 bytes), or at once with that of IP; `None` if with something
+    /// else, for all that is known.
+    pub const fn has_ethernet(self) -> Option<bool> {
+        match self.0 {
+            libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK => Some(true),
+            // tun and WireGuard, raw IP of modems, PPP, tunnels: IPIP, IP6TNL, SIT, GRE over IPv4 and IPv6
+            libc::ARPHRD_NONE
+            | libc::ARPHRD_VOID
+            | RAW_IP
+            | libc::ARPHRD_PPP
+            | libc::ARPHRD_TUNNEL
+            | libc::ARPHRD_TUNNEL6
+            | libc::ARPHRD_SIT
+            | libc::ARPHRD_IPGRE
+            | IP6_GRE => Some(false),
+            _ => None,
+        }
+    }
+}
+
+/// `ARPHRD_RAWIP` and `ARPHRD_IP6GRE`.
+const RAW_IP: u16 = 519;
+const IP6_GRE: u16 = 823;
+
+/// The kind of an interface in this network namespace.
+pub fn link_type(name: &str) -> io::Result<LinkType> {
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    // One byte stays zero, which ends the name.
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    // SAFETY: the descriptor is open, and the request holds a name that ends with a zero.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has filled in the address.
+    Ok(LinkType(unsafe { request.ifr_ifru.ifru_hwaddr.sa_family }))
+}
+
 /// The names of the interfaces in this network namespace.
 fn interfaces() -> Vec<String> {
     // SAFETY: no precondition.
@@ -220,6 +266,14 @@ mod tests {
         let index = interface_index("lo").unwrap();
         assert_eq!(interface_name(index).as_deref(), Some("lo"));
         assert!(matches!(interface_index("no-such-device"), Err(KernelError::NoSuchInterface { .. })));
+    }
+
+    #[test]
+    fn the_loopback_device_has_an_ethernet_header_and_a_tunnel_none() {
+        assert_eq!(link_type("lo").unwrap().has_ethernet(), Some(true));
+        assert_eq!(LinkType(libc::ARPHRD_NONE).has_ethernet(), Some(false));
+        assert_eq!(LinkType(libc::ARPHRD_INFINIBAND).has_ethernet(), None);
+        assert!(link_type("no-such-device").is_err());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::{
     btf::{self, VMLINUX},
     debug_log::DebugLog,
     error::log_end,
+    features::Feature,
     host,
     pins::Pins,
 };
@@ -59,8 +60,17 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Hands the program of admission for a hook to the kernel, unless it has it. Each for itself: what a kernel refuses
-    /// keeps nobody from what it takes.
+    /// The program of admission for a hook, accepted by the verifier. Each is loaded for itself, when it is needed: what a
+    /// kernel refuses keeps nobody from what it takes.
+    pub fn admission<'a, P>(&'a mut self, hook: Hook) -> Result<&'a mut P, KernelError>
+    where
+        &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+    {
+        self.load_admission(hook)?;
+        program(&mut self.programs, hook.program())
+    }
+
+    /// Hands the program of admission for a hook to the kernel, unless it has it.
     pub fn load_admission(&mut self, hook: Hook) -> Result<(), KernelError> {
         let name = hook.program();
         match hook {
@@ -117,9 +127,13 @@ fn pin(loader: &mut EbpfLoader<'_>, pins: &Pins) {
 const MAPS: &str = "can't load the kernel programs' maps";
 
 fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<Loaded, KernelError> {
-    let isn_offset = btf::field_offset(Path::new(VMLINUX), "tcp_request_sock", "snt_isn")
-        .map_err(KernelError::failed(format!("can't read {VMLINUX}")))?
-        .unwrap_or(0);
+    let isn_offset = if Feature::Btf.is_hidden() {
+        0
+    } else {
+        btf::field_offset(Path::new(VMLINUX), "tcp_request_sock", "snt_isn")
+            .map_err(KernelError::failed(format!("can't read {VMLINUX}")))?
+            .unwrap_or(0)
+    };
     let reads_kernel_memory = u32::from(host::lets_programs_read_its_memory());
     let log_level = if config.debug_log { aya_log::Level::Debug as u8 } else { 0 };
 

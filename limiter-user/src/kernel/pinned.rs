@@ -11,6 +11,7 @@ use super::{
     host, in_force, layout,
     maps::{Audits, Ledger, ServiceEntry, Services, Sources},
     pins::Pins,
+    placement::Pin,
     rules::{self, Rules},
 };
 use crate::{
@@ -83,18 +84,20 @@ impl Pinned {
 
     /// The interfaces that are attached.
     pub fn interfaces(&self) -> Result<Vec<AttachedInterface>, KernelError> {
-        let links = self
+        let pins = self
             .pins
-            .xdp_links()
+            .placements()
             .map_err(KernelError::failed(format!("can't list {}", self.pins.links().display())))?;
         // An index means something else in another network namespace.
         let here = self.pins.netns(host::netns_cookie()?).is_dir();
-        Ok(links
+        Ok(pins
             .into_iter()
-            .map(|link| AttachedInterface {
-                name: here.then(|| host::interface_name(link.interface)).flatten(),
-                index: link.interface,
-                mode: link.mode.name(),
+            .map(|Pin { placement, .. }| AttachedInterface {
+                name: here.then(|| host::interface_name(placement.interface)).flatten(),
+                index: placement.interface,
+                mode: placement.mode.name(),
+                hook: placement.mode.hook(),
+                why: placement.why.map(|why| why.to_string()),
             })
             .collect())
     }

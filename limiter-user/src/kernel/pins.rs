@@ -8,7 +8,10 @@
 //!     syncookies-1     an empty folder: what net.ipv4.tcp_syncookies was before it was changed, if it was
 //!     links/
 //!       sockops        the link of the sock_ops program
-//!       xdp-native-2   the link of the XDP program on the interface of index 2, and how it is attached
+//!       native-2       the link of the XDP program on the interface of index 2, and how it is attached
+//!       tcx-7-taken    the same of the TC program, and why it is not XDP
+//!       clsact-9       a folder: on that interface, it is a filter, which no link holds
+//!         qdisc        an empty folder: the qdisc was made for it
 //! ```
 //!
 //! File names on a bpffs have no dots, so interfaces, whose names may have some, stand there by index.
@@ -24,7 +27,10 @@ use std::{
 
 use limiter_common::abi;
 
-use super::{KernelError, host, link};
+use super::{
+    KernelError, host, link,
+    placement::{Mode, Pin, Placement},
+};
 
 /// Longest that a change of the policy is waited for. A million rules take some seconds.
 const LONGEST_CHANGE: Duration = Duration::from_secs(30);
@@ -34,36 +40,6 @@ const LOCK_PAUSE: Duration = Duration::from_millis(5);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pins {
     root: PathBuf,
-}
-
-/// How the XDP program is attached to an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum XdpMode {
-    /// In the driver.
-    Native,
-    /// In the network stack.
-    Generic,
-}
-
-impl XdpMode {
-    /// As it is shown.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Native => "native",
-            Self::Generic => "generic",
-        }
-    }
-}
-
-/// A pinned link of the XDP program.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct XdpPin {
-    /// Where it is pinned.
-    pub path: PathBuf,
-    /// How it is attached.
-    pub mode: XdpMode,
-    /// The interface's index.
-    pub interface: u32,
 }
 
 impl Pins {
@@ -104,32 +80,22 @@ impl Pins {
 
     /// Where the link of the `sock_ops` program is pinned.
     pub fn sock_ops(&self) -> PathBuf {
-        self.links().join("sockops")
+        self.links().join(SOCK_OPS)
     }
 
     /// Where its successor is pinned until it takes that place.
     pub fn sock_ops_next(&self) -> PathBuf {
-        self.links().join("sockops_next")
+        self.links().join(SOCK_OPS_NEXT)
     }
 
-    /// Where the link of the XDP program on an interface is pinned.
-    pub fn xdp(&self, mode: XdpMode, interface: u32) -> PathBuf {
-        self.links().join(format!("xdp-{}-{interface}", mode.name()))
+    /// Where a program on an interface is pinned.
+    pub fn placement(&self, placement: &Placement) -> PathBuf {
+        self.links().join(placement.file_name())
     }
 
-    /// The pinned links of the XDP program, by the interface's index.
-    pub fn xdp_links(&self) -> io::Result<Vec<XdpPin>> {
-        let mut links: Vec<XdpPin> = match fs::read_dir(self.links()) {
-            Ok(entries) => entries
-                .collect::<io::Result<Vec<_>>>()?
-                .into_iter()
-                .filter_map(|entry| parse_xdp(&entry.path()))
-                .collect(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        links.sort_by_key(|link| link.interface);
-        Ok(links)
+    /// The programs on interfaces that are pinned, by the interface's index.
+    pub fn placements(&self) -> io::Result<Vec<Pin>> {
+        placements_in(&self.links())
     }
 
     /// Whether there is a whole state of this layout's version. The link of the `sock_ops` program is the first that is
@@ -201,24 +167,81 @@ impl Pins {
         lock_holder_of(&self.root)
     }
 
-    fn links_of_all_versions(&self) -> Vec<PathBuf> {
-        let files = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        files(self.root.clone()).flat_map(|version| files(version.join("links"))).collect()
+    /// Removes every pin under the pin path, and the folders. Returns how many pins there were. Links go first, so that
+    /// nothing counts against a map that is gone.
+    pub fn remove(&self) -> Result<usize, KernelError> {
+        let versions = folders_in(&self.root);
+        self.require_filters_in_reach(&versions)?;
+        for version in &versions {
+            Self::detach_all(version);
+        }
+        remove_tree(&self.root)
+            .map_err(KernelError::failed(format!("can't remove what is pinned at {}", self.root.display())))
     }
 
-    /// Removes every pin under the pin path, and the folders. Links go first, so that nothing counts against a map that
-    /// is gone.
-    pub fn remove(&self) -> Result<usize, KernelError> {
-        for link in self.links_of_all_versions() {
+    /// Removes what is pinned in this layout's version.
+    pub fn clear(&self) -> Result<(), KernelError> {
+        let version = self.version();
+        if !version.exists() {
+            return Ok(());
+        }
+        self.require_filters_in_reach(std::slice::from_ref(&version))?;
+        Self::detach_all(&version);
+        remove_tree(&version).map(|_| ()).map_err(KernelError::failed(format!("can't clear {}", version.display())))
+    }
+
+    fn detach_all(version: &Path) {
+        let links = version.join("links");
+        for pin in placements_in(&links).unwrap_or_default() {
             // What can't be detached (the interface is gone) ends with its pin.
-            if let Err(error) = link::detach(&link) {
-                tracing::debug!(%error, link = %link.display(), "not detached before its pin is removed");
+            if let Err(error) = pin.detach() {
+                tracing::debug!(%error, link = %pin.path.display(), "not detached before its pin is removed");
             }
         }
-        let removed = remove_tree(&self.root)
-            .map_err(KernelError::failed(format!("can't remove what is pinned at {}", self.root.display())))?;
-        Ok(removed)
+        for name in [SOCK_OPS, SOCK_OPS_NEXT] {
+            let path = links.join(name);
+            if path.exists()
+                && let Err(error) = link::detach(&path)
+            {
+                tracing::debug!(%error, link = %path.display(), "not detached before its pin is removed");
+            }
+        }
     }
+
+    /// A filter doesn't end with a pin, and can be removed only from its own network namespace.
+    fn require_filters_in_reach(&self, versions: &[PathBuf]) -> Result<(), KernelError> {
+        for version in versions {
+            let filters = placements_in(&version.join("links")).unwrap_or_default();
+            if filters.iter().any(|pin| pin.placement.mode == Mode::Clsact) {
+                let here = host::netns_cookie()?;
+                if !version.join(format!("netns-{here}")).is_dir() {
+                    return Err(KernelError::OtherNamespace { pin_path: self.root.clone() });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names of the pins of the `sock_ops` program.
+const SOCK_OPS: &str = "sockops";
+const SOCK_OPS_NEXT: &str = "sockops_next";
+
+fn placements_in(links: &Path) -> io::Result<Vec<Pin>> {
+    let mut pins: Vec<Pin> = match fs::read_dir(links) {
+        Ok(entries) => {
+            entries.collect::<io::Result<Vec<_>>>()?.into_iter().filter_map(|entry| Pin::at(&entry.path())).collect()
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    pins.sort_by_key(|pin| pin.placement.interface);
+    Ok(pins)
+}
+
+fn folders_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
 }
 
 /// That this process, and no other, works on a pin path.
@@ -272,19 +295,8 @@ fn lock_holder(locks: &str, place: &str) -> Option<u32> {
     })
 }
 
-fn parse_xdp(path: &Path) -> Option<XdpPin> {
-    let name = path.file_name()?.to_str()?.strip_prefix("xdp-")?;
-    let (mode, interface) = name.split_once('-')?;
-    let mode = match mode {
-        "native" => XdpMode::Native,
-        "generic" => XdpMode::Generic,
-        _ => return None,
-    };
-    Some(XdpPin { path: path.to_owned(), mode, interface: interface.parse().ok()? })
-}
-
 /// Removes a folder with what is in it, subfolders first. Returns how many files there were.
-fn remove_tree(folder: &Path) -> io::Result<usize> {
+pub(super) fn remove_tree(folder: &Path) -> io::Result<usize> {
     let (folders, files): (Vec<_>, Vec<_>) = fs::read_dir(folder)?
         .collect::<io::Result<Vec<_>>>()?
         .into_iter()
@@ -305,17 +317,6 @@ fn remove_tree(folder: &Path) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_link_is_found_by_its_pin() {
-        let pins = Pins::new(Path::new("/sys/fs/bpf/limiter"));
-        for mode in [XdpMode::Native, XdpMode::Generic] {
-            let path = pins.xdp(mode, 17);
-            assert_eq!(parse_xdp(&path), Some(XdpPin { path: path.clone(), mode, interface: 17 }));
-        }
-        assert_eq!(parse_xdp(&pins.sock_ops()), None);
-        assert_eq!(parse_xdp(Path::new("/x/xdp-native-eth0")), None);
-    }
 
     #[test]
     fn the_holder_of_a_lock_is_found() {

@@ -49,8 +49,12 @@ pub struct AttachedInterface {
     pub name: Option<String>,
     /// Its index.
     pub index: u32,
-    /// `native` or `generic`.
+    /// `native`, `generic` or `tc`.
     pub mode: &'static str,
+    /// What of the kernel holds the program: `xdp`, `tcx` or `clsact`.
+    pub hook: &'static str,
+    /// Why it is not attached in a faster mode, if that was tried.
+    pub why: Option<String>,
 }
 
 /// A service and what it holds.

@@ -14,6 +14,8 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{Socket as Netlink, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
 
+use super::features::Feature;
+
 /// Longest message that the kernel sends, in bytes: it fills pages up to 32 KiB.
 const LONGEST_MESSAGE: usize = 64 * 1024;
 
@@ -54,6 +56,14 @@ pub enum Destroyed {
     Gone,
     /// The kernel was built without `CONFIG_INET_DIAG_DESTROY`.
     Unsupported,
+}
+
+/// Whether this kernel can close sockets from outside (`CONFIG_INET_DIAG_DESTROY`). Takes `CAP_NET_ADMIN`.
+pub fn can_destroy() -> io::Result<bool> {
+    // There is no such socket: nothing listens on port 0.
+    let nobody = SocketAddr::from(([127, 0, 0, 1], 0));
+    let answer = SockDiag::open()?.destroy_exactly(&Socket::new(Endpoints::new(nobody, nobody), 1))?;
+    Ok(answer != Destroyed::Unsupported)
 }
 
 /// A way to ask the kernel.
@@ -123,6 +133,9 @@ impl SockDiag {
     }
 
     fn destroy_exactly(&mut self, socket: &Socket) -> io::Result<Destroyed> {
+        if Feature::Destroy.is_hidden() {
+            return Ok(Destroyed::Unsupported);
+        }
         self.send(SockDiagDestroy::new(request(socket)), NLM_F_REQUEST | NLM_F_ACK)?;
         match self.receive(|_| {})? {
             Answer::Done => Ok(Destroyed::Yes),

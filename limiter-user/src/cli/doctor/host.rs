@@ -3,6 +3,7 @@
 use std::{fs, io, os::unix::ffi::OsStrExt as _, path::Path};
 
 use super::link::{self, Link};
+use crate::kernel;
 
 /// A host that can be looked at.
 pub(super) trait Host {
@@ -17,6 +18,9 @@ pub(super) trait Host {
 
     /// A network interface of this process's network namespace; `None`: there is none of that name.
     fn link(&self, name: &str) -> io::Result<Option<Link>>;
+
+    /// Whether the kernel can close sockets from outside.
+    fn can_destroy(&self) -> io::Result<bool>;
 }
 
 /// This host.
@@ -48,5 +52,9 @@ impl Host for Real {
 
     fn link(&self, name: &str) -> io::Result<Option<Link>> {
         link::look_up(name)
+    }
+
+    fn can_destroy(&self) -> io::Result<bool> {
+        kernel::can_destroy()
     }
 }

@@ -6,6 +6,8 @@ use std::{
     os::{fd::AsRawFd, unix::net::UnixDatagram},
 };
 
+use crate::kernel;
+
 /// What is known of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Link {
@@ -15,6 +17,8 @@ pub(super) struct Link {
     pub(super) up: bool,
     /// Whether it is a loopback device.
     pub(super) loopback: bool,
+    /// Whether its packets begin with an Ethernet header; `None`: with something that limiter can't read.
+    pub(super) ethernet: Option<bool>,
     /// The name of its driver, where it has one.
     pub(super) driver: Option<String>,
 }
@@ -53,6 +57,7 @@ pub(super) fn look_up(name: &str) -> io::Result<Option<Link>> {
         index,
         up: flags & libc::IFF_UP != 0,
         loopback: flags & libc::IFF_LOOPBACK != 0,
+        ethernet: kernel::link_type(name)?.has_ethernet(),
         driver: driver(&socket, name)?,
     }))
 }
@@ -102,6 +107,7 @@ mod tests {
     fn the_loopback_device_is_there_and_an_unknown_one_is_not() {
         let link = look_up("lo").unwrap().unwrap();
         assert!(link.loopback && link.index > 0);
+        assert_eq!(link.ethernet, Some(true));
         assert_eq!(link.driver, None);
         assert_eq!(look_up("no-such-device").unwrap(), None);
         assert_eq!(look_up("a name that is much too long").unwrap(), None);

@@ -60,6 +60,9 @@ pub(super) fn all(host: &impl Host, pin_path: &Path, interfaces: &[String]) -> V
         bpffs(host, pin_path),
         cgroup(host),
         btf(host),
+        tc(host),
+        open_before(host),
+        sock_destroy(host),
         syncookies(host),
         open_files(host),
         memlock(host),
@@ -94,6 +97,54 @@ fn kernel(host: &impl Host) -> Row {
         Some(found) if found >= OLDEST_KERNEL => row("kernel", State::Ok, release, ""),
         Some(_) => row("kernel", State::Fail, release, format!("upgrade to Linux {major}.{minor} or later")),
         None => row("kernel", State::Warn, release, format!("make sure that this is Linux {major}.{minor} or later")),
+    }
+}
+
+/// Since when the kernel has links to TC.
+const TCX: (u32, u32) = (6, 6);
+
+/// Since when a `bpf_iter` may set what has the stack tell of a socket's end.
+const WATCH: (u32, u32) = (6, 12);
+
+/// What the running kernel is too old for costs nothing but what is said here.
+fn since(host: &impl Host, check: &str, least: (u32, u32), with: &str, without: &str, costs: bool) -> Row {
+    const PATH: &str = "/proc/sys/kernel/osrelease";
+    let release = match host.read(PATH) {
+        Ok(release) => release,
+        Err(error) => return unreadable(check, PATH, &error),
+    };
+    let (major, minor) = least;
+    match version(&release) {
+        Some(found) if found < least && costs => {
+            row(check, State::Warn, without, format!("Linux {major}.{minor} or later"))
+        }
+        Some(found) if found < least => row(check, State::Ok, without, ""),
+        Some(_) => row(check, State::Ok, with, ""),
+        // The kernel's own row says what to do.
+        None => row(check, State::Ok, "unknown", ""),
+    }
+}
+
+fn tc(host: &impl Host) -> Row {
+    since(host, "tc", TCX, "links (TCX)", "filters of a clsact qdisc; links (TCX) from Linux 6.6 on", false)
+}
+
+fn open_before(host: &impl Host) -> Row {
+    let without = "`limiter attach` does not count connections that were open before, only `limiter run` does";
+    since(host, "open_before", WATCH, "connections that were open before are counted", without, true)
+}
+
+fn sock_destroy(host: &impl Host) -> Row {
+    const CHECK: &str = "sock_destroy";
+    match host.can_destroy() {
+        Ok(true) => row(CHECK, State::Ok, "connections can be closed from outside", ""),
+        Ok(false) => row(
+            CHECK,
+            State::Warn,
+            "the kernel was built without CONFIG_INET_DIAG_DESTROY",
+            "use one that was: without, `limiter kick` fails, and what gets past the programs stays open",
+        ),
+        Err(error) => row(CHECK, State::Warn, error.to_string(), "run as root (sudo), and look again"),
     }
 }
 
@@ -193,6 +244,12 @@ fn syncookies(host: &impl Host) -> Row {
         // Set by whoever wants cookies at any time; so does kernel.challenge.
         Ok(value) if value == "2" => row("syncookies", State::Ok, found(&value) + ", for every connection", ""),
         Ok(value) => row("syncookies", State::Ok, found(&value), ""),
+        Err(error) if error.kind() == ErrorKind::NotFound && host.readable("/proc/sys/net/ipv4").is_ok() => row(
+            "syncookies",
+            State::Warn,
+            "the kernel was built without CONFIG_SYN_COOKIES",
+            "use one that was, or a flood of spoofed SYNs fills the backlog",
+        ),
         Err(error) => unreadable("syncookies", PATH, &error),
     }
 }
@@ -257,12 +314,20 @@ fn interface(host: &impl Host, name: &str) -> Row {
         }
         Err(error) => return row(&check, State::Warn, error.to_string(), "look at it with `ip link`"),
     };
+    let Some(ethernet) = link.ethernet else {
+        let advice = "leave it out: limiter can't read its packets";
+        return row(&check, State::Fail, "neither Ethernet nor IP is what its packets begin with", advice);
+    };
     let (kind, native) = match &link.driver {
         _ if link.loopback => ("loopback".to_owned(), false),
         Some(driver) => (format!("driver {driver}"), XDP_DRIVERS.contains(&driver.as_str())),
         None => ("no driver".to_owned(), false),
     };
-    let mode = if native { "native XDP" } else { "generic XDP only (slower)" };
+    let mode = match (ethernet, native) {
+        (true, true) => "native XDP",
+        (true, false) => "generic XDP only (slower)",
+        (false, _) => "TC only (slower): no Ethernet header",
+    };
     let found = format!("index {}, {kind}, {mode}", link.index);
     if link.up {
         row(&check, State::Ok, found, "")

@@ -9,13 +9,20 @@ struct Fake {
     root: TempDir,
     filesystem: i64,
     links: BTreeMap<&'static str, Link>,
+    /// `None`: it can't be asked.
+    can_destroy: Option<bool>,
 }
 
 impl Fake {
     /// A host where all is well.
     fn fit() -> Self {
-        let host = Self { root: tempfile::tempdir().unwrap(), filesystem: BPF_FS, links: BTreeMap::new() };
-        host.write("/proc/sys/kernel/osrelease", "6.1.0-31-amd64\n");
+        let host = Self {
+            root: tempfile::tempdir().unwrap(),
+            filesystem: BPF_FS,
+            links: BTreeMap::new(),
+            can_destroy: Some(true),
+        };
+        host.write("/proc/sys/kernel/osrelease", "6.12.0-31-amd64\n");
         host.write("/proc/self/status", "Name:\tlimiter\nCapEff:\t000001ffffffffff\n");
         host.write(
             "/proc/self/mountinfo",
@@ -64,6 +71,10 @@ impl Host for Fake {
     fn link(&self, name: &str) -> io::Result<Option<Link>> {
         Ok(self.links.get(name).cloned())
     }
+
+    fn can_destroy(&self) -> io::Result<bool> {
+        self.can_destroy.ok_or_else(|| io::Error::from_raw_os_error(libc::EPERM))
+    }
 }
 
 fn looked_at(host: &Fake, interfaces: &[&str]) -> Vec<Row> {
@@ -86,7 +97,20 @@ fn on_a_fit_host_all_is_well() {
     let checks: Vec<&str> = rows.iter().map(|row| row.check.as_str()).collect();
     assert_eq!(
         checks,
-        ["kernel", "privilege", "bpffs", "cgroup2", "btf", "syncookies", "open_files", "memlock", "somaxconn"]
+        [
+            "kernel",
+            "privilege",
+            "bpffs",
+            "cgroup2",
+            "btf",
+            "tc",
+            "open_before",
+            "sock_destroy",
+            "syncookies",
+            "open_files",
+            "memlock",
+            "somaxconn"
+        ]
     );
     assert!(rows.iter().all(|row| row.state == State::Ok && row.advice.is_empty()), "{rows:#?}");
 }
@@ -95,19 +119,41 @@ fn on_a_fit_host_all_is_well() {
 fn an_old_kernel_fails_and_an_odd_one_warns() {
     let host = Fake::fit();
     for (release, state) in [
-        ("5.14.0-70.el9", Some(State::Fail)),
-        ("4.19.0", Some(State::Fail)),
-        ("5.15.0", None),
-        ("10.0.1", None),
-        ("linux", Some(State::Warn)),
-        ("", Some(State::Warn)),
+        ("5.14.0-70.el9", State::Fail),
+        ("4.19.0", State::Fail),
+        ("5.15.0", State::Ok),
+        ("10.0.1", State::Ok),
+        ("linux", State::Warn),
+        ("", State::Warn),
     ] {
         host.write("/proc/sys/kernel/osrelease", release);
-        match state {
-            Some(state) => assert_eq!(only_fault(&host, "kernel").state, state, "{release}"),
-            None => assert_eq!(kernel(&host).state, State::Ok, "{release}"),
-        }
+        let row = kernel(&host);
+        assert_eq!((row.state, row.advice.is_empty()), (state, state == State::Ok), "{release}");
     }
+}
+
+#[test]
+fn what_a_kernel_is_too_old_for_is_said_with_what_it_falls_back_to() {
+    let host = Fake::fit();
+    host.write("/proc/sys/kernel/osrelease", "6.1.0-31-amd64");
+    assert_eq!(only_fault(&host, "open_before").advice, "Linux 6.12 or later");
+    assert!(tc(&host).found.contains("clsact"));
+    host.write("/proc/sys/kernel/osrelease", "6.6.0");
+    assert_eq!(tc(&host).found, "links (TCX)");
+    assert_eq!(open_before(&host).state, State::Warn);
+}
+
+#[test]
+fn what_a_kernel_was_built_without_is_named() {
+    let mut host = Fake::fit();
+    host.can_destroy = Some(false);
+    assert!(only_fault(&host, "sock_destroy").found.contains("CONFIG_INET_DIAG_DESTROY"));
+    host.can_destroy = None;
+    assert!(only_fault(&host, "sock_destroy").advice.contains("root"));
+
+    let host = Fake::fit();
+    host.remove("/proc/sys/net/ipv4/tcp_syncookies");
+    assert!(only_fault(&host, "syncookies").found.contains("CONFIG_SYN_COOKIES"));
 }
 
 #[test]
@@ -172,7 +218,7 @@ fn settings_that_weaken_the_host_are_warned_of() {
 
 #[test]
 fn without_proc_nothing_panics_and_everything_is_said() {
-    let host = Fake { root: tempfile::tempdir().unwrap(), filesystem: 0, links: BTreeMap::new() };
+    let host = Fake { root: tempfile::tempdir().unwrap(), filesystem: 0, links: BTreeMap::new(), can_destroy: None };
     let rows = looked_at(&host, &["eth0"]);
     assert!(rows.iter().all(|row| row.state != State::Ok && !row.advice.is_empty()), "{rows:#?}");
 }
@@ -180,12 +226,14 @@ fn without_proc_nothing_panics_and_everything_is_said() {
 #[test]
 fn interfaces_are_named_with_driver_and_mode() {
     let mut host = Fake::fit();
-    let link = Link { index: 2, up: true, loopback: false, driver: Some("virtio_net".into()) };
+    let link = Link { index: 2, up: true, loopback: false, ethernet: Some(true), driver: Some("virtio_net".into()) };
     host.links.insert("eth0", link.clone());
     host.links.insert("eth1", Link { up: false, driver: Some("e1000e".into()), ..link.clone() });
-    host.links.insert("lo", Link { index: 1, loopback: true, driver: None, ..link });
-    let rows = looked_at(&host, &["eth0", "eth1", "lo", "eth9"]);
-    let found: Vec<_> = rows[9..].iter().map(|row| (row.state, row.found.as_str())).collect();
+    host.links.insert("lo", Link { index: 1, loopback: true, driver: None, ..link.clone() });
+    host.links.insert("tun0", Link { ethernet: Some(false), driver: Some("tun".into()), ..link.clone() });
+    host.links.insert("ib0", Link { ethernet: None, ..link });
+    let rows = looked_at(&host, &["eth0", "eth1", "lo", "eth9", "tun0", "ib0"]);
+    let found: Vec<_> = rows[12..].iter().map(|row| (row.state, row.found.as_str())).collect();
     assert_eq!(
         found,
         [
@@ -193,6 +241,8 @@ fn interfaces_are_named_with_driver_and_mode() {
             (State::Warn, "index 2, driver e1000e, generic XDP only (slower), down"),
             (State::Ok, "index 1, loopback, generic XDP only (slower)"),
             (State::Fail, "there is none of that name"),
+            (State::Ok, "index 2, driver tun, TC only (slower): no Ethernet header"),
+            (State::Fail, "neither Ethernet nor IP is what its packets begin with"),
         ]
     );
 }

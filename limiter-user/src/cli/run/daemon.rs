@@ -11,14 +11,14 @@ use tokio::{
 };
 
 use super::{
-    audits, refusals,
+    audits, interfaces, refusals,
     reload::Reloader,
     signals::{Signal, Signals},
 };
 use crate::{
     admin::{Admin, Readiness, State},
     gateway::Gateway,
-    kernel::{Auditor, Control, DebugLog, Events},
+    kernel::{Auditor, Control, DebugLog, Events, Keeper},
 };
 
 /// Everything bound, and ready to be set going.
@@ -36,6 +36,7 @@ pub(super) struct KernelSide {
     pub(super) control: Arc<Control>,
     pub(super) debug_log: Option<DebugLog>,
     pub(super) auditor: Auditor,
+    pub(super) keeper: Keeper,
     /// Zero: no audits.
     pub(super) audit_interval: watch::Receiver<Duration>,
 }
@@ -63,7 +64,7 @@ impl Daemon {
         }
         // Dropped at the end: it has nothing to finish.
         let mut background = JoinSet::new();
-        if let Some(KernelSide { refusals, control, debug_log, auditor, audit_interval }) = kernel {
+        if let Some(KernelSide { refusals, control, debug_log, auditor, keeper, audit_interval }) = kernel {
             background.spawn(expire_reservations(control));
             if let Some(debug_log) = debug_log {
                 background.spawn(async {
@@ -71,6 +72,7 @@ impl Daemon {
                     tracing::error!(%error, "can't read the kernel programs' debug messages any longer");
                 });
             }
+            background.spawn(interfaces::keep(keeper));
             let (past_limit, to_cut) = mpsc::channel(audits::QUEUE);
             background.spawn(audits::run(auditor, audit_interval, to_cut));
             if let Some(Refusals { events, services }) = refusals {

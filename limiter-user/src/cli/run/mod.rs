@@ -2,6 +2,7 @@
 
 mod audits;
 mod daemon;
+mod interfaces;
 mod open_files;
 mod refusals;
 mod reload;
@@ -100,6 +101,7 @@ fn open_attached(
         control: attached.control(),
         debug_log: attached.take_debug_log(),
         auditor: attached.auditor()?,
+        keeper: attached.keeper()?,
         audit_interval: intervals,
     };
     let settings = KernelSettings { pinned: Arc::new(pinned), audit_interval, names };
