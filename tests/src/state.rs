@@ -97,10 +97,14 @@ impl State {
 
     /// Gives every source a bucket of `burst` new connections that fills slower than any configuration can say.
     pub fn slow_down(&mut self, token: Duration, burst: u32) -> Result<()> {
-        let mut policy = self.policy.get(&0, 0)?;
         let token_ns = u64::try_from(token.as_nanos())?;
-        policy.rate = Rate { token_ns, full_ns: token_ns * u64::from(burst) };
-        Ok(self.policy.set(0, policy, 0)?)
+        // There are copies, of which one is in force.
+        for index in 0..self.policy.len() {
+            let mut policy = self.policy.get(&index, 0)?;
+            policy.rate = Rate { token_ns, full_ns: token_ns * u64::from(burst) };
+            self.policy.set(index, policy, 0)?;
+        }
+        Ok(())
     }
 
     fn count(&mut self, source: &SourceKey, by: i64) -> Result<()> {

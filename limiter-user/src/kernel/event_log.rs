@@ -4,7 +4,7 @@
 //! stays where it is until it is written over, and the position that the kernel writes at can be read by anybody who may
 //! map the buffer. So each reader here keeps a position of its own, starts at the oldest record that is whole, and takes nothing
 //! away from others; what it was too slow for, it counts. Where nobody consumes, a reader makes room for what comes next.
-//! (docs/adr/0006)
+//! (docs/adr/0007)
 
 use std::{
     fs, io,
