@@ -6,6 +6,7 @@
 
 mod programs;
 mod refusal;
+mod relay;
 mod table;
 
 use anyhow::{Result, bail};
@@ -14,7 +15,14 @@ use anyhow::{Result, bail};
 type Section = (&'static str, fn() -> Result<()>);
 
 /// The sections, in the order in which they run.
-const SECTIONS: [Section; 2] = [("programs", programs::run), ("refusal", refusal::run)];
+const SECTIONS: [Section; 6] = [
+    ("programs", programs::run),
+    ("refusal", refusal::run),
+    ("relay-messages", relay::messages),
+    ("relay-connections", relay::connections),
+    ("relay-memory", relay::memory),
+    ("relay-fairness", relay::fairness),
+];
 
 fn main() -> Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();

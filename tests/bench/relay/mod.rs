@@ -1,0 +1,74 @@
+//! The gateway as a WebSocket reverse proxy, beside `HAProxy` and nginx as Debian has them: the same clients, the same
+//! upstream, one proxy after the other in each round.
+//!
+//! Every proxy has one CPU to itself and runs one thread; clients and upstream share another. limiter has all its limits on
+//! messages on; the others look at no message.
+
+#![expect(clippy::cast_precision_loss, reason = "counts and bytes here are far below 2^53")]
+
+mod cost;
+mod fairness;
+mod load;
+mod proxy;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{net::TcpListener, runtime::Builder};
+
+use proxy::{Kind, Proxy};
+
+/// CPUs of the proxy, and of everything else.
+const PROXY_CPU: usize = 0;
+const LOAD_CPU: usize = 1;
+
+/// CPU per message.
+pub fn messages() -> Result<()> {
+    with_upstream(cost::messages)
+}
+
+/// Rate and CPU of connections that come and go.
+pub fn connections() -> Result<()> {
+    with_upstream(cost::connections)
+}
+
+/// Memory and CPU of connections that are quiet.
+pub fn memory() -> Result<()> {
+    with_upstream(cost::memory)
+}
+
+/// What one client that floods does to the others.
+pub fn fairness() -> Result<()> {
+    with_upstream(fairness::run)
+}
+
+fn with_upstream(section: impl AsyncFnOnce(SocketAddr) -> Result<()>) -> Result<()> {
+    proxy::install_missing()?;
+    load::raise_descriptor_limit()?;
+    load::pin_to(LOAD_CPU)?;
+    let upstream = start_upstream()?;
+    Builder::new_current_thread().enable_all().build()?.block_on(section(upstream))
+}
+
+/// A server that sends every message back, in a thread of its own for as long as the process lives.
+fn start_upstream() -> Result<SocketAddr> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
+    let addr = listener.local_addr()?;
+    thread::Builder::new()
+        .name("upstream".to_owned())
+        .spawn(move || runtime.block_on(load::echo(listener)))
+        .context("cannot start the upstream")?;
+    Ok(addr)
+}
+
+/// Each proxy in turn, started anew.
+fn each(upstream: SocketAddr) -> impl Iterator<Item = Result<Proxy>> {
+    [Kind::Limiter, Kind::HaProxy, Kind::Nginx].into_iter().map(move |kind| Proxy::start(kind, upstream))
+}
+
+/// Proxies by their column, the first of which the others are compared with.
+const COLUMNS: [&str; 3] = ["limiter", "HAProxy", "nginx"];

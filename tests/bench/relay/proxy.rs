@@ -1,0 +1,152 @@
+//! The proxies under test: started, and asked what they cost.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use limiter_tests::process::Process;
+use tempfile::TempDir;
+
+use super::PROXY_CPU;
+
+/// Connections that a proxy may need to hold.
+const MAX_CONNECTIONS: usize = 9_900;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Limiter,
+    HaProxy,
+    Nginx,
+}
+
+/// A running proxy; ended when it is dropped.
+pub struct Proxy {
+    process: Process,
+    pub addr: SocketAddr,
+    _folder: TempDir,
+}
+
+/// Installs the proxies that aren't there.
+pub fn install_missing() -> Result<()> {
+    let missing: Vec<&str> =
+        ["haproxy", "nginx"].into_iter().filter(|name| !Path::new("/usr/sbin").join(name).exists()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("installing {} with apt-get, to compare with", missing.join(" and "));
+    for arguments in [&["update", "--quiet"][..], &["install", "--yes", "--quiet", "--no-install-recommends"]] {
+        let mut command = Command::new("apt-get");
+        command.args(arguments);
+        if arguments[0] == "install" {
+            command.args(&missing);
+        }
+        let ended = command.output().context("cannot run apt-get; install haproxy and nginx by hand")?;
+        ensure!(ended.status.success(), "{command:?}: {}", String::from_utf8_lossy(&ended.stderr));
+    }
+    Ok(())
+}
+
+impl Proxy {
+    /// Starts a proxy to that upstream on a port of its own, and waits until it takes connections.
+    pub fn start(kind: Kind, upstream: SocketAddr) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let addr = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        let file = folder.path().join("proxy.conf");
+        let (text, program, arguments): (String, String, Vec<String>) = match kind {
+            Kind::Limiter => {
+                let program = std::env::var("LIMITER_BIN").context("LIMITER_BIN does not name the limiter")?;
+                let arguments = ["run".into(), "--config".into(), file.display().to_string()].to_vec();
+                (limiter_config(addr, upstream), program, arguments)
+            }
+            Kind::HaProxy => {
+                let arguments = ["-db".into(), "-f".into(), file.display().to_string()].to_vec();
+                (haproxy_config(addr, upstream), "/usr/sbin/haproxy".into(), arguments)
+            }
+            Kind::Nginx => {
+                let prefix = folder.path().display().to_string();
+                let arguments = ["-p".into(), prefix, "-c".into(), file.display().to_string()].to_vec();
+                (nginx_config(addr, upstream), "/usr/sbin/nginx".into(), arguments)
+            }
+        };
+        fs::write(&file, text)?;
+        let mut command = Command::new("prlimit");
+        command.args(["--nofile=20000:20000", "taskset", "--cpu-list", &PROXY_CPU.to_string(), &program]);
+        let process = Process::start(command.args(arguments))?;
+        for _ in 0..500 {
+            if TcpStream::connect(addr).is_ok() {
+                return Ok(Self { process, addr, _folder: folder });
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!("{program} does not listen on {addr}")
+    }
+
+    /// CPU time that it has used so far.
+    pub fn cpu(&self) -> Result<Duration> {
+        let ticks: u64 = self.processes()?.iter().map(|id| cpu_ticks(*id)).sum::<Result<u64>>()?;
+        // SAFETY: sysconf only looks up a number.
+        let per_second = u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) })?;
+        Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+    }
+
+    /// Memory that is its own, in bytes: what it has written to, without the code.
+    pub fn memory(&self) -> Result<u64> {
+        self.processes()?.iter().map(|id| anonymous_memory(*id)).sum()
+    }
+
+    /// It and its workers. (`prlimit` and `taskset` have become the program.)
+    fn processes(&self) -> Result<Vec<u32>> {
+        let own = self.process.id();
+        let children = fs::read_to_string(format!("/proc/{own}/task/{own}/children"))?;
+        let children: Result<Vec<u32>, _> = children.split_whitespace().map(str::parse).collect();
+        Ok([vec![own], children?].concat())
+    }
+}
+
+/// utime and stime of proc(5).
+fn cpu_ticks(id: u32) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat"))?;
+    let (_, fields) = stat.rsplit_once(") ").context("no name in /proc/…/stat")?;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+fn anonymous_memory(id: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{id}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon in /proc/…/status")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
+}
+
+/// Every limit on messages is on, and none is reached.
+fn limiter_config(addr: SocketAddr, upstream: SocketAddr) -> String {
+    format!(
+        "[limits]\nconnections_per_source = 0\nconnections_total = 0\nconnection_rate = 0\n[gateway]\nlisten = [\"{addr}\"]\n\
+         upstream = \"ws://{upstream}\"\n[gateway.messages]\nmax_size = \"64KiB\"\nrate = 4000000000\nwindow = \
+         \"1m\"\n[admin]\nlisten = \"\"\n[log]\nlevel = \"warn\"\n"
+    )
+}
+
+fn haproxy_config(addr: SocketAddr, upstream: SocketAddr) -> String {
+    format!(
+        "global\n  maxconn {MAX_CONNECTIONS}\n  nbthread 1\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 1h\n  \
+         timeout server 1h\n  timeout tunnel 1h\nfrontend clients\n  bind {addr}\n  default_backend upstream\nbackend \
+         upstream\n  server upstream {upstream}\n"
+    )
+}
+
+fn nginx_config(addr: SocketAddr, upstream: SocketAddr) -> String {
+    let connections = 2 * MAX_CONNECTIONS + 64;
+    format!(
+        "daemon off;\nuser root;\nworker_processes 1;\npid nginx.pid;\nerror_log stderr error;\nevents {{ worker_connections \
+         {connections}; }}\nhttp {{\n  access_log off;\n  client_body_temp_path body;\n  proxy_temp_path proxy;\n  \
+         fastcgi_temp_path fastcgi;\n  uwsgi_temp_path uwsgi;\n  scgi_temp_path scgi;\n  server {{\n    listen {addr} \
+         backlog=4096;\n    location / {{\n      proxy_pass http://{upstream};\n      proxy_http_version 1.1;\n      \
+         proxy_set_header Upgrade $http_upgrade;\n      proxy_set_header Connection upgrade;\n      proxy_read_timeout 1h;\n      \
+         proxy_send_timeout 1h;\n    }}\n  }}\n}}\n"
+    )
+}
