@@ -12,7 +12,7 @@ use super::{
     messages,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
-    tls, value,
+    route, tls, value,
 };
 use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 
@@ -82,7 +82,7 @@ fn file(report: &Report, table: &DeTable) -> File {
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
-    let (listen, certificates, auth) = gateway(root.section("gateway"), &mut config.gateway);
+    let (listen, certificates, auth) = gateway(report, root.section("gateway"), &mut config.gateway);
     let admin_listen = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
     root.finish();
@@ -240,7 +240,11 @@ fn service_name(item: &Item) -> Result<String, Fault> {
 }
 
 /// Gives the place of a good `listen`, those of the certificates and those of the files of `auth`.
-fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>, Vec<Range<usize>>, AuthSpans) {
+fn gateway(
+    report: &Report,
+    mut section: Section,
+    gateway: &mut Gateway,
+) -> (Option<Range<usize>>, Vec<Range<usize>>, AuthSpans) {
     let listen = section.read("listen", &mut gateway.listen, |item| {
         let addresses = value::list(item, value::listen, "addresses")?;
         if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
@@ -271,6 +275,8 @@ fn gateway(mut section: Section, gateway: &mut Gateway) -> (Option<Range<usize>>
     messages::parse(section.section("messages"), &mut gateway.messages);
     let certificates = tls::parse(&mut section, &mut gateway.tls);
     let auth = auth_parse::parse(&mut section, !gateway.allowed_origins.is_empty(), &mut gateway.auth);
+    let has_auth = gateway.auth.is_some();
+    gateway.routes = route::parse(report, &mut section, &gateway.messages, has_auth, messages::parse);
     section.finish();
     (listen, certificates, auth)
 }

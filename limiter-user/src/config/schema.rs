@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
-use super::{AllowedOrigin, Auth, Messages, Tls};
+use super::{AllowedOrigin, Auth, Messages, Route, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -181,6 +181,8 @@ pub struct Gateway {
     pub tls: Option<Tls>,
     /// `[gateway.auth]`; `None`: anybody may connect.
     pub auth: Option<Auth>,
+    /// `[[gateway.route]]`: of those that a request is for, the one with the longest path holds.
+    pub routes: Vec<Route>,
     /// `[gateway.messages]`
     pub messages: Messages,
 }
@@ -201,6 +203,7 @@ impl Default for Gateway {
             drain_timeout: Duration::from_secs(30),
             tls: None,
             auth: None,
+            routes: Vec::new(),
             messages: Messages::default(),
         }
     }

@@ -26,10 +26,12 @@ use super::{
     auth::{Member, Visitor},
     forwarded::{self, Identity},
     handshake, origin, proxy_hint,
+    route::OnRoute,
     session::{self, Established},
     socket::Socket,
     upstream::Client,
 };
+use crate::policy::Limits;
 
 /// Longest head of a request, in bytes, and most header lines in it. A cookie and a token fit with room to spare.
 const MAX_HEAD: usize = 16 * 1024;
@@ -51,6 +53,7 @@ pub(super) struct Accepted {
     /// `None` where anybody may connect.
     pub(super) user: Option<Member>,
     pub(super) application: Opened,
+    pub(super) place: OnRoute,
 }
 
 /// Serves a connection until it is closed.
@@ -188,6 +191,7 @@ async fn decide(
     shared: &Arc<Shared>,
 ) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
     let mut handshake = handshake::check(head)?;
+    let route = shared.routes.of(head)?;
     origin::check(&head.headers, &shared.config.allowed_origins)?;
     if shared.drain.begun() {
         return Err(Refusal::Draining);
@@ -197,7 +201,7 @@ async fn decide(
     if !is_seen_below && shared.policy.denies(identity.ip) {
         return Err(Refusal::Denied);
     }
-    if shared.config.messages.deny_after != 0
+    if (shared.config.messages.deny_after != 0 || route.config.messages.deny_after != 0)
         && shared.offenders.denies(shared.policy.limits().source(identity.ip), Instant::now())
     {
         return Err(Refusal::Denied);
@@ -208,6 +212,11 @@ async fn decide(
     } else {
         shared.policy.limits_for(identity.ip)
     };
+    let limits = if route.exempt {
+        Limits { connections_per_source: 0, connections_total: 0, connection_rate: 0, ..limits }
+    } else {
+        limits
+    };
     let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
@@ -217,28 +226,29 @@ async fn decide(
     if !is_seen_below && !shared.rates.spend(limits.source(identity.ip), &limits) {
         return Err(Refusal::SourceRate);
     }
+    let place = route.enter().ok_or(Refusal::ServiceFull)?;
     let user = match &shared.auth {
-        Some(auth) => {
+        Some(auth) if route.auth => {
             let scheme = identity.scheme.unwrap_or(endpoints.scheme).name();
             let visitor = Visitor { address: identity.ip, scheme };
             let authenticated = auth.authenticate(head, &mut handshake, visitor).await?;
-            let member = auth.enter(authenticated, &shared.metrics)?;
+            let member = auth.enter(authenticated, route.exempt, &shared.metrics)?;
             // From here on it counts as its user's, so that users behind one address leave each other room.
             permit.leave_source();
             shared.policy.authenticated(&endpoints.connection, member.user());
             Some(member)
         }
-        None => None,
+        _ => None,
     };
     let client = Client::new(identity, endpoints, user.as_ref().map(Member::user));
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
-    let (application, protocol) = shared.application.open(head, &handshake, client, upstream_deadline).await?;
+    let (application, protocol) = route.application.open(head, &handshake, client, upstream_deadline).await?;
     if let Some(member) = &user {
         member.take_over();
     }
     let response = switching_protocols(&handshake, protocol.or_else(|| handshake.fallback_protocol.clone()));
-    Ok((response, Accepted { client: identity.ip, permit, user, application }))
+    Ok((response, Accepted { client: identity.ip, permit, user, application, place }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.

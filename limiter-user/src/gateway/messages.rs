@@ -79,6 +79,7 @@ impl Violation {
 /// The limits on what one client sends, and what it has sent.
 pub(super) struct Inbound<'a> {
     shared: &'a Shared,
+    limits: &'a config::Messages,
     client: IpAddr,
     rate: Option<MessageRate>,
     /// When the second's worth of bytes will be there again in full, in nanoseconds since `began`.
@@ -92,11 +93,11 @@ pub(super) struct Inbound<'a> {
 }
 
 impl<'a> Inbound<'a> {
-    /// For a client at that address.
-    pub(super) fn new(shared: &'a Shared, client: IpAddr) -> Self {
+    /// For a client at that address, whose route has these limits.
+    pub(super) fn new(shared: &'a Shared, limits: &'a config::Messages, client: IpAddr) -> Self {
         let now = Instant::now();
-        let rate = MessageRate::new(&shared.config.messages, now);
-        Self { shared, client, rate, bytes_full_at: 0, control: 0, began: now, last: now, denied: false }
+        let rate = MessageRate::new(limits, now);
+        Self { shared, limits, client, rate, bytes_full_at: 0, control: 0, began: now, last: now, denied: false }
     }
 
     /// A quiet client costs no more memory than it must.
@@ -124,7 +125,7 @@ impl<'a> Inbound<'a> {
 
     fn record(&mut self, reason: &'static str) {
         self.shared.metrics.refused_message(reason);
-        let config::Messages { deny_after, deny_for, .. } = self.shared.config.messages;
+        let config::Messages { deny_after, deny_for, .. } = *self.limits;
         // One proxy carries many clients.
         if deny_after == 0 || forwarded::is_trusted(self.client, &self.shared.config.trusted_proxies) {
             return;
@@ -141,7 +142,7 @@ impl<'a> Inbound<'a> {
     /// The answer to a violation that need not end the connection.
     fn lenient(&mut self, violation: Violation) -> Verdict {
         let violation = self.violated(violation);
-        match self.shared.config.messages.on_violation {
+        match self.limits.on_violation {
             OnViolation::Drop if !self.denied => Verdict::Drop,
             OnViolation::Drop | OnViolation::Close => Verdict::Close(violation),
         }
@@ -149,7 +150,7 @@ impl<'a> Inbound<'a> {
 
     /// Whether so many bytes more are within `bytes_per_second`; if so, they count.
     fn admit_bytes(&mut self, length: u64, now: Instant) -> bool {
-        let messages = &self.shared.config.messages;
+        let messages = self.limits;
         if messages.bytes_per_second == 0 {
             return true;
         }
@@ -175,7 +176,7 @@ impl<'a> Inbound<'a> {
 impl Judge for Inbound<'_> {
     fn begins(&mut self, is_text: bool, length: u64, now: Instant) -> Verdict {
         self.last = now;
-        let messages = &self.shared.config.messages;
+        let messages = self.limits;
         if length > messages.max_size as u64 {
             return Verdict::Close(self.violated(Violation::TooBig));
         }
@@ -198,7 +199,7 @@ impl Judge for Inbound<'_> {
 
     fn goes_on(&mut self, length: u64, total: u64, fragments: u32, now: Instant) -> Result<(), Violation> {
         self.last = now;
-        let messages = &self.shared.config.messages;
+        let messages = self.limits;
         if total > messages.max_size as u64 {
             return Err(self.violated(Violation::TooBig));
         }

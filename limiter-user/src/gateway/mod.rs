@@ -2,7 +2,7 @@
 //!
 //! The way of a connection through it: `listen` accepts the socket, `arrival` takes what
 //! comes ahead of the request, `connection` reads the HTTP head, `handshake`
-//! says whether it asks for a WebSocket, `admission` whether there is room, `auth` who the client is, `application` opens what stands behind,
+//! says whether it asks for a WebSocket, `admission` whether there is room, `auth` who the client is, `route` what holds for what it asks for, `application` opens what stands behind,
 //! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
@@ -27,6 +27,7 @@ mod proxy_hint;
 mod proxy_protocol;
 mod rate;
 mod relay;
+mod route;
 mod sampler;
 mod session;
 mod settings;
@@ -50,11 +51,11 @@ use crate::{
     policy::{Policy, Rates},
 };
 use admission::Admission;
-use application::Application;
 use auth::Auth;
 use drain::Drain;
 use listen::{Addresses, Listeners};
 use offenders::Offenders;
+use route::Routes;
 use sampler::Sampler;
 use settings::Parts;
 use tls::Tls;
@@ -72,7 +73,7 @@ struct Shared {
     policy: Arc<dyn Policy>,
     metrics: Arc<Metrics>,
     admission: Arc<Admission>,
-    application: Application,
+    routes: Routes,
     tls: Option<Arc<Tls>>,
     auth: Option<Arc<Auth>>,
     /// Of clients that the kernel does not see.
@@ -100,14 +101,14 @@ impl Reserved {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
-        let Self { addresses, parts: Parts { config, application, tls, auth } } = self;
+        let Self { addresses, parts: Parts { config, routes, tls, auth } } = self;
         let listeners = addresses.listen()?;
         let shared = Shared {
             config,
             policy,
             metrics,
             admission: Arc::default(),
-            application,
+            routes,
             tls,
             auth,
             rates: Arc::default(),

@@ -22,8 +22,10 @@ use super::{
     metrics::{Metrics, OpenSession},
     peer::{Peer, Received, SendError},
     relay::{self, Judge, Relay, Verdict},
+    route::OnRoute,
     socket::Socket,
 };
+use crate::config;
 
 /// What a session begins with. Boxed, and taken apart before the session waits for anything: what is moved out of a future's
 /// variable still takes room in it.
@@ -42,16 +44,17 @@ struct Held<'a> {
     permit: Permit,
     open: OpenSession<'a>,
     witness: Witness<'a>,
+    place: OnRoute,
 }
 
 impl Held<'_> {
     /// The client's socket is closed: whoever gets the slot doesn't find it still taken in the kernel.
     fn release(self, agreed: bool) {
-        let Self { who, permit, open, mut witness } = self;
+        let Self { who, permit, open, mut witness, place } = self;
         if agreed {
             witness.closed();
         }
-        drop((witness, open, permit, who));
+        drop((witness, open, permit, place, who));
     }
 }
 
@@ -63,7 +66,7 @@ struct Relayed<'a> {
 
 enum Begun<'a> {
     Relay(Box<Relayed<'a>>),
-    Echo(Box<(Socket, Vec<u8>, Held<'a>)>),
+    Echo(Box<(Socket, Vec<u8>, &'a config::Gateway, Held<'a>)>),
 }
 
 /// Serves a client to the end of the session and closes both sides.
@@ -76,16 +79,17 @@ pub(super) async fn run(established: Box<Established>, shared: &Arc<Shared>) {
 
 fn begin(established: Established, shared: &Shared) -> Begun<'_> {
     let Established { socket, early, accepted, since } = established;
-    let Accepted { client: address, permit, user, application } = accepted;
+    let Accepted { client: address, permit, user, application, place } = accepted;
+    let config = shared.routes.settings_of(&place);
     let open = shared.metrics.session_opened(since.elapsed());
     let who = Who { address, remote: socket.connection().remote, user };
-    let held = Held { who, permit, open, witness: shared.drain.session() };
+    let held = Held { who, permit, open, witness: shared.drain.session(), place };
     match application {
         Opened::Relay(upstream) => {
-            let relay = Relay::new(socket, early, upstream, address, shared);
+            let relay = Relay::new(socket, early, upstream, address, config, shared);
             Begun::Relay(Box::new(Relayed { relay, held }))
         }
-        Opened::Echo => Begun::Echo(Box::new((socket, early, held))),
+        Opened::Echo => Begun::Echo(Box::new((socket, early, config, held))),
     }
 }
 
@@ -106,13 +110,12 @@ async fn relayed(mut session: Box<Relayed<'_>>, shared: &Shared) {
     .await;
 }
 
-async fn echoed(session: Box<(Socket, Vec<u8>, Held<'_>)>, shared: &Shared) {
-    let (client, early, mut held) = *session;
-    let config = &shared.config;
+async fn echoed(session: Box<(Socket, Vec<u8>, &config::Gateway, Held<'_>)>, shared: &Shared) {
+    let (client, early, config, mut held) = *session;
     let limits = messages::client_config(&config.messages);
     let client = WebSocketStream::from_partially_read(client, early, Role::Server, Some(limits)).await;
     let client = Peer::new(client, config.pong_timeout);
-    let inbound = Inbound::new(shared, held.who.address);
+    let inbound = Inbound::new(shared, &config.messages, held.who.address);
     let end = tokio::select! {
         biased;
         () = shared.drain.wait() => End::Draining,

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{sync::watch, task::JoinSet, time::interval};
 
-use super::{Shared, application::Application, auth::Auth, listen::BindError, tls::Tls};
+use super::{Shared, auth::Auth, listen::BindError, route::Routes, tls::Tls};
 use crate::{config, policy::Policy};
 
 /// How often it is looked whether anybody still goes by settings that are not the newest.
@@ -20,7 +20,7 @@ const UNUSED_INTERVAL: Duration = Duration::from_secs(10);
 /// What a gateway makes of its configuration.
 pub(super) struct Parts {
     pub(super) config: config::Gateway,
-    pub(super) application: Application,
+    pub(super) routes: Routes,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) auth: Option<Arc<Auth>>,
 }
@@ -34,7 +34,7 @@ impl Parts {
         }
         Ok(Self {
             config: config.clone(),
-            application: Application::new(&config.upstream)?,
+            routes: Routes::new(config, before.map(|before| &before.routes))?,
             tls: config.tls.as_ref().map(Tls::new).transpose()?.map(Arc::new),
             auth: auth.map(Arc::new),
         })
@@ -81,13 +81,13 @@ impl PreparedSettings {
 
 impl Shared {
     /// Other settings for the same gateway.
-    fn with(&self, Parts { config, application, tls, auth }: Parts, policy: Arc<dyn Policy>) -> Self {
+    fn with(&self, Parts { config, routes, tls, auth }: Parts, policy: Arc<dyn Policy>) -> Self {
         Self {
             config,
             policy,
             metrics: Arc::clone(&self.metrics),
             admission: Arc::clone(&self.admission),
-            application,
+            routes,
             tls,
             auth,
             rates: Arc::clone(&self.rates),

@@ -63,21 +63,21 @@ pub(super) struct Relay<'a> {
 }
 
 impl<'a> Relay<'a> {
-    /// `early`: what the client, which is at `address`, sent right after its handshake.
+    /// `early`: what the client, which is at `address`, sent right after its handshake. `config`: that of its route.
     pub(super) fn new(
         client: Socket,
         early: Vec<u8>,
         upstream: Connected,
         address: IpAddr,
+        config: &'a config::Gateway,
         shared: &'a Shared,
     ) -> Self {
-        let config = &shared.config;
         Self {
             client,
             upstream: upstream.stream,
             up: Pipe::new(Sender::Client, early, config.pong_timeout),
             down: Pipe::new(Sender::Server, upstream.early, config.pong_timeout),
-            inbound: Inbound::new(shared, address),
+            inbound: Inbound::new(shared, &config.messages, address),
             outbound: Outbound { metrics: &shared.metrics, last: Instant::now() },
             liveness: Liveness::new(config.max_lifetime),
             config,

@@ -13,6 +13,7 @@ mod proxies;
 mod proxy_headers;
 mod relayed_frames;
 mod relays;
+mod routes;
 mod sessions;
 mod settings;
 mod storm;
