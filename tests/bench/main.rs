@@ -4,10 +4,13 @@
 //! machine differs from minute to minute. Of several rounds the fastest counts, since whatever else the machine does can
 //! only add.
 
+mod peers;
 mod programs;
 mod refusal;
 mod relay;
+mod scale;
 mod table;
+mod throughput;
 
 use anyhow::{Result, bail};
 
@@ -15,9 +18,12 @@ use anyhow::{Result, bail};
 type Section = (&'static str, fn() -> Result<()>);
 
 /// The sections, in the order in which they run.
-const SECTIONS: [Section; 6] = [
+const SECTIONS: [Section; 9] = [
     ("programs", programs::run),
     ("refusal", refusal::run),
+    ("peers", peers::run),
+    ("throughput", throughput::run),
+    ("scale", scale::run),
     ("relay-messages", relay::messages),
     ("relay-connections", relay::connections),
     ("relay-memory", relay::memory),

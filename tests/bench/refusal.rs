@@ -66,18 +66,22 @@ fn refused(lab: &Lab, client: &Client, generator: &BareXdp, family: Family) -> R
     Ok(taken)
 }
 
-/// Sends the SYNs and returns how long each one that arrived took. A veth whose queue is full (when the kernel puts the
-/// receiving off to a thread that has to wait for the CPU) drops packets before any program sees them: those cost nothing,
-/// and count for nothing.
 fn flood(lab: &Lab, client: &Client, generator: &BareXdp, family: Family) -> Result<Duration> {
+    send_counted(lab, client, generator, &syn(client, family), SYNS)
+}
+
+/// Sends a frame so many times and returns how long each one that arrived took. A veth whose queue is full (when the kernel
+/// puts the receiving off to a thread that has to wait for the CPU) drops packets before any program sees them: those cost
+/// nothing, and count for nothing.
+pub fn send_counted(lab: &Lab, client: &Client, generator: &BareXdp, frame: &[u8], count: u32) -> Result<Duration> {
     let interface = client.server_interface();
     let before = lab.server.received_packets(&interface)?;
-    let taken = generator.send(&client.namespace, CLIENT_INTERFACE, &syn(client, family), SYNS)?;
+    let taken = generator.send(&client.namespace, CLIENT_INTERFACE, frame, count)?;
     let arrived = lab.server.received_packets(&interface)? - before;
     // Fewer than were sent, but for a neighbour discovery or two.
     let arrived = u32::try_from(arrived)?;
     ensure!(arrived > 0, "no SYN arrived");
-    Ok(taken.mul_f64(f64::from(SYNS) / f64::from(arrived)))
+    Ok(taken.mul_f64(f64::from(count) / f64::from(arrived)))
 }
 
 fn syn(client: &Client, family: Family) -> Vec<u8> {

@@ -25,6 +25,9 @@ use tempfile::NamedTempFile;
 /// Long enough for the kernel to close a hundred thousand sockets, and for this crate to read as many rows, on a busy host.
 const PATIENCE: Duration = Duration::from_mins(2);
 
+/// Connections at once, of each of the four sources of the churn.
+const TOGETHER: usize = 8;
+
 /// A plain server at 8080, the gateway out of the way.
 fn config(limit: u32) -> Result<NamedTempFile> {
     Limiter::config_file(&format!(
@@ -108,8 +111,6 @@ fn source(number: u32) -> IpAddr {
 
 #[test]
 fn a_million_connections_while_the_daemon_is_killed_and_limits_change() -> Result<()> {
-    /// At once, of each of the four sources.
-    const TOGETHER: usize = 8;
     let connections = scaled(10_000, 1_000_000_u64);
     let lab = Lab::new(2)?;
     for client in &lab.clients {

@@ -349,7 +349,7 @@ impl VnetSocket {
     }
 }
 
-/// Of linux/if_packet.h.
+/// Of `linux/if_packet.h`.
 const PACKET_VNET_HDR: libc::c_int = 15;
 
 /// `libc::ETH_P_ALL` and `libc::AF_PACKET` in the width that `sockaddr_ll` has them in.

@@ -1,0 +1,85 @@
+//! What TCP gets through a device with limiter on it, beside one with a program that passes everything.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow};
+use limiter_tests::{
+    bare::{Answer, BareXdp},
+    lab::{CLIENT_INTERFACE, Client, Family, Lab, PORT},
+    limiter::Limiter,
+    tcp,
+};
+
+use crate::table;
+
+const ROUNDS: usize = 7;
+const ROUND: Duration = Duration::from_secs(1);
+const CHUNK: usize = 128 * 1024;
+
+pub fn run() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    // Native XDP on one end of a veth takes it on the other, too, or offloads differ.
+    let _open = BareXdp::load(Answer::Pass)?.attach(&client.namespace, CLIENT_INTERFACE)?;
+    let mut rows = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let (mut bare, mut limited) = (0.0_f64, 0.0_f64);
+        for _ in 0..ROUNDS {
+            let attachment = BareXdp::load(Answer::Pass)?.attach(&lab.server, &client.server_interface())?;
+            bare = bare.max(gigabits(&lab, client, family)?);
+            drop(attachment);
+            lab.server.wait_xdp_free(&client.server_interface())?;
+            let limiter = Limiter::new(&lab.server)?;
+            limiter.protect(&lab, 5, &[])?;
+            limited = limited.max(gigabits(&lab, client, family)?);
+        }
+        let change = (limited / bare - 1.0) * 100.0;
+        rows.push(vec![
+            format!("{family:?}"),
+            format!("{bare:.2}"),
+            format!("{limited:.2}"),
+            format!("{change:+.1} %"),
+        ]);
+    }
+    table::print(
+        "TCP through the device",
+        &format!(
+            "One connection from one namespace to another over a veth, one second at a time, in turns; the best of {ROUNDS} \
+             rounds, in Gbit/s."
+        ),
+        &["family", "bare XDP_PASS", "limiter", "difference"],
+        &rows,
+    );
+    Ok(())
+}
+
+/// What one connection from the client to the server carries.
+fn gigabits(lab: &Lab, client: &Client, family: Family) -> Result<f64> {
+    let listener = tcp::listener(&lab.server, SocketAddr::new(family.unspecified(), PORT), 16)?;
+    let mut sending = client.namespace.enter(|| TcpStream::connect(client.service(family)))?;
+    let (mut receiving, _) = listener.accept()?;
+    let reader = std::thread::spawn(move || -> std::io::Result<u64> {
+        let mut buffer = vec![0; CHUNK];
+        let mut received = 0;
+        loop {
+            match receiving.read(&mut buffer)? {
+                0 => return Ok(received),
+                bytes => received += bytes as u64,
+            }
+        }
+    });
+    let chunk = vec![0; CHUNK];
+    let begun = Instant::now();
+    while begun.elapsed() < ROUND {
+        sending.write_all(&chunk)?;
+    }
+    drop(sending);
+    let received = reader.join().map_err(|_| anyhow!("the reader panicked"))??;
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    let bits = received as f64 * 8.0;
+    Ok(bits / begun.elapsed().as_secs_f64() / 1e9)
+}
