@@ -102,7 +102,7 @@ fn upgrade(limiter: &Limiter<'_>, lab: &Lab, binary: &std::path::Path, mode: &st
         ["attach", "--port", "8080", "--connections-per-source", "5"].map(Into::into).into();
     arguments.extend(["--connection-rate", "0", "--attach-mode", mode].map(Into::into));
     arguments.extend(lab.interface_flags());
-    let ended = Process::start(&mut limiter.command_of(binary, &arguments))?.wait(Duration::from_secs(60))?;
+    let ended = Process::start(&mut limiter.command_of(binary, &arguments))?.wait(Duration::from_mins(1))?;
     anyhow::ensure!(ended.status.success(), "{}", ended.stderr);
     assert!(ended.stdout.contains("taken over: client1"), "{}", ended.stdout);
     Ok(())

@@ -82,7 +82,7 @@ async fn a_route_may_do_without_authentication_and_limits_and_others_do_not() {
     let routes =
         vec![Route { auth: false, ..route("/public") }, Route { auth: false, exempt: true, ..route("/federation") }];
     let limits = Limits { connections_per_source: 1, connections_total: 1, ..unlimited() };
-    let gateway = start_with(&config::Gateway { routes, auth, ..quiet() }, limits);
+    let gateway = start_with(&config::Gateway { auth, routes, ..quiet() }, limits);
     let _public = connect(&gateway, "/public").await.unwrap();
     assert_eq!(connect(&gateway, "/public").await.err(), Some(429));
     let mut exempt = Vec::new();
