@@ -27,7 +27,7 @@ pub const MAP_SOURCES: &str = "SOURCES";
 pub const MAP_PORTS: &str = "PORTS";
 /// [`crate::policy::InForce::place_of`] a service → [`crate::ServicePolicy`]: two copies, one of which is in force.
 pub const MAP_SERVICES: &str = "SERVICES";
-/// Service index → [`crate::policy::ServiceState`]: connections in all.
+/// Service index → [`crate::policy::ServiceState`]: connections in all. At [`ALL_SERVICES`]: those of all services.
 pub const MAP_SERVICE_STATE: &str = "SERVICE_STATE";
 /// Service index × [`COUNTERS_PER_SERVICE`] + [`crate::Counter`] → count, per CPU.
 pub const MAP_COUNTERS: &str = "COUNTERS";
@@ -85,6 +85,8 @@ pub const GLOBAL_NETNS_COOKIE: &str = "NETNS_COOKIE";
 
 /// How many services there may be.
 pub const MAX_SERVICES: u32 = 64;
+/// The place in [`MAP_SERVICE_STATE`] of what all services hold together; only its `connections` is used.
+pub const ALL_SERVICES: u32 = MAX_SERVICES;
 /// Room for counters of one service; at least the number of [`crate::Counter`]s.
 pub const COUNTERS_PER_SERVICE: u32 = 64;
 /// Default size of the ledger, in connections.

@@ -117,7 +117,11 @@ pub struct LedgerEntry {
     /// The source that it counts against. Kept here, because the prefix lengths can change while it is open.
     pub source: SourceKey,
     /// [`FLAG_ADOPTED`], [`FLAG_PAST_LIMIT`]; set when the entry is made.
-    pub flags: u32,
+    pub flags: u16,
+    /// Length of the prefix of the wider source that it counts against, too; 0: of none.
+    pub wide_prefix: u8,
+    /// Always 0.
+    pub reserved: u8,
     /// The client.
     pub remote: Address,
     /// The address that it connected to.
@@ -130,13 +134,22 @@ impl LedgerEntry {
     pub fn is_of(&self, connection: &Endpoints) -> bool {
         self.remote == connection.remote && self.local == connection.local
     }
+
+    /// The source of the wider tier that it counts against, if it does.
+    #[inline(always)]
+    pub const fn wide_source(&self) -> Option<SourceKey> {
+        if self.wide_prefix == 0 {
+            return None;
+        }
+        Some(SourceKey::wide(self.source.service, &self.remote, self.wide_prefix))
+    }
 }
 
 /// In [`LedgerEntry::flags`]: the connection was open before the limiter was attached. It is never cut.
-pub const FLAG_ADOPTED: u32 = 1;
+pub const FLAG_ADOPTED: u16 = 1;
 
 /// In [`LedgerEntry::flags`]: the connection got past XDP and past its limits, and is to be cut.
-pub const FLAG_PAST_LIMIT: u32 = 2;
+pub const FLAG_PAST_LIMIT: u16 = 2;
 
 /// A slot that was reserved when a handshake completed and that the stack has yet to confirm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! Limits as the kernel programs read them, and which of two copies they are to read.
 
-use crate::{abi::MAX_SERVICES, bucket::Rate};
+use crate::{Address, abi::MAX_SERVICES, bucket::Rate};
 
 /// The limits of one service. Read by the kernel programs at every SYN and every handshake, and never written where they
 /// read ([`InForce`]).
@@ -9,26 +9,50 @@ use crate::{abi::MAX_SERVICES, bucket::Rate};
 pub struct ServicePolicy {
     /// Connections that one source may hold; 0: any number.
     pub connections_per_source: u32,
+    /// Connections that one source of the wider tier may hold; 0: any number.
+    pub connections_per_wide_source: u32,
     /// Connections that the service may hold in all; 0: any number.
     pub connections_total: u32,
+    /// Connections that all services may hold together; 0: any number. The same in each.
+    pub connections_total_all: u32,
     /// Length of the prefix that makes a source of an IPv4 address, 1 to 32.
     pub ipv4_prefix: u8,
     /// Length of the prefix that makes a source of an IPv6 address, 1 to 128.
     pub ipv6_prefix: u8,
+    /// Length of the prefix that makes a source of the wider tier of an IPv4 address, shorter than `ipv4_prefix`; 0: there
+    /// is no such tier.
+    pub wide_ipv4_prefix: u8,
+    /// The same for IPv6.
+    pub wide_ipv6_prefix: u8,
     /// An [`OnDeny`].
     pub on_deny: u8,
     /// An [`OnFull`].
     pub on_full: u8,
+    /// Always 0.
+    pub reserved: [u8; 2],
     /// New connections per second that one source may open; 0: any number. For user space; the programs go by `rate`.
     pub connection_rate: u32,
     /// How many of them it may open at once. For user space, like `connection_rate`.
     pub connection_burst: u32,
-    /// Always 0.
-    pub reserved: u32,
-    /// The bucket of new connections of each source: [`Rate::new`] of the two above.
+    /// New connections per second that the service takes; 0: any number. For user space; the programs go by
+    /// `service_rate`.
+    pub service_connection_rate: u32,
+    /// How many of them it takes at once. For user space, like `service_connection_rate`.
+    pub service_connection_burst: u32,
+    /// The bucket of new connections of each source: [`Rate::new`] of its two numbers.
     pub rate: Rate,
+    /// The service's own bucket of new connections.
+    pub service_rate: Rate,
     /// The service's name in UTF-8, filled up with zeros; for user space alone. All zero: there is no such service.
     pub name: ServiceName,
+}
+
+impl ServicePolicy {
+    /// Length of the prefix of the wider source that `address` belongs to; 0: there is no such tier for its family.
+    #[inline(always)]
+    pub const fn wide_prefix(&self, address: &Address) -> u8 {
+        if address.is_v4() { self.wide_ipv4_prefix } else { self.wide_ipv6_prefix }
+    }
 }
 
 /// Which copy of the policy is in force.
@@ -167,6 +191,8 @@ pub struct ServiceState {
     pub unreported: u64,
     /// The word of the [`crate::bucket`] of [`RESET_RATE`].
     pub resets_ns: u64,
+    /// The word of the service's own [`bucket`](crate::bucket) of new connections. Changed by atomic operations only.
+    pub bucket: u64,
 }
 
 /// A service's name as it lies in a map.

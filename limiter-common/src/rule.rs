@@ -32,18 +32,24 @@ pub struct RuleEntry {
     pub connection_rate: u32,
     /// With [`OWN_RATE`]: how many of them at once. For user space.
     pub connection_burst: u32,
+    /// With [`OWN_WIDE_CONNECTIONS`]: connections that one source of the wider tier may hold; 0: any number.
+    pub connections_per_wide_source: u32,
     /// A [`RuleAction`].
     pub action: u8,
-    /// [`OWN_CONNECTIONS`] and [`OWN_RATE`]: which limits are the rule's own.
+    /// [`OWN_CONNECTIONS`], [`OWN_WIDE_CONNECTIONS`] and [`OWN_RATE`]: which limits are the rule's own.
     pub own: u8,
     /// The [length](RuleKey::length) of its own key, which a look-up does not tell.
     pub length: u8,
     /// A [`RuleOrigin`]; for user space.
     pub origin: u8,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// [`RuleEntry::own`]: it has a `connections_per_source` of its own.
 pub const OWN_CONNECTIONS: u8 = 1;
+/// [`RuleEntry::own`]: it has a `connections_per_wide_source` of its own.
+pub const OWN_WIDE_CONNECTIONS: u8 = 4;
 /// [`RuleEntry::own`]: it has a rate of its own.
 pub const OWN_RATE: u8 = 2;
 
@@ -104,10 +110,10 @@ pub struct Effective {
     pub denied: u32,
     /// Connections that its source may hold; 0: any number.
     pub connections_per_source: u32,
-    /// Connections that the service may hold in all for it to get in; 0: any number.
-    pub connections_total: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Connections that its source of the wider tier may hold; 0: any number.
+    pub connections_per_wide_source: u32,
+    /// Not 0: the limits of the service as a whole, and of all services, hold for it as for others.
+    pub of_service: u32,
     /// The bucket of new connections of its source.
     pub rate: Rate,
 }
@@ -119,20 +125,24 @@ impl Effective {
         let mut limits = Self {
             denied: 0,
             connections_per_source: policy.connections_per_source,
-            connections_total: policy.connections_total,
-            reserved: 0,
+            connections_per_wide_source: policy.connections_per_wide_source,
+            of_service: 1,
             rate: policy.rate,
         };
         if let Some(rule) = rule {
             if rule.action == RuleAction::Allow as u8 {
                 limits.connections_per_source = 0;
-                limits.connections_total = 0;
+                limits.connections_per_wide_source = 0;
+                limits.of_service = 0;
                 limits.rate.token_ns = 0;
             } else if rule.action == RuleAction::Deny as u8 {
                 limits.denied = 1;
             } else {
                 if rule.own & OWN_CONNECTIONS != 0 {
                     limits.connections_per_source = rule.connections_per_source;
+                }
+                if rule.own & OWN_WIDE_CONNECTIONS != 0 {
+                    limits.connections_per_wide_source = rule.connections_per_wide_source;
                 }
                 if rule.own & OWN_RATE != 0 {
                     limits.rate = rule.rate;

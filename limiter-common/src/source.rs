@@ -12,22 +12,34 @@ pub struct SourceKey {
     pub service: u16,
     /// Length of the prefix in bits, in the address's own family: 0 to 32 for IPv4, 0 to 128 for IPv6; or [`USER_PREFIX`].
     pub prefix: u8,
-    /// Always 0.
-    pub reserved: u8,
+    /// [`NARROW`] or [`WIDE`]. Apart from each other, because prefixes can be changed while connections are open: what is
+    /// narrow today may have been wide.
+    pub tier: u8,
 }
+
+/// [`SourceKey::tier`] of the sources that `connections_per_source` is for.
+pub const NARROW: u8 = 0;
+/// [`SourceKey::tier`] of the sources that `connections_per_wide_source` is for.
+pub const WIDE: u8 = 1;
 
 impl SourceKey {
     /// The source that `address` belongs to.
     #[inline(always)]
     pub const fn new(service: u16, address: &Address, ipv4_prefix: u8, ipv6_prefix: u8) -> Self {
         let prefix = if address.is_v4() { ipv4_prefix } else { ipv6_prefix };
-        Self { address: address.masked(prefix), service, prefix, reserved: 0 }
+        Self { address: address.masked(prefix), service, prefix, tier: NARROW }
+    }
+
+    /// The source of the wider tier that `address` belongs to, with a prefix of this length.
+    #[inline(always)]
+    pub const fn wide(service: u16, address: &Address, prefix: u8) -> Self {
+        Self { address: address.masked(prefix), service, prefix, tier: WIDE }
     }
 
     /// A user of a service, in the place of an address: `id` is a hash of its name.
     #[inline(always)]
     pub const fn of_user(service: u16, id: Address) -> Self {
-        Self { address: id, service, prefix: USER_PREFIX, reserved: 0 }
+        Self { address: id, service, prefix: USER_PREFIX, tier: NARROW }
     }
 
     /// Whether this is a user and no address.

@@ -16,11 +16,26 @@ pub enum DenyReason {
     RateLimit = 4,
     /// A rule denies it.
     Rule = 5,
+    /// The source of the wider tier holds as many connections as it may.
+    WideSourceLimit = 6,
+    /// All services together hold as many connections as they may.
+    TotalLimit = 7,
+    /// The service is opened connections to faster than it takes them.
+    ServiceRateLimit = 8,
 }
 
 impl DenyReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 5] = [Self::SourceLimit, Self::ServiceLimit, Self::LedgerFull, Self::RateLimit, Self::Rule];
+    pub const ALL: [Self; 8] = [
+        Self::SourceLimit,
+        Self::ServiceLimit,
+        Self::LedgerFull,
+        Self::RateLimit,
+        Self::Rule,
+        Self::WideSourceLimit,
+        Self::TotalLimit,
+        Self::ServiceRateLimit,
+    ];
 
     /// The name in metrics, logs and `--json`.
     pub const fn name(self) -> &'static str {
@@ -30,6 +45,9 @@ impl DenyReason {
             Self::LedgerFull => "ledger_full",
             Self::RateLimit => "rate_limit",
             Self::Rule => "rule",
+            Self::WideSourceLimit => "wide_source_limit",
+            Self::TotalLimit => "total_limit",
+            Self::ServiceRateLimit => "service_rate_limit",
         }
     }
 
@@ -41,6 +59,9 @@ impl DenyReason {
             Self::LedgerFull => "the ledger has no room, and on_full is closed",
             Self::RateLimit => "its source opens connections faster than it may",
             Self::Rule => "a rule denies it",
+            Self::WideSourceLimit => "its source of the wider tier holds as many connections as it may",
+            Self::TotalLimit => "all services together hold as many connections as they may",
+            Self::ServiceRateLimit => "connections to the service are opened faster than it takes them",
         }
     }
 
@@ -52,6 +73,9 @@ impl DenyReason {
             3 => Some(Self::LedgerFull),
             4 => Some(Self::RateLimit),
             5 => Some(Self::Rule),
+            6 => Some(Self::WideSourceLimit),
+            7 => Some(Self::TotalLimit),
+            8 => Some(Self::ServiceRateLimit),
             _ => None,
         }
     }
@@ -135,11 +159,38 @@ pub enum Counter {
     CountedForUser = 33,
     /// SYNs that were answered by a SYN cookie in XDP.
     SynChallenged = 34,
+    /// SYNs refused: the source of the wider tier was at its limit.
+    SynWideSourceLimit = 35,
+    /// SYNs that would have been refused for their wider source's limit, and passed because the service only observes.
+    SynObservedWideSourceLimit = 36,
+    /// Handshakes completed past the limit of their wider source, and refused.
+    HandshakeWideSourceLimit = 37,
+    /// Handshakes that would have been refused for their wider source's limit, and passed because the service only
+    /// observes.
+    HandshakeObservedWideSourceLimit = 38,
+    /// SYNs refused: all services together were full.
+    SynTotalLimit = 39,
+    /// SYNs that would have been refused for the limit of all services together, and passed because the service only
+    /// observes.
+    SynObservedTotalLimit = 40,
+    /// Handshakes completed while all services together were full, and refused.
+    HandshakeTotalLimit = 41,
+    /// Handshakes that would have been refused for the limit of all services together, and passed because the service only
+    /// observes.
+    HandshakeObservedTotalLimit = 42,
+    /// SYNs refused: the service was opened connections to faster than it takes them.
+    SynServiceRateLimit = 43,
+    /// SYNs that would have been refused for the service's rate, and passed because the service only observes.
+    SynObservedServiceRateLimit = 44,
+    /// Handshakes completed faster than the service takes them, and refused.
+    HandshakeServiceRateLimit = 45,
+    /// Handshakes that would have been refused for the service's rate, and passed because the service only observes.
+    HandshakeObservedServiceRateLimit = 46,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 47] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -175,6 +226,18 @@ impl Counter {
         Self::ResetSuppressed,
         Self::CountedForUser,
         Self::SynChallenged,
+        Self::SynWideSourceLimit,
+        Self::SynObservedWideSourceLimit,
+        Self::HandshakeWideSourceLimit,
+        Self::HandshakeObservedWideSourceLimit,
+        Self::SynTotalLimit,
+        Self::SynObservedTotalLimit,
+        Self::HandshakeTotalLimit,
+        Self::HandshakeObservedTotalLimit,
+        Self::SynServiceRateLimit,
+        Self::SynObservedServiceRateLimit,
+        Self::HandshakeServiceRateLimit,
+        Self::HandshakeObservedServiceRateLimit,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -199,6 +262,22 @@ impl Counter {
             (Stage::Handshake | Stage::Open, DenyReason::ServiceLimit, true) => Self::HandshakeObservedServiceLimit,
             (Stage::Handshake | Stage::Open, DenyReason::RateLimit, false) => Self::HandshakeRateLimit,
             (Stage::Handshake | Stage::Open, DenyReason::RateLimit, true) => Self::HandshakeObservedRateLimit,
+            (Stage::Syn, DenyReason::WideSourceLimit, false) => Self::SynWideSourceLimit,
+            (Stage::Syn, DenyReason::WideSourceLimit, true) => Self::SynObservedWideSourceLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::WideSourceLimit, false) => Self::HandshakeWideSourceLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::WideSourceLimit, true) => {
+                Self::HandshakeObservedWideSourceLimit
+            }
+            (Stage::Syn, DenyReason::TotalLimit, false) => Self::SynTotalLimit,
+            (Stage::Syn, DenyReason::TotalLimit, true) => Self::SynObservedTotalLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::TotalLimit, false) => Self::HandshakeTotalLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::TotalLimit, true) => Self::HandshakeObservedTotalLimit,
+            (Stage::Syn, DenyReason::ServiceRateLimit, false) => Self::SynServiceRateLimit,
+            (Stage::Syn, DenyReason::ServiceRateLimit, true) => Self::SynObservedServiceRateLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::ServiceRateLimit, false) => Self::HandshakeServiceRateLimit,
+            (Stage::Handshake | Stage::Open, DenyReason::ServiceRateLimit, true) => {
+                Self::HandshakeObservedServiceRateLimit
+            }
         }
     }
 
@@ -254,6 +333,18 @@ impl Counter {
             Self::ResetSuppressed => "reset_suppressed",
             Self::CountedForUser => "counted_for_user",
             Self::SynChallenged => "syn_challenged",
+            Self::SynWideSourceLimit => "syn_wide_source_limit",
+            Self::SynObservedWideSourceLimit => "syn_observed_wide_source_limit",
+            Self::HandshakeWideSourceLimit => "handshake_wide_source_limit",
+            Self::HandshakeObservedWideSourceLimit => "handshake_observed_wide_source_limit",
+            Self::SynTotalLimit => "syn_total_limit",
+            Self::SynObservedTotalLimit => "syn_observed_total_limit",
+            Self::HandshakeTotalLimit => "handshake_total_limit",
+            Self::HandshakeObservedTotalLimit => "handshake_observed_total_limit",
+            Self::SynServiceRateLimit => "syn_service_rate_limit",
+            Self::SynObservedServiceRateLimit => "syn_observed_service_rate_limit",
+            Self::HandshakeServiceRateLimit => "handshake_service_rate_limit",
+            Self::HandshakeObservedServiceRateLimit => "handshake_observed_service_rate_limit",
         }
     }
 }

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use limiter_common::{
-    Counter, DenyReason, Endpoints, ServicePolicy, SourceEntry, SourceKey,
+    Counter, DenyReason, Endpoints, ServicePolicy, SourceEntry, SourceKey, abi,
     event::Stage,
     ledger::EXPIRE_INTERVAL_NS,
     policy::{InForce, OnDeny, ServiceState, at_limit},
@@ -29,8 +29,6 @@ use crate::{
 
 /// How many reservations are looked through when a refusal gives the occasion.
 const EXPIRE_ON_REFUSAL: usize = 8;
-/// How many are looked through for each one that is made; more than one, so that the queue drains.
-const EXPIRE_ON_RESERVE: usize = 2;
 
 /// What becomes of a packet.
 #[derive(Clone, Copy)]
@@ -83,7 +81,15 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
             return None;
         }
         let in_force = policy::in_force();
-        ctx.handshake(in_force.service(word)?, in_force);
+        let service = in_force.service(word)?;
+        let proof = ctx.prove(service);
+        if proof != 0 {
+            let refused = ctx.handshake(service, in_force);
+            if refused != 0 {
+                ctx.refuse(service, in_force, refused | (proof << PROOF_SHIFT));
+            }
+            ledger::limiter_expire();
+        }
         None
     } else {
         None
@@ -218,70 +224,158 @@ fn refusal(
     {
         return Some((DenyReason::SourceLimit, source_sampler(entry)));
     }
+    let wide_prefix = policy.wide_prefix(&ends.remote);
+    if limits.connections_per_wide_source != 0
+        && wide_prefix != 0
+        && let Some(entry) = SOURCES.get_ptr_mut(&SourceKey::wide(service, &ends.remote, wide_prefix))
+        && at_limit(sources::held(entry), limits.connections_per_wide_source)
+    {
+        return Some((DenyReason::WideSourceLimit, source_sampler(entry)));
+    }
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let held = unsafe { atomic::load(&raw const (*state).connections) };
-    if at_limit(held, limits.connections_total) {
+    if limits.of_service != 0 && at_limit(unsafe { connections(state) }, policy.connections_total) {
         return Some((DenyReason::ServiceLimit, service_sampler(state)));
     }
-    if limits.rate.is_limited() {
+    if limits.of_service != 0
+        && policy.connections_total_all != 0
+        && let Some(all) = SERVICE_STATE.get_ptr_mut(abi::ALL_SERVICES)
+        // SAFETY: as above.
+        && at_limit(unsafe { connections(all) }, policy.connections_total_all)
+    {
+        return Some((DenyReason::TotalLimit, service_sampler(state)));
+    }
+    let of_service = limits.of_service != 0 && policy.service_rate.is_limited();
+    if limits.rate.is_limited() || of_service {
         // SAFETY: the helper has no precondition.
         let now_ns = unsafe { bpf_ktime_get_ns() };
-        if !rates::allows(&source, &limits.rate, now_ns) {
+        if limits.rate.is_limited() && !rates::allows(&source, &limits.rate, now_ns) {
             return Some((DenyReason::RateLimit, sampler_of(&source, state)));
+        }
+        if of_service && !rates::service_allows(state, &policy.service_rate, now_ns) {
+            return Some((DenyReason::ServiceRateLimit, service_sampler(state)));
         }
     }
     None
 }
 
-/// A segment of a connection that is not in the ledger. If it completes a handshake, this is where the slot is reserved.
-/// Whatever comes of it, the segment passes, perhaps changed. Returns 0; the kernel wants a number.
+/// How many connections are held.
+///
+/// # Safety
+///
+/// `state` must come from a look-up in the map of states.
+#[inline(always)]
+unsafe fn connections(state: *const ServiceState) -> u64 {
+    // SAFETY: the caller vouches for the pointer.
+    unsafe { atomic::load(&raw const (*state).connections) }
+}
+
+/// What [`limiter_prove`] answers: the segment completes a handshake, and by a SYN cookie.
+const BY_REQUEST: u32 = 1;
+const BY_COOKIE: u32 = 2;
+
+/// Whether a segment of a connection that is not in the ledger completes a handshake: 0 if not, otherwise [`BY_REQUEST`] or
+/// [`BY_COOKIE`].
+///
+/// A global function, like [`limiter_syn`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_prove(ctx: *mut xdp_md, service: u32) -> u32 {
+    prove(&XdpContext::new(ctx), service as u16)
+}
+
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_prove_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32) -> u32 {
+    prove(&Skb::new(skb, has_ethernet != 0), service as u16)
+}
+
+#[inline(always)]
+fn prove(ctx: &impl Packet, service: u16) -> u32 {
+    let Ok(segment) = packet::segment(ctx) else { return 0 };
+    match handshake::prove(ctx, &segment) {
+        Proof::NoHandshake => 0,
+        Proof::Unproven => {
+            count(service, Counter::HandshakeUnproven);
+            0
+        }
+        Proof::Completes => BY_REQUEST,
+        Proof::CompletesByCookie => BY_COOKIE,
+    }
+}
+
+/// In what [`limiter_handshake`] answers: the [`DenyReason`]; whether it is only observed; and, for [`limiter_refuse`], the
+/// proof.
+const REASON: u32 = 0xff;
+const OBSERVED: u32 = 0x100;
+const PROOF_SHIFT: u32 = 16;
+
+/// A segment that completes a handshake: this is where the slot is reserved. Returns 0 if it passes, and otherwise why it is
+/// refused.
 ///
 /// A global function, like [`limiter_syn`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn limiter_handshake(ctx: *mut xdp_md, service: u32, in_force: u64) -> u32 {
-    let _ = unknown(&XdpContext::new(ctx), service as u16, InForce(in_force));
-    0
+    completed(&XdpContext::new(ctx), service as u16, InForce(in_force)).unwrap_or(0)
 }
 
 /// The same for the packets of TC.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn limiter_handshake_skb(skb: *mut __sk_buff, has_ethernet: u32, service: u32, in_force: u64) -> u32 {
-    let _ = unknown(&Skb::new(skb, has_ethernet != 0), service as u16, InForce(in_force));
-    0
+    completed(&Skb::new(skb, has_ethernet != 0), service as u16, InForce(in_force)).unwrap_or(0)
 }
 
-/// The way out is `None` wherever the segment needs no more than to pass.
 #[inline(always)]
-fn unknown(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<()> {
-    let segment = &packet::segment(ctx).ok()?;
-    let ends = &endpoints(segment);
-    let by_cookie = match handshake::prove(ctx, segment) {
-        Proof::NoHandshake => return None,
-        Proof::Unproven => {
-            count(service, Counter::HandshakeUnproven);
-            return None;
-        }
-        Proof::Completes => false,
-        Proof::CompletesByCookie => true,
-    };
+fn completed(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<u32> {
+    let ends = &endpoints(&packet::segment(ctx).ok()?);
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
     let policy = policy::of_service(service, in_force)?;
     // SAFETY: the helper has no precondition.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    for _ in 0..EXPIRE_ON_RESERVE {
-        if !ledger::expire_one(now_ns) {
-            break;
-        }
-    }
     let limits = rules::limits_for(&ends.remote, policy, in_force);
     let observe = policy.on_deny == OnDeny::Observe as u8;
-    let (reason, observed) = match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
-        Reserved::Yes | Reserved::Uncounted => return None,
-        Reserved::Observed(reason) => (reason, true),
-        Reserved::Refused(reason) => (reason, false),
-    };
+    match ledger::reserve(ends, service, policy, &limits, state, observe, now_ns) {
+        Reserved::Yes | Reserved::Uncounted => None,
+        Reserved::Observed(reason) => Some(reason as u32 | OBSERVED),
+        Reserved::Refused(reason) => Some(reason as u32),
+    }
+}
+
+/// Sees to a handshake that was refused. Whatever comes of it, the segment passes, perhaps changed. Returns 0; the kernel
+/// wants a number.
+///
+/// A global function, like [`limiter_syn`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_refuse(ctx: *mut xdp_md, service: u32, in_force: u64, refused: u32) -> u32 {
+    let _ = refuse(&XdpContext::new(ctx), service as u16, InForce(in_force), refused);
+    0
+}
+
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_refuse_skb(
+    skb: *mut __sk_buff,
+    has_ethernet: u32,
+    service: u32,
+    in_force: u64,
+    refused: u32,
+) -> u32 {
+    let _ = refuse(&Skb::new(skb, has_ethernet != 0), service as u16, InForce(in_force), refused);
+    0
+}
+
+#[inline(always)]
+fn refuse(ctx: &impl Packet, service: u16, in_force: InForce, refused: u32) -> Option<()> {
+    let segment = &packet::segment(ctx).ok()?;
+    let ends = &endpoints(segment);
+    let policy = policy::of_service(service, in_force)?;
+    let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
+    let reason = DenyReason::from_number((refused & REASON) as u8)?;
+    let observed = refused & OBSERVED != 0;
     count(service, Counter::of_refusal(reason, Stage::Handshake, observed));
     report(
         handshake_sampler(ends, service, policy, state, reason),
@@ -289,7 +383,7 @@ fn unknown(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<()> {
     );
     debug!(ctx, "service {}: handshake refused, reason {}", service, reason as u8);
     if !observed {
-        if by_cookie {
+        if refused >> PROOF_SHIFT == BY_COOKIE {
             // There is nothing to forget: the stack finds no valid cookie, and answers with a RST of its own.
             segment.spoil_cookie(ctx);
         } else {
@@ -297,7 +391,7 @@ fn unknown(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<()> {
             segment.turn_into_reset(ctx);
         }
     }
-    None
+    Some(())
 }
 
 /// Who the refusal of a handshake is noted for.
@@ -311,6 +405,9 @@ fn handshake_sampler(
 ) -> Sampler {
     if matches!(reason, DenyReason::SourceLimit | DenyReason::RateLimit | DenyReason::Rule) {
         return sampler_of(&SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix), state);
+    }
+    if matches!(reason, DenyReason::WideSourceLimit) {
+        return sampler_of(&SourceKey::wide(service, &ends.remote, policy.wide_prefix(&ends.remote)), state);
     }
     service_sampler(state)
 }

@@ -48,8 +48,14 @@ pub trait Packet: EbpfContext {
     /// [`admission::limiter_syn`], or its like.
     fn syn(&self, service: u16, in_force: InForce) -> u32;
 
+    /// [`admission::limiter_prove`], or its like.
+    fn prove(&self, service: u16) -> u32;
+
     /// [`admission::limiter_handshake`], or its like.
-    fn handshake(&self, service: u16, in_force: InForce);
+    fn handshake(&self, service: u16, in_force: InForce) -> u32;
+
+    /// [`admission::limiter_refuse`], or its like.
+    fn refuse(&self, service: u16, in_force: InForce, refused: u32);
 
     /// Writes the flags of a segment of this packet, and mends the checksum. What pointed into the packet before points
     /// nowhere now.
@@ -93,8 +99,18 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn handshake(&self, service: u16, in_force: InForce) {
-        admission::limiter_handshake(self.ctx, service.into(), in_force.0);
+    fn prove(&self, service: u16) -> u32 {
+        admission::limiter_prove(self.ctx, service.into())
+    }
+
+    #[inline(always)]
+    fn handshake(&self, service: u16, in_force: InForce) -> u32 {
+        admission::limiter_handshake(self.ctx, service.into(), in_force.0)
+    }
+
+    #[inline(always)]
+    fn refuse(&self, service: u16, in_force: InForce, refused: u32) {
+        admission::limiter_refuse(self.ctx, service.into(), in_force.0, refused);
     }
 
     #[inline(always)]
@@ -184,8 +200,19 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
-    fn handshake(&self, service: u16, in_force: InForce) {
-        admission::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into(), in_force.0);
+    fn prove(&self, service: u16) -> u32 {
+        admission::limiter_prove_skb(self.skb, u32::from(self.has_ethernet), service.into())
+    }
+
+    #[inline(always)]
+    fn handshake(&self, service: u16, in_force: InForce) -> u32 {
+        admission::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into(), in_force.0)
+    }
+
+    #[inline(always)]
+    fn refuse(&self, service: u16, in_force: InForce, refused: u32) {
+        let has_ethernet = u32::from(self.has_ethernet);
+        admission::limiter_refuse_skb(self.skb, has_ethernet, service.into(), in_force.0, refused);
     }
 
     // Not by writing to the packet: for a program that does, the kernel copies the headers of every packet that somebody

@@ -1,8 +1,11 @@
 //! The ledger. Every change of a count is here, together with the entry that it belongs to.
 
-use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
+use aya_ebpf::{
+    bindings::{BPF_EXIST, BPF_NOEXIST},
+    helpers::bpf_ktime_get_ns,
+};
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey, TagSecret,
+    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey, TagSecret, abi,
     event::Stage,
     ledger::{
         FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner,
@@ -15,12 +18,15 @@ use limiter_common::{
 use crate::{
     atomic,
     counters::{count, count_at},
-    maps::{EEXIST, LEDGER, MEMBERS, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
+    maps::{EEXIST, LEDGER, MEMBERS, NEW_ENTRY, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
     policy, rates,
     report::{Refused, report_each},
     rules::limits_for,
     sources,
 };
+
+/// How many reservations are looked through for each one that is made; more than one, so that the queue drains.
+const EXPIRE_ON_RESERVE: usize = 2;
 
 /// How often a step is tried again that met another CPU's half-done one.
 const ATTEMPTS: usize = 4;
@@ -58,45 +64,35 @@ pub fn reserve(
     observe: bool,
     now_ns: u64,
 ) -> Reserved {
-    let mut reason = None;
-    let mut spent = false;
-    let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    let Ok(held_by_source) = sources::add(&source, state) else {
-        return full(policy);
+    let owner = reservation_owner(now_ns);
+    let Some(entry) = NEW_ENTRY.get_ptr_mut(0) else { return full(policy) };
+    // SAFETY: the pointer is into this CPU's element, and whoever else uses it runs where this can't be interrupted by it.
+    let entry = unsafe {
+        *entry = new_entry(ends, service, policy, owner, 0, now_ns);
+        &*entry
     };
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    if limits.denied != 0 {
-        reason = Some(DenyReason::Rule);
-    } else if at_limit(held_by_source, limits.connections_per_source) {
-        reason = Some(DenyReason::SourceLimit);
-    } else if at_limit(held_by_service, limits.connections_total) {
-        reason = Some(DenyReason::ServiceLimit);
-    } else if limits.rate.is_limited() {
-        if rates::spend(&source, &limits.rate, now_ns) {
-            spent = true;
-        } else {
-            reason = Some(DenyReason::RateLimit);
-        }
+    let wide = wide_of(entry);
+    let Some(held) = take(&entry.source, &wide, state) else { return full(policy) };
+    let mut reason = past_limit(policy, limits, &held);
+    let mut spent = false;
+    if reason.is_none() {
+        reason = spend(&entry.source, policy, limits, now_ns);
+        spent = reason.is_none();
     }
     if let Some(reason) = reason
         && !observe
     {
-        release_service(state);
-        sources::subtract(&source, state);
+        put_back(&entry.source, &wide, state);
         return Reserved::Refused(reason);
     }
 
-    let owner = reservation_owner(now_ns);
     let key = key_of(ends);
-    let entry = LedgerEntry { owner, opened_ns: now_ns, source, flags: 0, remote: ends.remote, local: ends.local };
-    match insert(&key, &entry) {
+    match insert(&key, entry) {
         Ok(()) => {}
         Err(error) => {
-            release_service(state);
-            sources::subtract(&source, state);
+            put_back(&entry.source, &wide, state);
             if spent {
-                rates::give_back(&source, &limits.rate);
+                give_back(&entry.source, policy, limits, state);
             }
             // Another CPU has just made the same entry; or another connection has the same key, and there is no room for
             // both.
@@ -168,8 +164,8 @@ fn count_for_source(gone: u64, source: &SourceKey, state: *mut ServiceState) {
     let Some(user) = leave_user(gone) else { return };
     // The entry is there, and so there is room for its source but in a map that is full to the last element; the audit
     // shows that as drift.
-    let _ = sources::add(source, state);
-    sources::subtract(&user, state);
+    let _ = sources::add(source);
+    sources::subtract(&user);
 }
 
 /// What came of having a connection count against a user.
@@ -207,21 +203,21 @@ pub fn count_for_user(key: &ConnectionKey, owner: u64, member: &Member) -> Assig
             return Assigned::NotThere;
         }
         let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(source.service)) else { return Assigned::NotThere };
-        if sources::add(&user, state).is_err() {
+        if sources::add(&user).is_err() {
             return Assigned::Full;
         }
         if let Err(error) = MEMBERS.insert(&owner, member, u64::from(BPF_NOEXIST)) {
-            sources::subtract(&user, state);
+            sources::subtract(&user);
             return if error == -EEXIST { Assigned::Already } else { Assigned::Full };
         }
         if atomic::compare_exchange(owner_field, owner, owner) {
-            sources::subtract(&source, state);
+            sources::subtract(&source);
             count(source.service, Counter::CountedForUser);
             return Assigned::Yes;
         }
         // It was taken out meanwhile, by somebody who has seen the member and given the user's slot back, or has not.
         let left = if MEMBERS.remove(&owner).is_ok() { user } else { source };
-        sources::subtract(&left, state);
+        sources::subtract(&left);
         Assigned::NotThere
     }
 }
@@ -263,28 +259,25 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
     else {
         return Entered::Full;
     };
-    let source = SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-    let Ok(held_by_source) = sources::add(&source, state) else { return no_room(service, counter) };
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    let held_by_service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
+    let mut entry = new_entry(ends, service, policy, cookie, 0, now_ns);
+    let wide = wide_of(&entry);
+    let Some(held) = take(&entry.source, &wide, state) else { return no_room(service, counter) };
     let limits = limits_for(&ends.remote, policy, in_force);
-    let past = past_limit(policy, &limits, held_by_source, held_by_service);
-    let flags = match (counter, past) {
+    let past = if policy.on_deny == OnDeny::Observe as u8 { None } else { past_limit(policy, &limits, &held) };
+    entry.flags = match (counter, past) {
         (Counter::OpenedAdopted, _) => FLAG_ADOPTED,
         (_, Some(_)) => FLAG_PAST_LIMIT,
         (_, None) => 0,
     };
-    let entry = LedgerEntry { owner: cookie, opened_ns: now_ns, source, flags, remote: ends.remote, local: ends.local };
     if let Err(error) = insert(&key_of(ends), &entry) {
-        release_service(state);
-        sources::subtract(&source, state);
+        put_back(&entry.source, &wide, state);
         if error == -EEXIST {
             return Entered::ThereAlready;
         }
         return no_room(service, counter);
     }
     count(service, counter);
-    if flags & FLAG_PAST_LIMIT != 0
+    if entry.flags & FLAG_PAST_LIMIT != 0
         && let Some(reason) = past
     {
         report_each(&Refused { connection: *ends, service, reason, stage: Stage::Open, observed: false });
@@ -292,31 +285,150 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
     Entered::Yes
 }
 
-/// Which limit a connection is past that is open already, where limits are kept. How fast it followed others is not
-/// looked at: what is open costs by being open.
+/// An entry for a connection, which is nowhere yet.
 #[inline(always)]
-fn past_limit(
+fn new_entry(
+    ends: &Endpoints,
+    service: u16,
     policy: &ServicePolicy,
-    limits: &Effective,
-    held_by_source: u64,
-    held_by_service: u64,
-) -> Option<DenyReason> {
-    if policy.on_deny == OnDeny::Observe as u8 {
-        None
-    } else if limits.denied != 0 {
+    owner: u64,
+    flags: u16,
+    now_ns: u64,
+) -> LedgerEntry {
+    LedgerEntry {
+        owner,
+        opened_ns: now_ns,
+        source: SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix),
+        flags,
+        wide_prefix: policy.wide_prefix(&ends.remote),
+        reserved: 0,
+        remote: ends.remote,
+        local: ends.local,
+    }
+}
+
+/// The source of the wider tier that an entry counts against; with a prefix of 0 if there is none. Not an `Option`: what is
+/// undefined in one reaches the verifier.
+#[inline(always)]
+fn wide_of(entry: &LedgerEntry) -> SourceKey {
+    SourceKey::wide(entry.source.service, &entry.remote, entry.wide_prefix)
+}
+
+/// How many connections are held by each of what one more counts against.
+struct Held {
+    source: u64,
+    wide_source: u64,
+    service: u64,
+    all: u64,
+}
+
+/// Counts one more connection everywhere, or, if there is no room for another source, nowhere.
+#[inline(always)]
+fn take(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) -> Option<Held> {
+    let held_by_source = sources::add(source).ok()?;
+    let wide_source = if wide.prefix == 0 {
+        0
+    } else if let Ok(held) = sources::add(wide) {
+        held
+    } else {
+        sources::subtract(source);
+        return None;
+    };
+    let all = match SERVICE_STATE.get_ptr_mut(abi::ALL_SERVICES) {
+        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+        Some(all) => unsafe { atomic::fetch_add(&raw mut (*all).connections, 1) },
+        None => 0,
+    };
+    // SAFETY: as above.
+    let service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
+    Some(Held { source: held_by_source, wide_source, service, all })
+}
+
+/// Takes back what [`take`] has counted.
+#[inline(always)]
+fn put_back(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) {
+    // SAFETY: the pointers come from look-ups in an array; its elements stay.
+    unsafe {
+        atomic::fetch_add(&raw mut (*state).connections, 1_u64.wrapping_neg());
+        if let Some(all) = SERVICE_STATE.get_ptr_mut(abi::ALL_SERVICES) {
+            atomic::fetch_add(&raw mut (*all).connections, 1_u64.wrapping_neg());
+        }
+    }
+    if wide.prefix != 0 {
+        sources::subtract(wide);
+    }
+    sources::subtract(source);
+}
+
+/// Which limit one more connection is past, if it is.
+#[inline(always)]
+fn past_limit(policy: &ServicePolicy, limits: &Effective, held: &Held) -> Option<DenyReason> {
+    if limits.denied != 0 {
         Some(DenyReason::Rule)
-    } else if at_limit(held_by_source, limits.connections_per_source) {
+    } else if at_limit(held.source, limits.connections_per_source) {
         Some(DenyReason::SourceLimit)
-    } else if at_limit(held_by_service, limits.connections_total) {
+    } else if at_limit(held.wide_source, limits.connections_per_wide_source) {
+        Some(DenyReason::WideSourceLimit)
+    } else if limits.of_service == 0 {
+        None
+    } else if at_limit(held.service, policy.connections_total) {
         Some(DenyReason::ServiceLimit)
+    } else if at_limit(held.all, policy.connections_total_all) {
+        Some(DenyReason::TotalLimit)
     } else {
         None
+    }
+}
+
+/// Takes the tokens that a new connection takes: one of its source's, and one of its service's. Both or none; says which
+/// there was none of.
+#[inline(always)]
+fn spend(source: &SourceKey, policy: &ServicePolicy, limits: &Effective, now_ns: u64) -> Option<DenyReason> {
+    if limits.rate.is_limited() && !rates::spend(source, &limits.rate, now_ns) {
+        return Some(DenyReason::RateLimit);
+    }
+    if limits.of_service != 0
+        && policy.service_rate.is_limited()
+        && !rates::service_spend(source.service, &policy.service_rate, now_ns)
+    {
+        if limits.rate.is_limited() {
+            rates::give_back(source, &limits.rate);
+        }
+        return Some(DenyReason::ServiceRateLimit);
+    }
+    None
+}
+
+/// Gives back what [`spend`] has taken.
+#[inline(always)]
+fn give_back(source: &SourceKey, policy: &ServicePolicy, limits: &Effective, state: *mut ServiceState) {
+    if limits.rate.is_limited() {
+        rates::give_back(source, &limits.rate);
+    }
+    if limits.of_service != 0 && policy.service_rate.is_limited() {
+        rates::service_give_back(state, &policy.service_rate);
     }
 }
 
 /// Takes an entry out, if it has that owner. Of any number of hands that try, one succeeds.
 #[inline(always)]
 pub fn release(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
+    limiter_release(&raw const *key, owner, counter) != 0
+}
+
+/// [`release`] as a global function, which the verifier looks at once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_release(key: *const ConnectionKey, owner: u64, counter: u32) -> u32 {
+    if key.is_null() {
+        return 0;
+    }
+    // SAFETY: the verifier has checked that this is what is behind the pointer.
+    u32::from(take_out(unsafe { &*key }, owner, counter))
+}
+
+#[inline(always)]
+fn take_out(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
     let Some(entry) = LEDGER.get_ptr_mut(key) else { return false };
     // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
     unsafe {
@@ -325,7 +437,7 @@ pub fn release(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
             return false;
         }
         // From here on the entry is ours alone.
-        let source = (*entry).source;
+        let (source, wide) = ((*entry).source, wide_of(&*entry));
         let mut removed = false;
         for _ in 0..ATTEMPTS {
             if LEDGER.remove(key).is_ok() {
@@ -338,20 +450,33 @@ pub fn release(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
             atomic::compare_exchange(&raw mut (*entry).owner, OWNER_REMOVED, owner);
             return false;
         }
-        if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(source.service)) {
+        let service = source.service;
+        if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) {
+            // Whoever counts against a user has left his source, and not the wider one.
             let counted = if is_reservation(owner) { None } else { leave_user(owner) };
-            match counted {
-                Some(user) => sources::subtract(&user, state),
-                None => sources::subtract(&source, state),
-            }
-            release_service(state);
+            put_back(counted.as_ref().unwrap_or(&source), &wide, state);
             if is_reservation(owner) {
                 atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
             }
         }
-        count_at(source.service, counter);
+        count_at(service, counter);
     }
     true
+}
+
+/// Looks through reservations for each one that was made, in a global function: it comes after all else, with a stack of its
+/// own. Returns 0; the kernel wants a number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_expire() -> u32 {
+    // SAFETY: the helper has no precondition.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    for _ in 0..EXPIRE_ON_RESERVE {
+        if !expire_one(now_ns) {
+            break;
+        }
+    }
+    0
 }
 
 /// Looks at the oldest reservation: forgets it if it was confirmed, takes it out if its time is up. `false` if it was
@@ -389,11 +514,6 @@ fn is_for(key: &ConnectionKey, ends: &Endpoints) -> bool {
 }
 
 #[inline(always)]
-fn release_service(state: *mut ServiceState) {
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    unsafe { atomic::fetch_add(&raw mut (*state).connections, 1_u64.wrapping_neg()) };
-}
-
 /// A connection that is let pass is counted as such when it is open, by [`no_room`].
 #[inline(always)]
 fn full(policy: &ServicePolicy) -> Reserved {

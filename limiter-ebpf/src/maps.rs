@@ -24,7 +24,7 @@ pub static PORTS: Array<u32> = Array::with_max_entries(65_536, 0);
 pub static SERVICES: Array<ServicePolicy> = Array::with_max_entries(2 * abi::MAX_SERVICES, 0);
 
 #[map]
-pub static SERVICE_STATE: Array<ServiceState> = Array::with_max_entries(abi::MAX_SERVICES, 0);
+pub static SERVICE_STATE: Array<ServiceState> = Array::with_max_entries(abi::MAX_SERVICES + 1, 0);
 
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE, 0);
@@ -34,6 +34,11 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 
 #[map]
 pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MAX_RESERVATIONS, 0);
+
+/// Where an entry of the ledger is put together for which the stack has no room: by the programs of admission alone, which
+/// run one after the other on each CPU.
+#[map]
+pub static NEW_ENTRY: PerCpuArray<LedgerEntry> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
 pub static RATES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(abi::MAX_RATES, 0);

@@ -9,12 +9,12 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use limiter_common::{
     SourceEntry, SourceKey,
     policy::ServiceState,
-    source::{SOURCE_GONE, is_gone},
+    source::{NARROW, SOURCE_GONE, is_gone},
 };
 
 use crate::{
     atomic,
-    maps::{EEXIST, SOURCES},
+    maps::{EEXIST, SERVICE_STATE, SOURCES},
 };
 
 /// How often a step is tried again that met another CPU's half-done one.
@@ -30,13 +30,57 @@ pub fn held(entry: *const SourceEntry) -> u64 {
 
 /// Adds a connection to a source and returns how many it held before, or `Err` if there is no room for another source.
 #[inline(always)]
-pub fn add(key: &SourceKey, state: *mut ServiceState) -> Result<u64, ()> {
-    let before = add_to_entry(key)?;
-    if before == 0 {
+pub fn add(key: &SourceKey) -> Result<u64, ()> {
+    match limiter_add(&raw const *key) {
+        NO_ROOM => Err(()),
+        before => Ok(before),
+    }
+}
+
+/// Takes a connection away from a source; the last one takes the source along. Only for a connection that was added: as
+/// long as it counts, the entry stays where it is.
+#[inline(always)]
+pub fn subtract(key: &SourceKey) {
+    limiter_subtract(&raw const *key);
+}
+
+/// No source holds so many.
+const NO_ROOM: u64 = u64::MAX;
+
+/// [`add`] as a global function, which the verifier looks at once; it is called once or twice for each connection.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
+    if key.is_null() {
+        return NO_ROOM;
+    }
+    // SAFETY: the verifier has checked that this is what is behind the pointer.
+    let key = unsafe { &*key };
+    let Ok(before) = add_to_entry(key) else { return NO_ROOM };
+    if before == 0
+        && let Some(state) = state_of(key)
+    {
         // SAFETY: the pointer comes from a look-up in an array; its elements stay.
         unsafe { atomic::fetch_add(&raw mut (*state).sources, 1) };
     }
-    Ok(before)
+    before
+}
+
+/// [`subtract`] as a global function. Returns 0; the kernel wants a number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_subtract(key: *const SourceKey) -> u64 {
+    if !key.is_null() {
+        // SAFETY: the verifier has checked that this is what is behind the pointer.
+        subtract_from_entry(unsafe { &*key });
+    }
+    0
+}
+
+/// Where a source is counted itself: that of its service. Those of the wider tier are not.
+#[inline(always)]
+fn state_of(key: &SourceKey) -> Option<*mut ServiceState> {
+    if key.tier == NARROW { SERVICE_STATE.get_ptr_mut(u32::from(key.service)) } else { None }
 }
 
 #[inline(always)]
@@ -63,10 +107,8 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
     Err(())
 }
 
-/// Takes a connection away from a source; the last one takes the source along. Only for a connection that was added: as
-/// long as it counts, the entry stays where it is.
 #[inline(always)]
-pub fn subtract(key: &SourceKey, state: *mut ServiceState) {
+fn subtract_from_entry(key: &SourceKey) {
     let Some(entry) = SOURCES.get_ptr_mut(key) else { return };
     // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
     unsafe {
@@ -74,7 +116,9 @@ pub fn subtract(key: &SourceKey, state: *mut ServiceState) {
         if atomic::fetch_add(connections, 1_u64.wrapping_neg()) != 1 {
             return;
         }
-        atomic::fetch_add(&raw mut (*state).sources, 1_u64.wrapping_neg());
+        if let Some(state) = state_of(key) {
+            atomic::fetch_add(&raw mut (*state).sources, 1_u64.wrapping_neg());
+        }
         if !atomic::compare_exchange(connections, 0, SOURCE_GONE) {
             return;
         }

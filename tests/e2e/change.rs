@@ -32,7 +32,7 @@ fn rule(cidr: &str, action: Action) -> Rule {
 
 /// Two policies under which some SYNs always pass and others never do, while any mixture of them does otherwise.
 fn policies() -> [(Vec<Service>, Vec<Rule>); 2] {
-    let limits = Action::Limit(OwnLimits { connections_per_source: Some(3), rate: None });
+    let limits = Action::Limit(OwnLimits { connections_per_source: Some(3), ..OwnLimits::default() });
     [
         // Who is denied here comes to a service that only observes.
         (

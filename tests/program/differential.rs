@@ -10,7 +10,7 @@ use limiter::kernel::Hook;
 use limiter_common::{
     Counter, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
-    model::{Admission, FastOpen, Handshake, Verdict, reset},
+    model::{Admission, FastOpen, Handshake, Sources, Verdict, reset},
     policy::{OnDeny, RESET_RATE},
     rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
@@ -34,9 +34,35 @@ const RATE: Rate = Rate { token_ns: 3_600_000_000_000, full_ns: 7_200_000_000_00
 fn services() -> [(u16, u16, ServicePolicy); 4] {
     let base = ServicePolicy { ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() };
     [
-        (0, 8080, ServicePolicy { connections_per_source: 2, connections_total: 60, ..base }),
-        (1, 443, ServicePolicy { connections_per_source: 3, rate: RATE, ipv4_prefix: 28, ipv6_prefix: 120, ..base }),
-        (3, 9001, ServicePolicy { connections_per_source: 1, on_deny: OnDeny::Reset as u8, ..base }),
+        (
+            0,
+            8080,
+            ServicePolicy {
+                connections_per_source: 2,
+                connections_per_wide_source: 5,
+                connections_total: 60,
+                wide_ipv4_prefix: 29,
+                wide_ipv6_prefix: 63,
+                ..base
+            },
+        ),
+        (
+            1,
+            443,
+            ServicePolicy {
+                connections_per_source: 3,
+                connections_total_all: 250,
+                rate: RATE,
+                ipv4_prefix: 28,
+                ipv6_prefix: 120,
+                ..base
+            },
+        ),
+        (
+            3,
+            9001,
+            ServicePolicy { connections_per_source: 1, service_rate: RATE, on_deny: OnDeny::Reset as u8, ..base },
+        ),
         (
             2,
             9000,
@@ -222,10 +248,17 @@ fn program_and_model_agree(hook: Hook) {
                     Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()
                 };
                 let key = Endpoints::new(remote, SocketAddr::new(local, port));
-                let source = SourceKey::new(index, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-                if model.ledger.insert(key, source).is_none() {
-                    program.add_connection(&key, &source).unwrap();
+                let sources = Sources::of(index, &policy, &key.remote);
+                if model.ledger.insert(key, sources).is_none() {
+                    program.add_connection(&key, &sources.narrow).unwrap();
+                    if let Some(wide) = &sources.wide {
+                        program.count_at(wide).unwrap();
+                    }
                 }
+                // To each service connections were opened just now.
+                let word = (model.now_ns + RATE.token_ns * random.u64(1..4)).min(model.now_ns + RATE.full_ns);
+                model.service_rates.insert(index, word);
+                program.set_state(index, |state| state.bucket = word).unwrap();
                 // And somebody has opened one, two or more of them just now.
                 let someone = address(&mut random, number % 2000 == 0).into();
                 let source = SourceKey::new(index, &someone, policy.ipv4_prefix, policy.ipv6_prefix);

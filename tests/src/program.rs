@@ -137,19 +137,27 @@ impl Program {
 
     /// Puts a connection into the ledger, with everything that counts it.
     pub fn add_connection(&mut self, ends: &Endpoints, source: &SourceKey) -> Result<()> {
-        let entry =
-            LedgerEntry { owner: 1, opened_ns: 1, source: *source, flags: 0, remote: ends.remote, local: ends.local };
+        let entry = LedgerEntry {
+            owner: 1,
+            opened_ns: 1,
+            source: *source,
+            flags: 0,
+            wide_prefix: 0,
+            reserved: 0,
+            remote: ends.remote,
+            local: ends.local,
+        };
         let secret = self.array::<TagSecret>(abi::MAP_TAG_SECRET)?.get(&0, 0)?;
         self.hash::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER)?.insert(ends.key(&secret), entry, 0)?;
-        let mut sources = self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?;
-        let known = sources.get(source, 0).unwrap_or(SourceEntry { key: *source, ..SourceEntry::default() });
-        let first = known.connections == 0;
-        sources.insert(source, SourceEntry { connections: known.connections + 1, ..known }, 0)?;
+        let first = self.count_at(source)? == 1;
         let mut states = self.array::<ServiceState>(abi::MAP_SERVICE_STATE)?;
         let mut state = states.get(&u32::from(source.service), 0)?;
         state.connections += 1;
         state.sources += u64::from(first);
         states.set(u32::from(source.service), state, 0)?;
+        let mut all = states.get(&abi::ALL_SERVICES, 0)?;
+        all.connections += 1;
+        states.set(abi::ALL_SERVICES, all, 0)?;
         Ok(())
     }
 
@@ -165,6 +173,8 @@ impl Program {
                 opened_ns: 1,
                 source,
                 flags: 0,
+                wide_prefix: 0,
+                reserved: 0,
                 remote: ends.remote,
                 local: ends.local,
             });
@@ -188,6 +198,15 @@ impl Program {
             Some(Map::HashMap(map)) => Ok(map.fd().as_fd()),
             _ => bail!("no hash map {name}"),
         }
+    }
+
+    /// Adds a connection to a source alone, as for one of the wider tier, and returns how many it holds then.
+    pub fn count_at(&mut self, source: &SourceKey) -> Result<u64> {
+        let mut sources = self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?;
+        let known = sources.get(source, 0).unwrap_or(SourceEntry { key: *source, ..SourceEntry::default() });
+        let connections = known.connections + 1;
+        sources.insert(source, SourceEntry { connections, ..known }, 0)?;
+        Ok(connections)
     }
 
     /// Gives a source a bucket of new connections.

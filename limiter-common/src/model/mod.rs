@@ -15,11 +15,11 @@ use std::{
 };
 
 use crate::{
-    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    Address, Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
     bucket::Rate,
     event::Stage,
     policy::{OnDeny, OnFull, at_limit},
-    rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
+    rule::{OWN_CONNECTIONS, OWN_RATE, OWN_WIDE_CONNECTIONS, RuleAction, RuleEntry},
 };
 
 /// What becomes of a packet.
@@ -55,12 +55,14 @@ pub struct Admission {
     pub ports: HashMap<u16, u16>,
     /// The limits of each service.
     pub policies: HashMap<u16, ServicePolicy>,
-    /// Every connection that is counted, with the source that it counts against.
-    pub ledger: HashMap<Endpoints, SourceKey>,
+    /// Every connection that is counted, with the sources that it counts against.
+    pub ledger: HashMap<Endpoints, Sources>,
     /// How many entries the ledger has room for.
     pub ledger_size: usize,
     /// The word of the bucket of each source that has opened connections.
     pub rates: HashMap<SourceKey, u64>,
+    /// The word of the bucket of each service that connections were opened to.
+    pub service_rates: HashMap<u16, u64>,
     /// Rules by prefix: an address and how many bits of it count, in its own family.
     pub rules: HashMap<(IpAddr, u8), RuleEntry>,
     /// Whether refused SYNs can be answered; only XDP does.
@@ -69,6 +71,29 @@ pub struct Admission {
     pub now_ns: u64,
     /// What was counted.
     pub counters: HashMap<(u16, Counter), u64>,
+}
+
+/// What a connection counts against, beside its service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// The source that it is of.
+    pub narrow: SourceKey,
+    /// That of the wider tier, if there is such a tier.
+    pub wide: Option<SourceKey>,
+}
+
+impl Sources {
+    /// Those of an address.
+    pub fn of(service: u16, policy: &ServicePolicy, address: &Address) -> Self {
+        let wide = match IpAddr::from(*address) {
+            IpAddr::V4(_) => policy.wide_ipv4_prefix,
+            IpAddr::V6(_) => policy.wide_ipv6_prefix,
+        };
+        Self {
+            narrow: SourceKey::new(service, address, policy.ipv4_prefix, policy.ipv6_prefix),
+            wide: (wide != 0).then(|| SourceKey::wide(service, address, wide)),
+        }
+    }
 }
 
 impl Admission {
@@ -153,14 +178,18 @@ impl Admission {
             // It is counted when it is open.
             return Verdict::Pass;
         }
-        let source = source(service, policy, ends);
-        if let (None, Some(limits)) = (reason, self.limits(policy, ends))
-            && limits.rate.is_limited()
-        {
-            let word = self.rates.entry(source).or_default();
-            *word = limits.rate.spent(*word, self.now_ns);
+        let sources = Sources::of(service, policy, &ends.remote);
+        if let (None, Some(limits)) = (reason, self.limits(policy, ends)) {
+            if limits.rate.is_limited() {
+                let word = self.rates.entry(sources.narrow).or_default();
+                *word = limits.rate.spent(*word, self.now_ns);
+            }
+            if limits.service_rate.is_limited() {
+                let word = self.service_rates.entry(service).or_default();
+                *word = limits.service_rate.spent(*word, self.now_ns);
+            }
         }
-        self.ledger.insert(*ends, source);
+        self.ledger.insert(*ends, sources);
         self.count(service, Counter::OpenedReserved);
         Verdict::Pass
     }
@@ -168,17 +197,24 @@ impl Admission {
     /// Why one more connection would be one too many, if it would.
     fn reason(&self, service: u16, policy: &ServicePolicy, ends: &Endpoints) -> Option<DenyReason> {
         let Some(limits) = self.limits(policy, ends) else { return Some(DenyReason::Rule) };
-        let source = source(service, policy, ends);
-        let held_by_source = self.ledger.values().filter(|other| **other == source).count();
-        let held_by_service = self.ledger.values().filter(|other| other.service == service).count();
-        if at_limit(held_by_source as u64, limits.per_source) {
+        let sources = Sources::of(service, policy, &ends.remote);
+        let held = |by: &dyn Fn(&Sources) -> bool| self.ledger.values().filter(|other| by(other)).count() as u64;
+        let has_token = |rate: &Rate, word: Option<&u64>| {
+            !rate.is_limited() || word.is_none_or(|word| rate.has_token(*word, self.now_ns))
+        };
+        if at_limit(held(&|other| other.narrow == sources.narrow), limits.per_source) {
             Some(DenyReason::SourceLimit)
-        } else if at_limit(held_by_service as u64, limits.total) {
-            Some(DenyReason::ServiceLimit)
-        } else if limits.rate.is_limited()
-            && self.rates.get(&source).is_some_and(|word| !limits.rate.has_token(*word, self.now_ns))
+        } else if sources.wide.is_some() && at_limit(held(&|other| other.wide == sources.wide), limits.per_wide_source)
         {
+            Some(DenyReason::WideSourceLimit)
+        } else if at_limit(held(&|other| other.narrow.service == service), limits.total) {
+            Some(DenyReason::ServiceLimit)
+        } else if at_limit(self.ledger.len() as u64, limits.total_all) {
+            Some(DenyReason::TotalLimit)
+        } else if !has_token(&limits.rate, self.rates.get(&sources.narrow)) {
             Some(DenyReason::RateLimit)
+        } else if !has_token(&limits.service_rate, self.service_rates.get(&service)) {
+            Some(DenyReason::ServiceRateLimit)
         } else {
             None
         }
@@ -186,8 +222,14 @@ impl Admission {
 
     /// The limits that hold for a client; `None` if a rule denies it.
     fn limits(&self, policy: &ServicePolicy, ends: &Endpoints) -> Option<Limits> {
-        let service =
-            Limits { per_source: policy.connections_per_source, total: policy.connections_total, rate: policy.rate };
+        let service = Limits {
+            per_source: policy.connections_per_source,
+            per_wide_source: policy.connections_per_wide_source,
+            total: policy.connections_total,
+            total_all: policy.connections_total_all,
+            rate: policy.rate,
+            service_rate: policy.service_rate,
+        };
         let ip = ends.remote.into();
         let longest = self
             .rules
@@ -201,11 +243,16 @@ impl Admission {
             return None;
         }
         if rule.action == RuleAction::Allow as u8 {
-            return Some(Limits { per_source: 0, total: 0, rate: Rate::default() });
+            return Some(Limits::default());
         }
         let own = |bit| rule.own & bit != 0;
         Some(Limits {
             per_source: if own(OWN_CONNECTIONS) { rule.connections_per_source } else { service.per_source },
+            per_wide_source: if own(OWN_WIDE_CONNECTIONS) {
+                rule.connections_per_wide_source
+            } else {
+                service.per_wide_source
+            },
             rate: if own(OWN_RATE) { rule.rate } else { service.rate },
             ..service
         })
@@ -213,7 +260,7 @@ impl Admission {
 
     /// The sources that hold a connection.
     pub fn sources(&self) -> HashSet<SourceKey> {
-        self.ledger.values().copied().collect()
+        self.ledger.values().map(|sources| sources.narrow).collect()
     }
 
     fn count(&mut self, service: u16, counter: Counter) {
@@ -221,11 +268,15 @@ impl Admission {
     }
 }
 
-/// The limits of one service, as they hold for one client.
+/// The limits of one service, as they hold for one client; the default is none.
+#[derive(Default)]
 struct Limits {
     per_source: u32,
+    per_wide_source: u32,
     total: u32,
+    total_all: u32,
     rate: Rate,
+    service_rate: Rate,
 }
 
 /// Whether an address is in a prefix of its own family.
@@ -236,8 +287,4 @@ fn contains(network: IpAddr, prefix: u8, ip: IpAddr) -> bool {
         (IpAddr::V6(network), IpAddr::V6(ip)) => same(network.to_bits() ^ ip.to_bits(), 128),
         _ => false,
     }
-}
-
-fn source(service: u16, policy: &ServicePolicy, ends: &Endpoints) -> SourceKey {
-    SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix)
 }

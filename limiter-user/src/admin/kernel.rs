@@ -139,6 +139,19 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
         services().map(|service| ([("service", service.name.as_str())], service.limits.connections_total.into())),
     )?;
     writer.gauge(
+        "connections_per_wide_source_limit",
+        "Connections that one source of the wider tier may hold; 0: any number",
+        services().map(|service| {
+            ([("service", service.name.as_str())], u64::from(service.limits.connections_per_wide_source))
+        }),
+    )?;
+    let over_all = status.services.first().map_or(0, |service| service.limits.connections_total_all);
+    writer.gauge(
+        "connections_total_all_limit",
+        "Connections that all services may hold together; 0: any number",
+        [(&[][..], over_all.into())],
+    )?;
+    writer.gauge(
         "kernel_attached",
         "Interfaces that a program of admission is attached to",
         status

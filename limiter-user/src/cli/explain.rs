@@ -41,6 +41,8 @@ struct Row<'e> {
     ports: &'e [u16],
     source: &'e str,
     connections: u64,
+    wide_source: Option<&'e str>,
+    wide_connections: Option<u64>,
     service_connections: u64,
     /// `null`: any number.
     tokens: Option<u64>,
@@ -77,6 +79,8 @@ impl<'e> Row<'e> {
             ports: &row.service.ports,
             source: &row.source,
             connections: row.connections,
+            wide_source: row.wide_source.as_ref().map(|(source, _)| source.as_str()),
+            wide_connections: row.wide_source.as_ref().map(|(_, connections)| *connections),
             service_connections: row.service.connections,
             tokens: row.tokens,
             limits: row.limits,
@@ -96,11 +100,14 @@ fn text(explanation: &Explanation) -> String {
         let limits = &row.limits;
         let of = |held: u64, most: u32| format!("{held} of {} connections", limit(most));
         let tokens = row.tokens.map_or_else(String::new, |tokens| format!("; {tokens} left"));
+        let wide = row.wide_source.as_ref().map_or_else(String::new, |(source, connections)| {
+            format!("Wide source {source}: {}\n", of(*connections, limits.connections_per_wide_source))
+        });
         // A String takes whatever is written to it.
         let _ = write!(
             text,
             "\nService     {} (port {})\n\
-             Source      {}: {}\n\
+             Source      {}: {}\n{wide}\
              In all      {}\n\
              Rate        {}{tokens}\n\
              Next SYN    {}\n",
@@ -161,7 +168,15 @@ mod tests {
             counters: Counters::default(),
         };
         let (ip, source) = ("192.0.2.7".parse().unwrap(), "192.0.2.7/32".into());
-        let services = vec![ServiceExplanation { service, source, connections: 5, limits, tokens: Some(3), next_syn }];
+        let services = vec![ServiceExplanation {
+            service,
+            source,
+            connections: 5,
+            wide_source: Some(("192.0.2.0/24".into(), 9)),
+            limits,
+            tokens: Some(3),
+            next_syn,
+        }];
         Explanation { ip, rule: None, services }
     }
 
@@ -180,6 +195,7 @@ mod tests {
              \n\
              Service     chat (port 80,443)\n\
              Source      192.0.2.7/32: 5 of 5 connections\n\
+             Wide source 192.0.2.0/24: 9 of unlimited connections\n\
              In all      17 of 10000 connections\n\
              Rate        10/s, 20 at once; 3 left\n\
              Next SYN    is refused (on_deny = drop): source_limit, its source holds as many connections as it may\n"
@@ -188,6 +204,7 @@ mod tests {
         assert_eq!(document["rule"]["cidr"], "192.0.2.0/24");
         let service = &document["services"][0];
         assert_eq!(service["connections_per_source"], 5);
+        assert_eq!((&service["wide_source"], &service["wide_connections"]), (&"192.0.2.0/24".into(), &9.into()));
         assert_eq!(
             service["next_syn"],
             serde_json::json!({ "verdict": "denied", "stage": "syn", "reason": "source_limit" })

@@ -64,10 +64,35 @@ pub(super) fn limit(limit: u32) -> String {
 
 /// A connection rate for people.
 pub(super) fn rate(limits: &Limits) -> String {
-    if limits.connection_rate == 0 {
-        "unlimited".to_owned()
-    } else {
-        format!("{}/s, {} at once", limits.connection_rate, limits.connection_burst)
+    rate_of(limits.connection_rate, limits.connection_burst)
+}
+
+/// The connection rate of the whole service for people.
+pub(super) fn service_rate(limits: &Limits) -> String {
+    rate_of(limits.service_connection_rate, limits.service_connection_burst)
+}
+
+fn rate_of(rate: u32, burst: u32) -> String {
+    if rate == 0 { "unlimited".to_owned() } else { format!("{rate}/s, {burst} at once") }
+}
+
+/// How many connections a source may hold, and one of the wider tier if there is one.
+pub(super) fn per_source(limits: &Limits) -> String {
+    let narrow = limit(limits.connections_per_source);
+    if limits.wide_ipv4_prefix == 0 && limits.wide_ipv6_prefix == 0 {
+        return narrow;
+    }
+    format!("{narrow}, wide {}", limit(limits.connections_per_wide_source))
+}
+
+/// What a source is.
+pub(super) fn sources_are(limits: &Limits) -> String {
+    let narrow = format!("/{} and /{}", limits.ipv4_prefix, limits.ipv6_prefix);
+    match (limits.wide_ipv4_prefix, limits.wide_ipv6_prefix) {
+        (0, 0) => narrow,
+        (v4, 0) => format!("{narrow}, wide /{v4} (IPv4)"),
+        (0, v6) => format!("{narrow}, wide /{v6} (IPv6)"),
+        (v4, v6) => format!("{narrow}, wide /{v4} and /{v6}"),
     }
 }
 
@@ -89,6 +114,15 @@ mod tests {
     fn a_table_has_no_borders_and_no_spaces_at_the_end_of_a_line() {
         let text = table(["NAME", "COUNT"], &[1], [["a".into(), "7".into()], ["long name".into(), "1000".into()]]);
         assert_eq!(text, "NAME       COUNT\na              7\nlong name   1000\n");
+    }
+
+    #[test]
+    fn a_wider_source_is_shown_where_there_is_one() {
+        let limits = Limits::default();
+        assert_eq!((per_source(&limits), sources_are(&limits)), ("20".to_owned(), "/32 and /64".to_owned()));
+        let limits = Limits { wide_ipv4_prefix: 24, connections_per_wide_source: 100, ..limits };
+        let shown = ("20, wide 100".to_owned(), "/32 and /64, wide /24 (IPv4)".to_owned());
+        assert_eq!((per_source(&limits), sources_are(&limits)), shown);
     }
 
     #[test]

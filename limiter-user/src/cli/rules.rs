@@ -146,6 +146,7 @@ pub(super) struct Row {
     pub(super) cidr: String,
     pub(super) action: &'static str,
     connections_per_source: Option<u32>,
+    connections_per_wide_source: Option<u32>,
     connection_rate: Option<u32>,
     connection_burst: Option<u32>,
     seconds_left: Option<u64>,
@@ -162,6 +163,7 @@ impl Row {
             cidr: rule.rule.cidr.to_string(),
             action: rule.rule.action.name(),
             connections_per_source: own.connections_per_source,
+            connections_per_wide_source: own.connections_per_wide_source,
             connection_rate: own.rate.map(|(rate, _)| rate),
             connection_burst: own.rate.map(|(_, burst)| burst),
             // A rule that has half a second left is not one that has ended.
@@ -188,22 +190,19 @@ fn text(rules: &[Row]) -> String {
             row.cidr.clone(),
             row.action.to_owned(),
             row.connections_per_source.map_or_else(as_service, limit),
+            row.connections_per_wide_source.map_or_else(as_service, limit),
             rate,
             row.left().unwrap_or_else(|| "-".to_owned()),
             row.from.to_owned(),
         ]
     });
-    table(["CIDR", "ACTION", "PER SOURCE", "RATE", "LEFT", "FROM"], &[2], rows)
+    table(["CIDR", "ACTION", "PER SOURCE", "PER WIDE SOURCE", "RATE", "LEFT", "FROM"], &[2, 3], rows)
 }
 
-/// `limit set --rule`: gives a rule limits of its own. Gives what they are now.
-pub(super) fn set_own(
-    pinned: &Pinned,
-    cidr: Cidr,
-    connections_per_source: Option<u32>,
-    rate: Option<u32>,
-    burst: Option<u32>,
-) -> anyhow::Result<RuleInForce> {
+/// `limit set --rule`: gives a rule limits of its own: `connections_per_source`, `connections_per_wide_source`,
+/// `connection_rate` and `connection_burst`. Gives what they are now.
+pub(super) fn set_own(pinned: &Pinned, cidr: Cidr, limits: [Option<u32>; 4]) -> anyhow::Result<RuleInForce> {
+    let [connections_per_source, connections_per_wide_source, rate, burst] = limits;
     let mut rules = pinned.rules()?;
     let before = rules.get(cidr)?;
     let mut own = match before.map(|before| before.rule.action) {
@@ -215,6 +214,7 @@ pub(super) fn set_own(
         }
     };
     own.connections_per_source = connections_per_source.or(own.connections_per_source);
+    own.connections_per_wide_source = connections_per_wide_source.or(own.connections_per_wide_source);
     own.rate = match (rate, burst, own.rate) {
         (None, None, rate) => rate,
         (None, Some(_), None) => {
@@ -241,7 +241,8 @@ mod tests {
 
     #[test]
     fn rules_are_a_table_or_a_document() {
-        let own = OwnLimits { connections_per_source: Some(500), rate: Some((9, 20)) };
+        let own =
+            OwnLimits { connections_per_source: Some(500), connections_per_wide_source: None, rate: Some((9, 20)) };
         let rules: Vec<_> = [
             ("192.0.2.0/24", Action::Deny, Some(Duration::from_millis(599_500)), false),
             ("2001:db8::/32", Action::Allow, None, false),
@@ -253,10 +254,10 @@ mod tests {
         })
         .collect();
         let expected = "\
-CIDR           ACTION  PER SOURCE  RATE             LEFT  FROM
-192.0.2.0/24   deny             -  -                10m   command
-2001:db8::/32  allow            -  -                -     command
-100.64.0.0/10  limit          500  9/s, 20 at once  -     file
+CIDR           ACTION  PER SOURCE  PER WIDE SOURCE  RATE             LEFT  FROM
+192.0.2.0/24   deny             -                -  -                10m   command
+2001:db8::/32  allow            -                -  -                -     command
+100.64.0.0/10  limit          500                -  9/s, 20 at once  -     file
 ";
         assert_eq!(text(&rules), expected);
         let document = serde_json::to_value(Document { rules }).unwrap();

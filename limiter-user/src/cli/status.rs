@@ -6,7 +6,7 @@ use limiter_common::{Counter, DenyReason, event::Stage};
 
 use super::{
     Global,
-    output::{Format, limit, ports, rate, table},
+    output::{Format, limit, per_source, ports, rate, service_rate, sources_are, table},
 };
 use crate::kernel::{AttachedInterface, Pinned, ServiceRow, Status};
 
@@ -34,11 +34,29 @@ fn text(status: &Status) -> String {
         status.sources,
         audit(status),
     );
+    let over_all = status.services.first().map_or(0, |service| service.limits.connections_total_all);
+    if over_all != 0 {
+        let at = text.len() - 1;
+        text.insert_str(
+            at,
+            &format!("All         {} of {over_all} connections over all services\n", status.ledger_entries),
+        );
+    }
     text += &challenge(status);
     let interfaces = status.interfaces.iter().map(interface);
     text += &table(["INTERFACE", "INDEX", "MODE", "HOOK", "WHY"], &[1], interfaces);
     text.push('\n');
-    let header = ["SERVICE", "PORTS", "ON DENY", "CONNECTIONS", "TOTAL LIMIT", "PER SOURCE", "RATE", "SOURCE IS"];
+    let header = [
+        "SERVICE",
+        "PORTS",
+        "ON DENY",
+        "CONNECTIONS",
+        "TOTAL LIMIT",
+        "PER SOURCE",
+        "RATE",
+        "SERVICE RATE",
+        "SOURCE IS",
+    ];
     text += &table(header, &[3, 4, 5], status.services.iter().map(service));
 
     let refused: Vec<[String; 5]> = status.services.iter().flat_map(refusals).collect();
@@ -90,7 +108,7 @@ fn interface(interface: &AttachedInterface) -> [String; 5] {
     [name, interface.index.to_string(), interface.mode.to_owned(), interface.hook.to_owned(), why]
 }
 
-fn service(service: &ServiceRow) -> [String; 8] {
+fn service(service: &ServiceRow) -> [String; 9] {
     let limits = &service.limits;
     [
         service.name.clone(),
@@ -98,9 +116,10 @@ fn service(service: &ServiceRow) -> [String; 8] {
         service.on_deny.to_owned(),
         service.connections.to_string(),
         limit(limits.connections_total),
-        limit(limits.connections_per_source),
+        per_source(limits),
         rate(limits),
-        format!("/{} and /{}", limits.ipv4_prefix, limits.ipv6_prefix),
+        service_rate(limits),
+        sources_are(limits),
     ]
 }
 
@@ -194,8 +213,8 @@ INTERFACE                        INDEX  MODE    HOOK  WHY
 eth0                                 2  native  xdp
 (gone, or in another namespace)     77  tc      tcx   it is taken
 
-SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  RATE              SOURCE IS
-chat     8080,8443  drop               3    unlimited          20  10/s, 20 at once  /32 and /64
+SERVICE  PORTS      ON DENY  CONNECTIONS  TOTAL LIMIT  PER SOURCE  RATE              SERVICE RATE  SOURCE IS
+chat     8080,8443  drop               3    unlimited          20  10/s, 20 at once  unlimited     /32 and /64
 
 SERVICE  REFUSED FOR   SYNS  HANDSHAKES  OBSERVED
 chat     source_limit     7           1         0
@@ -223,6 +242,13 @@ The ledger was full: 2 connections passed uncounted. Raise kernel.max_connection
             challenge(&status),
             "Challenge   always; now: chat\n            net.ipv4.tcp_syncookies is 2 for it, and will be 1 again after detach\n\n"
         );
+    }
+
+    #[test]
+    fn a_limit_over_all_services_is_shown() {
+        let mut status = status();
+        status.services[0].limits.connections_total_all = 500;
+        assert!(text(&status).contains("repairs\nAll         3 of 500 connections over all services\n\nINTERFACE"));
     }
 
     #[test]

@@ -171,8 +171,10 @@ mod tests {
             .map(|host| SourceRow {
                 service: "chat".into(),
                 source: format!("192.0.2.{host}/32"),
+                tier: "narrow",
                 connections: 31 - host,
                 limit: 20,
+                exceptions: Vec::new(),
             })
             .collect();
         let before = status(&[("opened_reserved", 10), ("syn_source_limit", 100), ("syn_rule", 5)]);

@@ -13,7 +13,7 @@ use toml_edit::{DocumentMut, InlineTable, Item, Table, TableLike, Value};
 use super::{ConfigError, DEFAULT_SERVICE, parse, resolve};
 use crate::policy::Limits;
 
-/// Largest `connection_rate` and `connection_burst`; far above what one source can do.
+/// Largest rate and burst of new connections; far above what one host can do.
 pub(crate) const GREATEST_CONNECTION_RATE: u32 = 1_000_000;
 
 /// A limit that can be changed while the limiter runs.
@@ -21,49 +21,83 @@ pub(crate) const GREATEST_CONNECTION_RATE: u32 = 1_000_000;
 pub enum LimitKey {
     /// Connections that one source may hold.
     ConnectionsPerSource,
+    /// Connections that one source of the wider tier may hold.
+    ConnectionsPerWideSource,
     /// Connections that the service may hold in all.
     ConnectionsTotal,
+    /// Connections that all services may hold together.
+    ConnectionsTotalAll,
     /// New connections per second that one source may open.
     ConnectionRate,
     /// How many of them it may open at once.
     ConnectionBurst,
+    /// New connections per second that the service takes.
+    ServiceConnectionRate,
+    /// How many of them it takes at once.
+    ServiceConnectionBurst,
     /// Length of the prefix that makes a source of an IPv4 address.
     Ipv4Prefix,
     /// Length of the prefix that makes a source of an IPv6 address.
     Ipv6Prefix,
+    /// Length of the prefix that makes a wider source of an IPv4 address; 0: there is none.
+    WideIpv4Prefix,
+    /// Length of the prefix that makes a wider source of an IPv6 address; 0: there is none.
+    WideIpv6Prefix,
 }
 
 impl LimitKey {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 12] = [
         Self::ConnectionsPerSource,
+        Self::ConnectionsPerWideSource,
         Self::ConnectionsTotal,
+        Self::ConnectionsTotalAll,
         Self::ConnectionRate,
         Self::ConnectionBurst,
+        Self::ServiceConnectionRate,
+        Self::ServiceConnectionBurst,
         Self::Ipv4Prefix,
         Self::Ipv6Prefix,
+        Self::WideIpv4Prefix,
+        Self::WideIpv6Prefix,
     ];
 
     /// Its name in the file, on the command line and in `--json`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::ConnectionsPerSource => "connections_per_source",
+            Self::ConnectionsPerWideSource => "connections_per_wide_source",
             Self::ConnectionsTotal => "connections_total",
+            Self::ConnectionsTotalAll => "connections_total_all",
             Self::ConnectionRate => "connection_rate",
             Self::ConnectionBurst => "connection_burst",
+            Self::ServiceConnectionRate => "service_connection_rate",
+            Self::ServiceConnectionBurst => "service_connection_burst",
             Self::Ipv4Prefix => "ipv4_prefix",
             Self::Ipv6Prefix => "ipv6_prefix",
+            Self::WideIpv4Prefix => "wide_ipv4_prefix",
+            Self::WideIpv6Prefix => "wide_ipv6_prefix",
         }
+    }
+
+    /// Whether it is one number for all services.
+    pub const fn is_of_all_services(self) -> bool {
+        matches!(self, Self::ConnectionsTotalAll)
     }
 
     /// Least and greatest value.
     pub const fn range(self) -> (u32, u32) {
         match self {
-            Self::ConnectionsPerSource | Self::ConnectionsTotal => (0, u32::MAX),
-            Self::ConnectionRate => (0, GREATEST_CONNECTION_RATE),
-            Self::ConnectionBurst => (1, GREATEST_CONNECTION_RATE),
+            Self::ConnectionsPerSource
+            | Self::ConnectionsPerWideSource
+            | Self::ConnectionsTotal
+            | Self::ConnectionsTotalAll => (0, u32::MAX),
+            Self::ConnectionRate | Self::ServiceConnectionRate => (0, GREATEST_CONNECTION_RATE),
+            Self::ConnectionBurst | Self::ServiceConnectionBurst => (1, GREATEST_CONNECTION_RATE),
             Self::Ipv4Prefix => (1, 32),
             Self::Ipv6Prefix => (1, 128),
+            Self::WideIpv4Prefix => (0, 31),
+            Self::WideIpv6Prefix => (0, 127),
         }
     }
 
@@ -71,11 +105,17 @@ impl LimitKey {
     pub fn get(self, limits: &Limits) -> u32 {
         match self {
             Self::ConnectionsPerSource => limits.connections_per_source,
+            Self::ConnectionsPerWideSource => limits.connections_per_wide_source,
             Self::ConnectionsTotal => limits.connections_total,
+            Self::ConnectionsTotalAll => limits.connections_total_all,
             Self::ConnectionRate => limits.connection_rate,
             Self::ConnectionBurst => limits.connection_burst,
+            Self::ServiceConnectionRate => limits.service_connection_rate,
+            Self::ServiceConnectionBurst => limits.service_connection_burst,
             Self::Ipv4Prefix => limits.ipv4_prefix.into(),
             Self::Ipv6Prefix => limits.ipv6_prefix.into(),
+            Self::WideIpv4Prefix => limits.wide_ipv4_prefix.into(),
+            Self::WideIpv6Prefix => limits.wide_ipv6_prefix.into(),
         }
     }
 
@@ -87,11 +127,17 @@ impl LimitKey {
         }
         match self {
             Self::ConnectionsPerSource => limits.connections_per_source = value,
+            Self::ConnectionsPerWideSource => limits.connections_per_wide_source = value,
             Self::ConnectionsTotal => limits.connections_total = value,
+            Self::ConnectionsTotalAll => limits.connections_total_all = value,
             Self::ConnectionRate => limits.connection_rate = value,
             Self::ConnectionBurst => limits.connection_burst = value,
+            Self::ServiceConnectionRate => limits.service_connection_rate = value,
+            Self::ServiceConnectionBurst => limits.service_connection_burst = value,
             Self::Ipv4Prefix => limits.ipv4_prefix = u8::try_from(value).ok()?,
             Self::Ipv6Prefix => limits.ipv6_prefix = u8::try_from(value).ok()?,
+            Self::WideIpv4Prefix => limits.wide_ipv4_prefix = u8::try_from(value).ok()?,
+            Self::WideIpv6Prefix => limits.wide_ipv6_prefix = u8::try_from(value).ok()?,
         }
         Some(())
     }

@@ -77,6 +77,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     kernel(root.section("kernel"), &mut config.kernel);
     let mut section = root.section("limits");
     limits(&mut section, &mut config.limits);
+    section.read("connections_total_all", &mut config.limits.connections_total_all, connections);
     section.finish();
     let base =
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
@@ -126,11 +127,31 @@ fn kernel(mut section: Section, kernel: &mut Kernel) {
 
 fn limits(section: &mut Section, limits: &mut Limits) {
     section.read("connections_per_source", &mut limits.connections_per_source, connections);
+    let mut places = HashMap::new();
+    let wide = section.read("connections_per_wide_source", &mut limits.connections_per_wide_source, connections);
+    places.insert("connections_per_wide_source", wide);
     section.read("connections_total", &mut limits.connections_total, connections);
     section.read("connection_rate", &mut limits.connection_rate, connection_rate);
     section.read("connection_burst", &mut limits.connection_burst, connection_burst);
-    section.read("ipv4_prefix", &mut limits.ipv4_prefix, |item| value::integer(item, 1..=32, "bits"));
-    section.read("ipv6_prefix", &mut limits.ipv6_prefix, |item| value::integer(item, 1..=128, "bits"));
+    section.read("service_connection_rate", &mut limits.service_connection_rate, connection_rate);
+    section.read("service_connection_burst", &mut limits.service_connection_burst, connection_burst);
+    let narrow = section.read("ipv4_prefix", &mut limits.ipv4_prefix, |item| value::integer(item, 1..=32, "bits"));
+    let wide = section.read("wide_ipv4_prefix", &mut limits.wide_ipv4_prefix, |item| {
+        value::integer(item, 0..=31, "bits; 0: no wider source")
+    });
+    places.insert("wide_ipv4_prefix", wide.or(narrow));
+    let narrow = section.read("ipv6_prefix", &mut limits.ipv6_prefix, |item| value::integer(item, 1..=128, "bits"));
+    let wide = section.read("wide_ipv6_prefix", &mut limits.wide_ipv6_prefix, |item| {
+        value::integer(item, 0..=127, "bits; 0: no wider source")
+    });
+    places.insert("wide_ipv6_prefix", wide.or(narrow));
+    // What a service takes over from [limits] was complained of there; if nothing is here to point at, it is no fault of
+    // this section.
+    if let Err((key, why)) = limits.check()
+        && let Some(Some(span)) = places.remove(key)
+    {
+        section.complain(&span, key, &why);
+    }
 }
 
 fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Service) -> Vec<Service> {
@@ -183,10 +204,14 @@ fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32) ->
         let place = section.read("cidr", &mut cidr, |item| value::cidr(item).map(Some));
         let action_at = section.read("action", &mut action, |item| value::choice::<RuleAction>(item).map(Some));
         section.read("connections_per_source", &mut own.connections_per_source, |item| connections(item).map(Some));
+        section.read("connections_per_wide_source", &mut own.connections_per_wide_source, |item| {
+            connections(item).map(Some)
+        });
         section.read("connection_rate", &mut own_rate, |item| connection_rate(item).map(Some));
         let burst_at = section.read("connection_burst", &mut own_burst, |item| connection_burst(item).map(Some));
-        let given = ["action", "connections_per_source", "connection_rate", "connection_burst"]
-            .map(|key| section.item(key).is_some());
+        let given =
+            ["action", "connections_per_source", "connections_per_wide_source", "connection_rate", "connection_burst"]
+                .map(|key| section.item(key).is_some());
         section.finish();
 
         let [acts, limits @ ..] = given;

@@ -45,8 +45,14 @@ fn every_key_is_read() {
         connection_rate = 7
         connection_burst = 1000000
         connections_total = 4294967295
+        connections_per_wide_source = 50
+        connections_total_all = 60
+        service_connection_rate = 70
+        service_connection_burst = 80
         ipv4_prefix = 24
         ipv6_prefix = 128
+        wide_ipv4_prefix = 16
+        wide_ipv6_prefix = 32
         [[service]]
         name = "chat"
         port = [8080, 0x20fb]
@@ -55,8 +61,9 @@ fn every_key_is_read() {
         port = 9000
         connections_per_source = 3
         connections_total = 4
-        ipv4_prefix = 1
+        ipv4_prefix = 8
         ipv6_prefix = 48
+        wide_ipv4_prefix = 0
         on_deny = "drop"
         [[rule]]
         cidr = "192.0.2.0/24"
@@ -67,6 +74,7 @@ fn every_key_is_read() {
         [[rule]]
         cidr = "100.64.0.0/10"
         connections_per_source = 500
+        connections_per_wide_source = 900
         connection_rate = 9
         [gateway]
         listen = ["[::]:8080"]
@@ -104,11 +112,17 @@ fn every_key_is_read() {
     "#;
     let limits = Limits {
         connections_per_source: 0,
+        connections_per_wide_source: 50,
         connections_total: u32::MAX,
+        connections_total_all: 60,
         connection_rate: 7,
         connection_burst: 1_000_000,
+        service_connection_rate: 70,
+        service_connection_burst: 80,
         ipv4_prefix: 24,
         ipv6_prefix: 128,
+        wide_ipv4_prefix: 16,
+        wide_ipv6_prefix: 32,
     };
     let expected = Config {
         kernel: Kernel {
@@ -132,8 +146,9 @@ fn every_key_is_read() {
                 limits: Limits {
                     connections_per_source: 3,
                     connections_total: 4,
-                    ipv4_prefix: 1,
+                    ipv4_prefix: 8,
                     ipv6_prefix: 48,
+                    wide_ipv4_prefix: 0,
                     ..limits
                 },
                 on_deny: OnDeny::Drop,
@@ -144,7 +159,11 @@ fn every_key_is_read() {
             Rule { cidr: "2001:db8::7/128".parse().unwrap(), action: Action::Allow },
             Rule {
                 cidr: "100.64.0.0/10".parse().unwrap(),
-                action: Action::Limit(OwnLimits { connections_per_source: Some(500), rate: Some((9, 1_000_000)) }),
+                action: Action::Limit(OwnLimits {
+                    connections_per_source: Some(500),
+                    connections_per_wide_source: Some(900),
+                    rate: Some((9, 1_000_000)),
+                }),
             },
         ],
         gateway: Gateway {
@@ -279,6 +298,18 @@ fn each_problem_is_told_with_its_place() {
         ("[limits]\nconnections_total = \"10\"", "2:21", "found the string \"10\""),
         ("[limits]\nipv4_prefix = 33", "2:15", "from 1 to 32"),
         ("[limits]\nipv4_prefix = 0", "2:15", "from 1 to 32"),
+        ("[limits]\nwide_ipv4_prefix = 32", "2:20", "from 0 to 31"),
+        (
+            "[limits]\nwide_ipv6_prefix = 64",
+            "2:20",
+            "a wider source has a shorter prefix: found 64, and ipv6_prefix is 64",
+        ),
+        ("[limits]\nconnections_per_wide_source = 5", "2:31", "there is no wider source"),
+        (
+            "[[service]]\nname = \"a\"\nport = 1\nconnections_total_all = 5",
+            "4:1",
+            "unknown key service.connections_total_all",
+        ),
         ("[limits]\nipv6_prefix = 129", "2:15", "from 1 to 128"),
         ("[[service]]\nport = 1", "1:1", "service.name: every [[service]] needs a name"),
         ("[[service]]\nname = \"a\"", "1:1", "service.port: every [[service]] needs a port"),

@@ -21,20 +21,28 @@ pub(crate) struct Admission {
 struct Counts {
     total: u32,
     sources: HashMap<Source, u32>,
+    wide_sources: HashMap<Source, u32>,
 }
 
 /// The right to one session; dropping it gives the slot back.
 #[must_use]
 pub(crate) struct Permit {
     admission: Arc<Admission>,
-    /// As it was when the slot was taken: the prefixes may have been changed since. `None`: it counts as a user's.
-    source: Option<Source>,
+    /// As they were when the slot was taken: the prefixes may have been changed since. `None`: it counts as a user's.
+    sources: Option<Sources>,
+}
+
+/// What a session counts against.
+#[derive(Clone, Copy)]
+struct Sources {
+    narrow: Source,
+    wide: Option<Source>,
 }
 
 /// Which limit is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    /// `connections_per_source`, which is this much.
+    /// `connections_per_source` or `connections_per_wide_source`, which is this much.
     Source(u32),
     /// `connections_total`.
     Service,
@@ -49,12 +57,21 @@ impl Admission {
         if reached(held, limits.connections_per_source) {
             return Err(Full::Source(limits.connections_per_source));
         }
+        let wide_source = limits.wide_source(ip);
+        let held_wide = wide_source.map_or(0, |wide| counts.wide_sources.get(&wide).copied().unwrap_or(0));
+        if wide_source.is_some() && reached(held_wide, limits.connections_per_wide_source) {
+            return Err(Full::Source(limits.connections_per_wide_source));
+        }
         if reached(counts.total, limits.connections_total) {
             return Err(Full::Service);
         }
         counts.sources.insert(source, held + 1);
+        if let Some(wide) = wide_source {
+            counts.wide_sources.insert(wide, held_wide + 1);
+        }
         counts.total += 1;
-        Ok(Permit { admission: Arc::clone(self), source: Some(source) })
+        let sources = Sources { narrow: source, wide: wide_source };
+        Ok(Permit { admission: Arc::clone(self), sources: Some(sources) })
     }
 
     /// How many sessions are open.
@@ -68,31 +85,39 @@ impl Admission {
         (counts.sources.get(&source).copied().unwrap_or(0), counts.total)
     }
 
-    fn release(&self, source: Option<Source>) {
-        if let Some(source) = source {
-            self.release_source(source);
+    fn release(&self, sources: Option<Sources>) {
+        if let Some(sources) = sources {
+            self.release_sources(sources);
         }
         self.counts().total -= 1;
     }
 
-    fn release_source(&self, source: Source) {
+    fn release_sources(&self, sources: Sources) {
         let mut counts = self.counts();
-        let held = counts.sources.get_mut(&source).map(|held| {
-            *held -= 1;
-            *held
-        });
-        if held == Some(0) {
-            counts.sources.remove(&source);
-            let capacity = counts.sources.capacity();
-            if capacity > KEEP_CAPACITY && counts.sources.len() < capacity / 4 {
-                counts.sources.shrink_to(KEEP_CAPACITY.max(capacity / 2));
-            }
+        give_back(&mut counts.sources, sources.narrow);
+        if let Some(wide) = sources.wide {
+            give_back(&mut counts.wide_sources, wide);
         }
     }
 
     fn counts(&self) -> MutexGuard<'_, Counts> {
         // Nothing under the lock can panic half way.
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes one from what a source holds.
+fn give_back(sources: &mut HashMap<Source, u32>, source: Source) {
+    let held = sources.get_mut(&source).map(|held| {
+        *held -= 1;
+        *held
+    });
+    if held == Some(0) {
+        sources.remove(&source);
+        let capacity = sources.capacity();
+        if capacity > KEEP_CAPACITY && sources.len() < capacity / 4 {
+            sources.shrink_to(KEEP_CAPACITY.max(capacity / 2));
+        }
     }
 }
 
@@ -104,15 +129,15 @@ fn reached(held: u32, limit: u32) -> bool {
 impl Permit {
     /// Counts no longer against its source: its client has shown who it is, and counts as its user's.
     pub(super) fn leave_source(&mut self) {
-        if let Some(source) = self.source.take() {
-            self.admission.release_source(source);
+        if let Some(sources) = self.sources.take() {
+            self.admission.release_sources(sources);
         }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.release(self.source);
+        self.admission.release(self.sources.take());
     }
 }
 
@@ -149,6 +174,22 @@ mod tests {
         let _permit = admission.try_admit(ip(1), &limits(1, 1)).unwrap();
         assert_eq!(admission.try_admit(ip(1), &limits(1, 1)).err(), Some(Full::Source(1)));
         assert_eq!(admission.try_admit(ip(2), &limits(1, 1)).err(), Some(Full::Service));
+    }
+
+    #[test]
+    fn a_wider_source_has_a_limit_of_its_own() {
+        let admission = Arc::new(Admission::default());
+        let limits = Limits { wide_ipv4_prefix: 30, connections_per_wide_source: 3, ..limits(2, 0) };
+        let first = admission.try_admit(ip(1), &limits).unwrap();
+        let second = admission.try_admit(ip(1), &limits).unwrap();
+        let _third = admission.try_admit(ip(2), &limits).unwrap();
+        assert_eq!(admission.try_admit(ip(3), &limits).err(), Some(Full::Source(3)));
+        assert_eq!(admission.try_admit(ip(1), &limits).err(), Some(Full::Source(2)));
+        assert!(admission.try_admit(ip(4), &limits).is_ok(), "of another");
+        drop(first);
+        let third = admission.try_admit(ip(3), &limits).unwrap();
+        drop((second, _third, third));
+        assert!(admission.counts().wide_sources.is_empty());
     }
 
     #[test]

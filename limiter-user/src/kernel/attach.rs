@@ -185,7 +185,7 @@ impl Attach<'_> {
             self.make_folders()?;
         }
 
-        let mut loaded = load(self.config, self.pins, self.netns_cookie)?;
+        let mut loaded = load(self.config, self.pins, self.netns_cookie, tiers(services))?;
         if !loaded.verifies_handshakes {
             warnings.push(
                 "this kernel shows no BTF (/sys/kernel/btf/vmlinux), so handshakes are counted by sock_ops alone: a burst of them can pass a limit by a few"
@@ -229,6 +229,12 @@ impl Attach<'_> {
         fs::rename(&next, self.pins.sock_ops())
             .map_err(KernelError::failed(format!("can't move {} to its place", next.display())))
     }
+}
+
+/// How many tiers of sources there are.
+fn tiers(services: &[Service]) -> u32 {
+    let has_wide = |service: &Service| service.limits.wide_ipv4_prefix != 0 || service.limits.wide_ipv6_prefix != 0;
+    if services.iter().any(has_wide) { 2 } else { 1 }
 }
 
 fn attach_sock_ops(ebpf: &mut Ebpf, cgroup: &fs::File) -> Result<FdLink, KernelError> {

@@ -8,7 +8,7 @@
 use std::{cmp::Reverse, net::IpAddr};
 
 use limiter_common::{
-    Counter, Endpoints, LedgerEntry, SourceKey,
+    Counter, Endpoints, LedgerEntry, abi,
     ledger::{FLAG_PAST_LIMIT, OWNER_REMOVED, is_reservation},
     policy::OnDeny,
     rule::Effective,
@@ -43,7 +43,7 @@ impl Auditor {
         entries.sort_by_key(|(_, entry)| Reverse(entry.opened_ns));
         let mut cut = 0;
         for (connection, entry) in entries {
-            if !self.is_past_limit(connection.remote().ip(), &entry.source)? {
+            if !self.is_past_limit(connection.remote().ip(), &entry)? {
                 continue;
             }
             match self.sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
@@ -67,8 +67,8 @@ impl Auditor {
 
     /// Whether a client may not be there at all, or there are more connections than there may be, of its source or of
     /// its service.
-    fn is_past_limit(&self, client: IpAddr, source: &SourceKey) -> Result<bool, KernelError> {
-        let index = u32::from(source.service);
+    fn is_past_limit(&self, client: IpAddr, entry: &LedgerEntry) -> Result<bool, KernelError> {
+        let index = u32::from(entry.source.service);
         let policy = self.services.policy(index)?;
         if policy.name.is_empty() || policy.on_deny == OnDeny::Observe as u8 {
             return Ok(false);
@@ -78,7 +78,13 @@ impl Auditor {
         let past = |held: u64, limit: u32| limit != 0 && held > u64::from(limit);
         Ok(limits.denied != 0
             // How many a user may have is the gateway's to say.
-            || (!source.is_user() && past(self.sources.held(source)?, limits.connections_per_source))
-            || past(self.services.state(index)?.connections, limits.connections_total))
+            || (!entry.source.is_user() && past(self.sources.held(&entry.source)?, limits.connections_per_source))
+            || match entry.wide_source() {
+                Some(wide) => past(self.sources.held(&wide)?, limits.connections_per_wide_source),
+                None => false,
+            }
+            || limits.of_service != 0
+                && (past(self.services.state(index)?.connections, policy.connections_total)
+                    || past(self.services.state(abi::ALL_SERVICES)?.connections, policy.connections_total_all)))
     }
 }

@@ -36,6 +36,8 @@ pub struct ServiceExplanation {
     pub source: String,
     /// Connections that the source holds.
     pub connections: u64,
+    /// The source of the wider tier, as CIDR, and the connections that it holds; `None`: there is no such tier.
+    pub wide_source: Option<(String, u64)>,
     /// The limits that hold for the address, rule and all.
     pub limits: Limits,
     /// New connections that the source could open at once now; `None`: any number.
@@ -119,6 +121,13 @@ impl Maps {
         // Indexes are below MAX_SERVICES.
         let index = u16::try_from(service.index).unwrap_or(u16::MAX);
         let source = SourceKey::new(index, &ip.into(), policy.ipv4_prefix, policy.ipv6_prefix);
+        let wide_source = match policy.wide_prefix(&ip.into()) {
+            0 => None,
+            prefix => {
+                let wide = SourceKey::wide(index, &ip.into(), prefix);
+                Some((wide.to_string(), self.sources.held(&wide)?))
+            }
+        };
         let rate = Effective::new(&policy, rule.as_ref().map(|(_, rule)| rule)).rate;
         let tokens = if rate.is_limited() {
             Some(rate.tokens(self.rates.word(&source)?, rules::nanoseconds(host::monotonic())))
@@ -143,6 +152,7 @@ impl Maps {
         Ok(ServiceExplanation {
             source: source.to_string(),
             connections: self.sources.held(&source)?,
+            wide_source,
             limits,
             tokens,
             next_syn,

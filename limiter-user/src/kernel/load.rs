@@ -97,14 +97,15 @@ impl fmt::Debug for Loaded {
     }
 }
 
-/// Loads the programs of the ledger. Maps are made and pinned, or opened where they are pinned already.
-pub fn load(config: &Kernel, pins: &Pins, netns_cookie: u64) -> Result<Loaded, KernelError> {
-    load_with(config, Some(pins), netns_cookie)
+/// Loads the programs of the ledger. Maps are made and pinned, or opened where they are pinned already. `tiers`: how many
+/// tiers of sources there is to be room for.
+pub fn load(config: &Kernel, pins: &Pins, netns_cookie: u64, tiers: u32) -> Result<Loaded, KernelError> {
+    load_with(config, Some(pins), netns_cookie, tiers)
 }
 
 /// The same without pins: everything goes when the returned value does. For tests and benchmarks.
 pub fn load_unpinned(config: &Kernel, netns_cookie: u64) -> Result<Loaded, KernelError> {
-    load_with(config, None, netns_cookie)
+    load_with(config, None, netns_cookie, 2)
 }
 
 /// The control program alone, with the pinned maps, for a command that has a question.
@@ -126,7 +127,7 @@ fn pin(loader: &mut EbpfLoader<'_>, pins: &Pins) {
 
 const MAPS: &str = "can't load the kernel programs' maps";
 
-fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<Loaded, KernelError> {
+fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32) -> Result<Loaded, KernelError> {
     let isn_offset = if Feature::Btf.is_hidden() {
         0
     } else {
@@ -144,8 +145,8 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64) -> Result<
         .override_global(abi::GLOBAL_NETNS_COOKIE, &netns_cookie, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(abi::MAP_LEDGER, config.max_connections)
-        // There are never more sources than connections.
-        .map_max_entries(abi::MAP_SOURCES, config.max_connections)
+        // There are never more sources of a tier than connections.
+        .map_max_entries(abi::MAP_SOURCES, config.max_connections.saturating_mul(tiers))
         .map_max_entries(abi::MAP_MEMBERS, config.max_connections);
     if !config.debug_log {
         loader.map_max_entries(LOG_MAP, LOG_BYTES_OFF);

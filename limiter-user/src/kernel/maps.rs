@@ -48,12 +48,19 @@ impl ServiceEntry {
         })?;
         Ok(ServicePolicy {
             connections_per_source: self.limits.connections_per_source,
+            connections_per_wide_source: self.limits.connections_per_wide_source,
             connections_total: self.limits.connections_total,
+            connections_total_all: self.limits.connections_total_all,
             connection_rate: self.limits.connection_rate,
             connection_burst: self.limits.connection_burst,
             rate: Rate::new(self.limits.connection_rate, self.limits.connection_burst),
             ipv4_prefix: self.limits.ipv4_prefix,
+            service_connection_rate: self.limits.service_connection_rate,
+            service_connection_burst: self.limits.service_connection_burst,
+            service_rate: Rate::new(self.limits.service_connection_rate, self.limits.service_connection_burst),
             ipv6_prefix: self.limits.ipv6_prefix,
+            wide_ipv4_prefix: self.limits.wide_ipv4_prefix,
+            wide_ipv6_prefix: self.limits.wide_ipv6_prefix,
             on_deny: match self.on_deny {
                 OnDeny::Drop => policy::OnDeny::Drop as u8,
                 OnDeny::Reset => policy::OnDeny::Reset as u8,
@@ -63,7 +70,7 @@ impl ServiceEntry {
                 OnFull::Open => policy::OnFull::Open as u8,
                 OnFull::Closed => policy::OnFull::Closed as u8,
             },
-            reserved: 0,
+            reserved: [0; 2],
             name,
         })
     }
@@ -73,11 +80,17 @@ impl ServiceEntry {
             name: found.name.to_string_lossy(),
             limits: Limits {
                 connections_per_source: found.connections_per_source,
+                connections_per_wide_source: found.connections_per_wide_source,
                 connections_total: found.connections_total,
+                connections_total_all: found.connections_total_all,
                 connection_rate: found.connection_rate,
                 connection_burst: found.connection_burst,
                 ipv4_prefix: found.ipv4_prefix,
+                service_connection_rate: found.service_connection_rate,
+                service_connection_burst: found.service_connection_burst,
                 ipv6_prefix: found.ipv6_prefix,
+                wide_ipv4_prefix: found.wide_ipv4_prefix,
+                wide_ipv6_prefix: found.wide_ipv6_prefix,
             },
             on_deny: match found.on_deny {
                 number if number == policy::OnDeny::Observe as u8 => OnDeny::Observe,

@@ -54,6 +54,8 @@ pub use load::{Hook, Loaded, load_unpinned};
 pub use maps::{Ledger, ServiceEntry, Services, Sources};
 pub use pinned::{Detached, Pinned, detach};
 pub use placement::{Mode, Why};
-pub use report::{AttachedInterface, ChallengeRow, ConnectionRow, Counters, REPAIRS, ServiceRow, SourceRow, Status};
+pub use report::{
+    AttachedInterface, ChallengeRow, ConnectionRow, Counters, Exception, REPAIRS, ServiceRow, SourceRow, Status,
+};
 pub use rules::{RuleInForce, Rules};
 pub use sock_diag::can_destroy;

@@ -2,10 +2,14 @@
 
 use std::{collections::HashMap, path::Path, time::Duration};
 
-use limiter_common::{SourceKey, abi, ledger::is_reservation, source::is_gone};
+use limiter_common::{
+    SourceKey, abi,
+    ledger::is_reservation,
+    source::{WIDE, is_gone},
+};
 
 use super::{
-    AttachedInterface, ConnectionRow, EventLog, KernelError, REPAIRS, ServiceRow, SourceRow, Status,
+    AttachedInterface, ConnectionRow, EventLog, Exception, KernelError, REPAIRS, ServiceRow, SourceRow, Status,
     challenge::{self, Challenges},
     change::Change,
     host, in_force, layout,
@@ -16,7 +20,7 @@ use super::{
 };
 use crate::{
     config::{OnFull, Service},
-    policy::{Limits, Rule},
+    policy::{Cidr, Limits, Rule},
 };
 
 /// The state of an attached limiter, whether a daemon runs on it or not.
@@ -132,6 +136,7 @@ impl Pinned {
         sources.sort_by_key(|(key, entry)| (std::cmp::Reverse(entry.connections), key.service, key.to_string()));
         let rules = Rules::open(&self.pins)?;
         let users = Ledger::open(&self.pins)?.users()?;
+        let all_rules = rules.all()?;
         sources
             .into_iter()
             .map(|(key, entry)| {
@@ -139,20 +144,31 @@ impl Pinned {
                     return Ok(SourceRow {
                         service: service_name(services.get(&u32::from(key.service)), &key),
                         source: source_name(&key, &users),
+                        tier: "user",
                         connections: entry.connections,
                         limit: 0,
+                        exceptions: Vec::new(),
                     });
                 }
                 let service = services.get(&u32::from(key.service));
-                let mut limits = service.map(|service| service.limits);
-                if let (Some(limits), Some((_, rule))) = (&mut limits, rules.holding(key.address.into())?) {
-                    rules::apply(&rule, limits);
-                }
+                let limit = |rule: Option<&Rule>| {
+                    service.map_or(0, |service| limit_of_tier(key.tier, &rules::with_rule(service.limits, rule)))
+                };
+                let network = Cidr::new(key.address.into(), key.prefix);
+                let around = network.and_then(|network| rules::around(&all_rules, network));
+                let usual = limit(around.map(|rule| &rule.rule));
+                let within = network.map_or(&[][..], |network| rules::within(&all_rules, network));
                 Ok(SourceRow {
                     service: service_name(service, &key),
                     source: key.to_string(),
+                    tier: if key.tier == WIDE { "wide" } else { "narrow" },
                     connections: entry.connections,
-                    limit: limits.map_or(0, |limits| limits.connections_per_source),
+                    limit: usual,
+                    exceptions: within
+                        .iter()
+                        .map(|rule| Exception { cidr: rule.rule.cidr.to_string(), limit: limit(Some(&rule.rule)) })
+                        .filter(|exception| exception.limit != usual)
+                        .collect(),
                 })
             })
             .collect()
@@ -270,6 +286,11 @@ pub fn detach(pin_path: &Path) -> Result<Detached, KernelError> {
     let _lock = pins.lock()?;
     let syncookies_left = challenge::restore(&pins)?;
     Ok(Detached { removed: pins.remove()?, syncookies_left })
+}
+
+/// How many connections a source of that tier may hold.
+fn limit_of_tier(tier: u8, limits: &Limits) -> u32 {
+    if tier == WIDE { limits.connections_per_wide_source } else { limits.connections_per_source }
 }
 
 /// The name of a source's service; its number, if the service was taken away and the connection has outlived it.

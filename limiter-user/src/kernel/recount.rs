@@ -2,7 +2,11 @@
 
 use std::{collections::HashMap, thread, time::Duration};
 
-use limiter_common::{Counter, LedgerEntry, SourceKey, policy::ServiceState, source::is_gone};
+use limiter_common::{
+    Counter, LedgerEntry, SourceKey, abi,
+    policy::ServiceState,
+    source::{NARROW, WIDE, is_gone},
+};
 
 use super::{
     Counters, KernelError,
@@ -59,14 +63,22 @@ fn look(services: &Services, ledger: &Ledger, sources: &Sources) -> Result<HashM
         .map(|(key, entry)| (key, entry.connections))
         .collect();
     let by_source = by_source(entries.iter().map(|(_, entry)| entry));
-    Ok(indexes
+    let entries = entries.len() as u64;
+    let meanwhile: u64 = before.iter().zip(&after).map(|(before, after)| after.saturating_sub(*before)).sum();
+    let over_all = entries.abs_diff(services.state(abi::ALL_SERVICES)?.connections).saturating_sub(meanwhile);
+    let mut drift: HashMap<u32, u64> = indexes
         .iter()
         .zip(before.iter().zip(&after))
         .zip(&states)
         .map(|((&index, (before, after)), state)| {
             (index, difference(index, &by_source, &counted, state, after.saturating_sub(*before)))
         })
-        .collect())
+        .collect();
+    // What all services hold together is the first one's to tell.
+    if let Some(first) = indexes.first() {
+        *drift.entry(*first).or_default() += over_all;
+    }
+    Ok(drift)
 }
 
 fn changes(counters: &Counters) -> u64 {
@@ -78,13 +90,15 @@ fn changes(counters: &Counters) -> u64 {
 fn by_source<'a>(entries: impl Iterator<Item = &'a LedgerEntry>) -> HashMap<SourceKey, u64> {
     let mut sources = HashMap::new();
     for entry in entries {
-        *sources.entry(entry.source).or_default() += 1;
+        for source in [Some(entry.source), entry.wide_source()].into_iter().flatten() {
+            *sources.entry(source).or_default() += 1;
+        }
     }
     sources
 }
 
 /// By how much one service's counts differ from its entries, but for `changes`: each entry that came or went while these
-/// were read explains a difference of one in either count.
+/// were read explains a difference of one in each count.
 fn difference(
     service: u32,
     entries: &HashMap<SourceKey, u64>,
@@ -96,13 +110,15 @@ fn difference(
         map.iter().filter(|(key, _)| u32::from(key.service) == service).map(|(key, count)| (*key, *count)).collect()
     };
     let (entries, counted) = (of_service(entries), of_service(counted));
-    let in_sources: u64 = entries
-        .iter()
-        .map(|(key, count)| count.abs_diff(counted.get(key).copied().unwrap_or(0)))
-        .chain(counted.iter().filter(|(key, _)| !entries.contains_key(key)).map(|(_, count)| *count))
-        .sum();
-    let in_service = entries.values().sum::<u64>().abs_diff(state.connections);
-    in_sources.saturating_sub(changes) + in_service.saturating_sub(changes)
+    let of_tier = |tier: u8| -> u64 {
+        let all = entries.keys().chain(counted.keys().filter(|key| !entries.contains_key(key)));
+        let count = |map: &HashMap<SourceKey, u64>, key| map.get(key).copied().unwrap_or(0);
+        all.filter(|key| key.tier == tier).map(|key| count(&entries, key).abs_diff(count(&counted, key))).sum()
+    };
+    // Each entry is in one source, and in one of the wider tier at most.
+    let held: u64 = entries.iter().filter(|(key, _)| key.tier == NARROW).map(|(_, count)| count).sum();
+    let differences = [of_tier(NARROW), of_tier(WIDE), held.abs_diff(state.connections)];
+    differences.map(|difference| difference.saturating_sub(changes)).iter().sum()
 }
 
 #[cfg(test)]
@@ -131,5 +147,15 @@ mod tests {
         assert_eq!(difference(0, &entries, &counted, &state, 3), 0);
         let state = ServiceState { connections: 7, ..ServiceState::default() };
         assert_eq!(difference(0, &entries, &entries, &state, 0), 4);
+    }
+
+    #[test]
+    fn a_wider_source_is_counted_beside_the_narrow_one() {
+        let wide = SourceKey::wide(0, &std::net::IpAddr::from([192, 0, 2, 1]).into(), 24);
+        let entries = HashMap::from([(source(1, 0), 2), (source(2, 0), 1), (wide, 3)]);
+        let state = ServiceState { connections: 3, ..ServiceState::default() };
+        assert_eq!(difference(0, &entries, &entries, &state, 0), 0);
+        let counted = HashMap::from([(source(1, 0), 2), (source(2, 0), 1), (wide, 5)]);
+        assert_eq!(difference(0, &entries, &counted, &state, 0), 2);
     }
 }

@@ -109,9 +109,23 @@ pub struct SourceRow {
     pub service: String,
     /// The source, as CIDR; or `user:` and the name of a user, to whom no limit of the kernel applies.
     pub source: String,
+    /// `narrow`, or `wide` for the wider tier.
+    pub tier: &'static str,
     /// Connections that it holds.
     pub connections: u64,
     /// How many it may hold; 0: any number.
+    pub limit: u32,
+    /// Where a rule is for a part of it, and gives others there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exceptions: Vec<Exception>,
+}
+
+/// What holds for a part of a source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Exception {
+    /// The part.
+    pub cidr: String,
+    /// How many connections the source may hold for one more from there to get in; 0: any number.
     pub limit: u32,
 }
 

@@ -10,7 +10,7 @@ use limiter_common::{
     Address, abi,
     bucket::Rate,
     policy::InForce,
-    rule::{MAPPED_BITS, OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry, RuleOrigin},
+    rule::{MAPPED_BITS, OWN_CONNECTIONS, OWN_RATE, OWN_WIDE_CONNECTIONS, RuleAction, RuleEntry, RuleOrigin},
 };
 
 use super::{KernelError, copies::Word, error::Errno as _, host, maps::open, pins::Pins};
@@ -272,6 +272,10 @@ fn entry(rule: &Rule, expires_ns: u64, from_file: bool) -> RuleEntry {
                 entry.own |= OWN_CONNECTIONS;
                 entry.connections_per_source = connections;
             }
+            if let Some(connections) = own.connections_per_wide_source {
+                entry.own |= OWN_WIDE_CONNECTIONS;
+                entry.connections_per_wide_source = connections;
+            }
             if let Some((rate, burst)) = own.rate {
                 entry.own |= OWN_RATE;
                 (entry.connection_rate, entry.connection_burst) = (rate, burst);
@@ -294,11 +298,51 @@ pub(super) fn is_deny(entry: &RuleEntry) -> bool {
 
 /// Puts what a rule says in the place of a service's limits. Whom it denies, the programs keep out.
 pub(super) fn apply(entry: &RuleEntry, limits: &mut Limits) {
-    match action(entry) {
-        Action::Allow => (limits.connections_per_source, limits.connections_total, limits.connection_rate) = (0, 0, 0),
+    apply_action(&action(entry), limits);
+}
+
+/// A service's limits with what a rule says in their place.
+pub(super) fn with_rule(mut limits: Limits, rule: Option<&Rule>) -> Limits {
+    if let Some(rule) = rule {
+        apply_action(&rule.action, &mut limits);
+    }
+    limits
+}
+
+/// Of rules that are sorted, that which holds for the whole of a prefix.
+pub(super) fn around(rules: &[RuleInForce], network: Cidr) -> Option<&RuleInForce> {
+    let place = |cidr: Cidr| rules.binary_search_by_key(&cidr, |rule| rule.rule.cidr).ok();
+    (0..=network.prefix())
+        .rev()
+        .filter_map(|prefix| Cidr::new(network.address(), prefix))
+        .find_map(place)
+        .map(|place| &rules[place])
+}
+
+/// Of rules that are sorted, those for parts of a prefix.
+pub(super) fn within(rules: &[RuleInForce], network: Cidr) -> &[RuleInForce] {
+    let rest = &rules[rules.partition_point(|rule| rule.rule.cidr <= network)..];
+    &rest[..rest.partition_point(|rule| network.contains(rule.rule.cidr))]
+}
+
+fn apply_action(action: &Action, limits: &mut Limits) {
+    match action {
+        Action::Allow => {
+            *limits = Limits {
+                connections_per_source: 0,
+                connections_per_wide_source: 0,
+                connections_total: 0,
+                connections_total_all: 0,
+                connection_rate: 0,
+                service_connection_rate: 0,
+                ..*limits
+            }
+        }
         Action::Deny => {}
         Action::Limit(own) => {
             limits.connections_per_source = own.connections_per_source.unwrap_or(limits.connections_per_source);
+            limits.connections_per_wide_source =
+                own.connections_per_wide_source.unwrap_or(limits.connections_per_wide_source);
             if let Some(rate) = own.rate {
                 (limits.connection_rate, limits.connection_burst) = rate;
             }
@@ -327,6 +371,8 @@ fn action(entry: &RuleEntry) -> Action {
     } else {
         Action::Limit(OwnLimits {
             connections_per_source: (entry.own & OWN_CONNECTIONS != 0).then_some(entry.connections_per_source),
+            connections_per_wide_source: (entry.own & OWN_WIDE_CONNECTIONS != 0)
+                .then_some(entry.connections_per_wide_source),
             rate: (entry.own & OWN_RATE != 0).then_some((entry.connection_rate, entry.connection_burst)),
         })
     }
@@ -343,7 +389,8 @@ mod tests {
 
     #[test]
     fn a_rule_comes_back_as_it_went_in() {
-        let own = OwnLimits { connections_per_source: Some(0), rate: Some((10, 20)) };
+        let own =
+            OwnLimits { connections_per_source: Some(0), connections_per_wide_source: Some(7), rate: Some((10, 20)) };
         for cidr in ["192.0.2.0/24", "0.0.0.0/0", "::/0", "2001:db8::/32", "::fffe:0:0/95", "2001:db8::7/128"] {
             for action in [Action::Allow, Action::Deny, Action::Limit(own), Action::Limit(OwnLimits::default())] {
                 let rule = Rule { cidr: cidr.parse().unwrap(), action };
@@ -351,6 +398,42 @@ mod tests {
                 let found = from_entry(super::cidr(&key(rule.cidr)).unwrap(), &entry, Duration::ZERO).unwrap();
                 assert_eq!(found, RuleInForce { rule, left: None, from_file: true });
             }
+        }
+    }
+
+    #[test]
+    fn the_rules_around_a_prefix_and_within_it_are_found() {
+        let rule = |cidr: &str| RuleInForce {
+            rule: Rule { cidr: cidr.parse().unwrap(), action: Action::Deny },
+            left: None,
+            from_file: false,
+        };
+        let mut rules = [
+            "192.0.0.0/16",
+            "192.0.2.0/24",
+            "192.0.2.0/30",
+            "192.0.2.7/32",
+            "192.0.3.0/24",
+            "::/0",
+            "2001:db8::/32",
+            "2001:db8::7/128",
+        ]
+        .map(rule);
+        rules.sort_by_key(|rule| rule.rule.cidr);
+        let text = |rules: &[RuleInForce]| rules.iter().map(|rule| rule.rule.cidr.to_string()).collect::<Vec<_>>();
+        for (network, around_it, within_it) in [
+            ("192.0.2.0/24", Some("192.0.2.0/24"), &["192.0.2.0/30", "192.0.2.7/32"][..]),
+            ("192.0.2.0/25", Some("192.0.2.0/24"), &["192.0.2.0/30", "192.0.2.7/32"]),
+            ("192.0.2.7/32", Some("192.0.2.7/32"), &[]),
+            ("192.0.9.0/24", Some("192.0.0.0/16"), &[]),
+            ("198.51.100.0/24", None, &[]),
+            ("2001:db8::/64", Some("2001:db8::/32"), &["2001:db8::7/128"]),
+            ("2001:db9::/64", Some("::/0"), &[]),
+        ] {
+            let network = network.parse().unwrap();
+            let found = around(&rules, network).map(|rule| rule.rule.cidr.to_string());
+            assert_eq!(found.as_deref(), around_it, "around {network}");
+            assert_eq!(text(within(&rules, network)), within_it, "within {network}");
         }
     }
 

@@ -43,6 +43,8 @@ impl Action {
 pub struct OwnLimits {
     /// Connections that one source may hold; 0: any number.
     pub connections_per_source: Option<u32>,
+    /// Connections that one source of the wider tier may hold; 0: any number.
+    pub connections_per_wide_source: Option<u32>,
     /// New connections per second that one source may open (0: any number), and how many at once.
     pub rate: Option<(u32, u32)>,
 }
@@ -72,6 +74,11 @@ impl Cidr {
     /// The first address.
     pub fn address(&self) -> IpAddr {
         self.0.addr()
+    }
+
+    /// Whether another prefix lies in this one, or is this one.
+    pub fn contains(&self, other: Self) -> bool {
+        self.0.contains(&other.0)
     }
 
     /// How many bits of an address of this family count.

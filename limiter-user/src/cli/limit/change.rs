@@ -68,6 +68,9 @@ impl Plan {
         service: Option<&str>,
         values: &[(LimitKey, u32)],
     ) -> Result<Self, Usage> {
+        if let (Some(_), Some((key, _))) = (service, values.iter().find(|(key, _)| key.is_of_all_services())) {
+            return Err(Usage(format!("{} is one number for all services: leave out --service", key.name())));
+        }
         let steps: Vec<Step> = services
             .iter()
             .filter(|row| service.is_none_or(|name| row.name == name))
@@ -76,6 +79,9 @@ impl Plan {
                 for &(key, value) in values {
                     // `parse_assignment` lets no other value through.
                     key.set(&mut new, value).ok_or_else(|| Usage(format!("{}={value} is out of range", key.name())))?;
+                }
+                if let Err((key, why)) = new.check() {
+                    return Err(Usage(format!("{}: {key}: {why}", row.name)));
                 }
                 Ok(Step { index: row.index, service: row.name.clone(), old: row.limits, new })
             })
@@ -195,6 +201,7 @@ mod tests {
             ("ipv4_prefix=0", "from 1 to 32"),
             ("ipv4_prefix=33", "from 1 to 32"),
             ("ipv6_prefix=129", "from 1 to 128"),
+            ("wide_ipv4_prefix=32", "from 0 to 31"),
             ("ipv6_prefix=64=64", "found \"64=64\""),
         ] {
             let error = parse_assignment(text).unwrap_err();
@@ -218,6 +225,21 @@ mod tests {
 
         let error = Plan::new(&services, Some("c"), FIVE).unwrap_err().to_string();
         assert_eq!(error, "there is no service \"c\"; there are: a, b");
+    }
+
+    #[test]
+    fn limits_that_do_not_go_together_are_refused() {
+        let refused = |service_name, values: &[(LimitKey, u32)]| {
+            Plan::new(&[service(0, "a")], service_name, values).unwrap_err().to_string()
+        };
+        let error = refused(None, &[(LimitKey::ConnectionsPerWideSource, 9)]);
+        assert!(error.starts_with("a: connections_per_wide_source: there is no wider source"), "{error}");
+        let error = refused(None, &[(LimitKey::WideIpv4Prefix, 24), (LimitKey::Ipv4Prefix, 24)]);
+        assert!(error.starts_with("a: wide_ipv4_prefix: a wider source has a shorter prefix"), "{error}");
+        let error = refused(Some("a"), &[(LimitKey::ConnectionsTotalAll, 9)]);
+        assert_eq!(error, "connections_total_all is one number for all services: leave out --service");
+        let both = [(LimitKey::WideIpv4Prefix, 24), (LimitKey::ConnectionsPerWideSource, 9)];
+        assert!(Plan::new(&[service(0, "a")], None, &both).is_ok());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     Global, Usage, exit,
-    output::{Format, limit, ports, rate, table},
+    output::{Format, limit, per_source, ports, rate, service_rate, sources_are, table},
     rules,
 };
 use crate::{
@@ -33,7 +33,7 @@ pub(super) struct SetArgs {
     #[arg(
         required = true,
         value_name = "KEY=VALUE",
-        help = "What to change: connections_per_source, connections_total, connection_rate (0: any number), connection_burst, ipv4_prefix, ipv6_prefix",
+        help = "What to change: connections_per_source, connections_per_wide_source, connections_total, connections_total_all, connection_rate, service_connection_rate (0: any number), connection_burst, service_connection_burst, ipv4_prefix, ipv6_prefix, wide_ipv4_prefix, wide_ipv6_prefix (0: no wider source)",
         value_parser = change::parse_assignment
     )]
     values: Vec<(LimitKey, u32)>,
@@ -84,16 +84,18 @@ fn show(format: Format, services: &[ServiceRow]) -> anyhow::Result<()> {
             [
                 row.name.clone(),
                 ports(&row.ports),
-                limit(row.limits.connections_per_source),
+                per_source(&row.limits),
                 limit(row.limits.connections_total),
+                limit(row.limits.connections_total_all),
                 rate(&row.limits),
-                format!("/{}", row.limits.ipv4_prefix),
-                format!("/{}", row.limits.ipv6_prefix),
+                service_rate(&row.limits),
+                sources_are(&row.limits),
                 row.on_deny.to_owned(),
             ]
         });
-        let header = ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "RATE", "IPV4 PREFIX", "IPV6 PREFIX", "ON DENY"];
-        table(header, &[2, 3, 5, 6], rows)
+        let header =
+            ["SERVICE", "PORTS", "PER SOURCE", "TOTAL", "TOTAL OF ALL", "RATE", "SERVICE RATE", "SOURCE IS", "ON DENY"];
+        table(header, &[2, 3, 4], rows)
     })
 }
 
@@ -138,21 +140,26 @@ fn set(global: &Global, args: &SetArgs) -> anyhow::Result<()> {
 struct RuleDocument {
     rule: String,
     connections_per_source: Option<u32>,
+    connections_per_wide_source: Option<u32>,
     connection_rate: Option<u32>,
     connection_burst: Option<u32>,
 }
 
 /// Gives a rule limits of its own, and makes it if there is none.
 fn set_rule(global: &Global, cidr: Cidr, values: &[(LimitKey, u32)], format: Format) -> anyhow::Result<()> {
-    let of_rules = [LimitKey::ConnectionsPerSource, LimitKey::ConnectionRate, LimitKey::ConnectionBurst];
+    let of_rules = [
+        LimitKey::ConnectionsPerSource,
+        LimitKey::ConnectionsPerWideSource,
+        LimitKey::ConnectionRate,
+        LimitKey::ConnectionBurst,
+    ];
     if let Some((key, _)) = values.iter().find(|(key, _)| !of_rules.contains(key)) {
         let names = of_rules.map(LimitKey::name).join(", ");
         return Err(Usage(format!("a rule has no {}; it may have {names}", key.name())).into());
     }
     let value = |wanted| values.iter().find(|(key, _)| *key == wanted).map(|(_, value)| *value);
     let pinned = Pinned::open(&global.pin_path()?)?;
-    let [connections, rate, burst] = of_rules.map(value);
-    let own = match rules::set_own(&pinned, cidr, connections, rate, burst)?.rule.action {
+    let own = match rules::set_own(&pinned, cidr, of_rules.map(value))?.rule.action {
         Action::Limit(own) => own,
         // It gives limits and nothing else.
         Action::Allow | Action::Deny => crate::policy::OwnLimits::default(),
@@ -160,12 +167,14 @@ fn set_rule(global: &Global, cidr: Cidr, values: &[(LimitKey, u32)], format: For
     let document = RuleDocument {
         rule: cidr.to_string(),
         connections_per_source: own.connections_per_source,
+        connections_per_wide_source: own.connections_per_wide_source,
         connection_rate: own.rate.map(|(rate, _)| rate),
         connection_burst: own.rate.map(|(_, burst)| burst),
     };
     format.print(&document, || {
         let named = [
             ("connections_per_source", document.connections_per_source),
+            ("connections_per_wide_source", document.connections_per_wide_source),
             ("connection_rate", document.connection_rate),
             ("connection_burst", document.connection_burst),
         ];
