@@ -136,8 +136,8 @@ fn the_counts_are_shown_as_documented() -> Result<()> {
     limiter.wait_held(second.address(Family::V6), 3)?;
 
     let rows = [
-        json!({"service": "chat", "source": "2001:db8:0:2::/64", "connections": 3, "limit": 5}),
-        json!({"service": "chat", "source": "198.18.1.2/32", "connections": 2, "limit": 5}),
+        json!({"service": "chat", "source": "2001:db8:0:2::/64", "tier": "narrow", "connections": 3, "limit": 5}),
+        json!({"service": "chat", "source": "198.18.1.2/32", "tier": "narrow", "connections": 2, "limit": 5}),
     ];
     assert_eq!(limiter.json("sources")?, json!({"sources": rows}));
     let top: Value = serde_json::from_str(&limiter.output(["sources", "--top", "1", "--json"])?)?;

@@ -162,7 +162,7 @@ fn an_attach_that_fails_leaves_the_setting() -> Result<()> {
     lab.server.set_sysctl(SYSCTL, "1")?;
     let limiter = Limiter::new(&lab.server)?;
     let _taken = BareXdp::load(Answer::Pass)?.attach(&lab.server, &lab.clients[0].server_interface())?;
-    assert!(attach(&lab, &limiter, "challenge = \"always\"").is_err());
+    assert!(attach(&lab, &limiter, "challenge = \"always\"\nattach_mode = \"native\"").is_err());
     assert_eq!(sysctl(&lab.server)?, "1");
     Ok(())
 }

@@ -83,7 +83,7 @@ fn attached_program(pin_path: &Path) -> Result<Attached> {
     let links = std::fs::read_dir(pin_path.join("v1/links"))?;
     let link = links
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"xdp-")))
+        .find(|path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"native-")))
         .context("an XDP link is pinned")?;
     let link = FdLink::from(PinnedLink::from_pin(link)?);
     Attached::open(link.info()?.program_id())

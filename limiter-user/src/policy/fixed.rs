@@ -42,11 +42,14 @@ impl Policy for Fixed {
         match self.holding(client) {
             Some(Action::Allow) => {
                 limits.connections_per_source = 0;
+                limits.connections_per_wide_source = 0;
                 limits.connections_total = 0;
                 limits.connection_rate = 0;
             }
             Some(Action::Limit(own)) => {
                 limits.connections_per_source = own.connections_per_source.unwrap_or(limits.connections_per_source);
+                limits.connections_per_wide_source =
+                    own.connections_per_wide_source.unwrap_or(limits.connections_per_wide_source);
                 if let Some((rate, burst)) = own.rate {
                     (limits.connection_rate, limits.connection_burst) = (rate, burst);
                 }
@@ -78,7 +81,7 @@ mod tests {
 
     #[test]
     fn the_longest_prefix_holds_in_its_own_family() {
-        let own = OwnLimits { connections_per_source: Some(7), rate: Some((1, 2)) };
+        let own = OwnLimits { connections_per_source: Some(7), rate: Some((1, 2)), ..OwnLimits::default() };
         let fixed = Fixed::new(
             Limits::default(),
             &[
