@@ -148,7 +148,7 @@ fn own(ends: &Endpoints, service: u16, cookie: u64) -> bool {
                     if is_reservation(owner) {
                         atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
                     } else {
-                        count_for_source(owner, &(*entry).source, state);
+                        count_for_source(owner, &(*entry).source);
                     }
                 }
                 return true;
@@ -160,7 +160,7 @@ fn own(ends: &Endpoints, service: u16, cookie: u64) -> bool {
 
 /// The slot of a socket that is gone has a new owner: if it counted against a user, it is its source's again.
 #[inline(always)]
-fn count_for_source(gone: u64, source: &SourceKey, state: *mut ServiceState) {
+fn count_for_source(gone: u64, source: &SourceKey) {
     let Some(user) = leave_user(gone) else { return };
     // The entry is there, and so there is room for its source but in a map that is full to the last element; the audit
     // shows that as drift.
@@ -202,7 +202,6 @@ pub fn count_for_user(key: &ConnectionKey, owner: u64, member: &Member) -> Assig
         if user.service != source.service || !user.is_user() {
             return Assigned::NotThere;
         }
-        let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(source.service)) else { return Assigned::NotThere };
         if sources::add(&user).is_err() {
             return Assigned::Full;
         }
@@ -513,7 +512,6 @@ fn is_for(key: &ConnectionKey, ends: &Endpoints) -> bool {
     LEDGER.get_ptr(key).is_some_and(|entry| unsafe { (*entry).is_of(ends) })
 }
 
-#[inline(always)]
 /// A connection that is let pass is counted as such when it is open, by [`no_room`].
 #[inline(always)]
 fn full(policy: &ServicePolicy) -> Reserved {

@@ -90,7 +90,7 @@ fn bad_usage_exits_with_2_and_says_what_was_wrong() {
         (&["run", "--port", "0"], "invalid value '0' for '--port <PORT>'"),
         (&["run", "--port", "65536"], "invalid value '65536'"),
         (&["run", "--on-deny", "dorp"], "a similar value exists: 'drop'"),
-        (&["run", "--attach-mode", "tc"], "possible values: auto, native, generic"),
+        (&["run", "--attach-mode", "skb"], "possible values: auto, native, generic, tc"),
         (&["run", "--connections-per-source", "-1"], "invalid value '-1'"),
         (&["run", "--connections-per-source=-1"], "invalid value '-1'"),
         (&["run", "--listen", "8080"], "invalid value '8080' for '--listen <ADDRESS>'"),

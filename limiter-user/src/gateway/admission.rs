@@ -182,13 +182,13 @@ mod tests {
         let limits = Limits { wide_ipv4_prefix: 30, connections_per_wide_source: 3, ..limits(2, 0) };
         let first = admission.try_admit(ip(1), &limits).unwrap();
         let second = admission.try_admit(ip(1), &limits).unwrap();
-        let _third = admission.try_admit(ip(2), &limits).unwrap();
+        let elsewhere = admission.try_admit(ip(2), &limits).unwrap();
         assert_eq!(admission.try_admit(ip(3), &limits).err(), Some(Full::Source(3)));
         assert_eq!(admission.try_admit(ip(1), &limits).err(), Some(Full::Source(2)));
         assert!(admission.try_admit(ip(4), &limits).is_ok(), "of another");
         drop(first);
         let third = admission.try_admit(ip(3), &limits).unwrap();
-        drop((second, _third, third));
+        drop((second, elsewhere, third));
         assert!(admission.counts().wide_sources.is_empty());
     }
 

@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(parse_assignment("ipv6_prefix=48"), Ok((LimitKey::Ipv6Prefix, 48)));
         for (text, complaint) in [
             ("connections_per_source", "expected KEY=VALUE"),
-            ("burst=1", "there is no limit \"burst\"; there are connections_per_source, connections_total"),
+            ("burst=1", "there is no limit \"burst\"; there are connections_per_source, connections_per_wide_source"),
             ("connections_total=-1", "found \"-1\", expected a whole number from 0 to 4294967295"),
             ("connections_total=", "found \"\""),
             ("ipv4_prefix=0", "from 1 to 32"),
