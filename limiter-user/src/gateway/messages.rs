@@ -20,6 +20,9 @@ const READ_BUFFER: usize = 4096;
 /// Room in the write buffer for a message's header, and for control frames that wait with it.
 const CONTROL_ROOM: usize = 1024;
 
+/// Longest control frame, in bytes (RFC 6455, 5.5).
+const LONGEST_CONTROL: usize = 125;
+
 /// Pings and pongs that a client may send per second, and at once. No sane client comes near it.
 const CONTROL_RATE: Rate = Rate::new(20, 200);
 
@@ -30,7 +33,8 @@ pub(super) fn client_config(limits: &config::Messages) -> WebSocketConfig {
         .write_buffer_size(0)
         .max_write_buffer_size(limits.max_size.saturating_add(CONTROL_ROOM))
         .max_message_size(Some(limits.max_size))
-        .max_frame_size(Some(limits.max_size))
+        // A control frame is not a message: it may be longer than one.
+        .max_frame_size(Some(limits.max_size.max(LONGEST_CONTROL)))
 }
 
 /// What a client does that closes its connection, or has its message left out.

@@ -32,6 +32,22 @@ async fn messages_come_back_in_order_and_the_close_with_its_code() {
     assert_eq!(gateway.metric("limiter_connection_seconds_count"), 1);
 }
 
+#[tokio::test]
+async fn a_close_frame_may_be_longer_than_a_message() {
+    let messages = Messages { max_size: 8, ..Messages::default() };
+    let gateway = start(&config::Gateway { messages, ..quiet() });
+    let mut client = gateway.connect().await;
+    echoes(&mut client, "8 bytes!").await;
+    let reason = "x".repeat(100);
+    client.send(close(4000, &reason)).await.unwrap();
+    assert_eq!(next_close(&mut client).await, (4000, reason));
+
+    // What is no control frame is held to the limit all the same.
+    let mut client = gateway.connect().await;
+    client.send(Message::text("x".repeat(9))).await.unwrap();
+    assert_eq!(next_close(&mut client).await, (1009, "message too big".to_owned()));
+}
+
 fn limited(on_violation: OnViolation) -> config::Gateway {
     let messages = Messages { rate: 3, window: Duration::from_mins(10), on_violation, ..Messages::default() };
     config::Gateway { messages, ..quiet() }
