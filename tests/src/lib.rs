@@ -8,6 +8,7 @@
 pub mod bare;
 pub mod bpf;
 pub mod flood;
+pub mod foreign;
 pub mod frame;
 pub mod lab;
 pub mod limiter;

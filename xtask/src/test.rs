@@ -55,6 +55,7 @@ impl Args {
         if self.unit {
             cargo.args(["--exclude", END_TO_END]);
         } else {
+            setup::clients::ensure()?;
             say("building the binary and the tests");
             run(workspace::cargo().arg("build").args(HOST_PACKAGES).arg("--all-targets"))?;
             mount_bpffs()?;

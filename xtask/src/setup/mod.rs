@@ -1,8 +1,9 @@
 //! `cargo xtask setup`: finds or installs what compiles the BPF programs, tries it, and writes the recipe for it.
 //!
 //! Which compiler: [`compiler`]. What is installed when there is none: [`install`]. The linker and its LLVM: [`linker`].
-//! Whether they work together: [`probe`].
+//! Whether they work together: [`probe`]. What the end to end tests need beside it: [`clients`].
 
+pub mod clients;
 mod compiler;
 mod install;
 mod linker;
