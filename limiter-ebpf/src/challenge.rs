@@ -21,8 +21,10 @@ use crate::{
     atomic,
     counters::count,
     handshake,
+    headers::{ACK, SYN, TcpHeader},
+    locate::{IS_V6, TCP_END},
     maps::CHALLENGES,
-    packet::{self, ACK, IS_V6, Network, SYN, Segment, TCP_END, TcpHeader},
+    packet::{self, Network, Segment},
     reply::{Question, send_back},
 };
 
@@ -74,7 +76,7 @@ unsafe fn count_syn(challenge: *mut Challenge, now_ns: u64) -> u64 {
 /// Answers a SYN by a cookie, and counts that. Returns the XDP action: `XDP_TX`, or `XDP_PASS` where the stack is to see to
 /// it: nobody listens, or the listener takes no cookies now.
 ///
-/// A global function, like [`packet::limiter_locate`].
+/// A global function, like [`crate::locate::limiter_locate`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn limiter_challenge(ctx: *mut xdp_md, service: u32) -> u32 {

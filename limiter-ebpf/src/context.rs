@@ -20,8 +20,11 @@ use aya_ebpf::{
 use limiter_common::policy::InForce;
 
 use crate::{
-    admission,
-    packet::{self, Cursor, OPTION_UNKNOWN, Segment, TcpHeader},
+    admission, completion,
+    headers::TcpHeader,
+    locate,
+    options::{self, OPTION_UNKNOWN},
+    packet::{self, Cursor, Segment},
 };
 
 /// A TCP header with all the options that it has room for.
@@ -42,19 +45,19 @@ pub trait Packet: EbpfContext {
     /// Steps over the link header, and returns what follows it.
     fn link_header(&self, cursor: &mut Cursor) -> Option<u16>;
 
-    /// [`packet::limiter_locate`], or its like.
+    /// [`locate::limiter_locate`], or its like.
     fn locate(&self) -> u32;
 
     /// [`admission::limiter_syn`], or its like.
     fn syn(&self, service: u16, in_force: InForce) -> u32;
 
-    /// [`admission::limiter_prove`], or its like.
+    /// [`completion::limiter_prove`], or its like.
     fn prove(&self, service: u16) -> u32;
 
-    /// [`admission::limiter_handshake`], or its like.
+    /// [`completion::limiter_handshake`], or its like.
     fn handshake(&self, service: u16, in_force: InForce) -> u32;
 
-    /// [`admission::limiter_refuse`], or its like.
+    /// [`completion::limiter_refuse`], or its like.
     fn refuse(&self, service: u16, in_force: InForce, refused: u32);
 
     /// Writes the flags of a segment of this packet, and mends the checksum. What pointed into the packet before points
@@ -90,7 +93,7 @@ impl Packet for XdpContext {
 
     #[inline(always)]
     fn locate(&self) -> u32 {
-        packet::limiter_locate(self.ctx)
+        locate::limiter_locate(self.ctx)
     }
 
     #[inline(always)]
@@ -100,17 +103,17 @@ impl Packet for XdpContext {
 
     #[inline(always)]
     fn prove(&self, service: u16) -> u32 {
-        admission::limiter_prove(self.ctx, service.into())
+        completion::limiter_prove(self.ctx, service.into())
     }
 
     #[inline(always)]
     fn handshake(&self, service: u16, in_force: InForce) -> u32 {
-        admission::limiter_handshake(self.ctx, service.into(), in_force.0)
+        completion::limiter_handshake(self.ctx, service.into(), in_force.0)
     }
 
     #[inline(always)]
     fn refuse(&self, service: u16, in_force: InForce, refused: u32) {
-        admission::limiter_refuse(self.ctx, service.into(), in_force.0, refused);
+        completion::limiter_refuse(self.ctx, service.into(), in_force.0, refused);
     }
 
     #[inline(always)]
@@ -125,7 +128,7 @@ impl Packet for XdpContext {
 
     #[inline(always)]
     fn void_fast_open(&self, segment: &Segment) {
-        let place = packet::limiter_fast_open(self.ctx, segment.offset as u32);
+        let place = options::limiter_fast_open(self.ctx, segment.offset as u32);
         if place != 0 {
             segment.void_option(self, place as usize);
         }
@@ -191,7 +194,7 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn locate(&self) -> u32 {
-        packet::limiter_locate_skb(self.skb, u32::from(self.has_ethernet))
+        locate::limiter_locate_skb(self.skb, u32::from(self.has_ethernet))
     }
 
     #[inline(always)]
@@ -201,18 +204,18 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn prove(&self, service: u16) -> u32 {
-        admission::limiter_prove_skb(self.skb, u32::from(self.has_ethernet), service.into())
+        completion::limiter_prove_skb(self.skb, u32::from(self.has_ethernet), service.into())
     }
 
     #[inline(always)]
     fn handshake(&self, service: u16, in_force: InForce) -> u32 {
-        admission::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into(), in_force.0)
+        completion::limiter_handshake_skb(self.skb, u32::from(self.has_ethernet), service.into(), in_force.0)
     }
 
     #[inline(always)]
     fn refuse(&self, service: u16, in_force: InForce, refused: u32) {
         let has_ethernet = u32::from(self.has_ethernet);
-        admission::limiter_refuse_skb(self.skb, has_ethernet, service.into(), in_force.0, refused);
+        completion::limiter_refuse_skb(self.skb, has_ethernet, service.into(), in_force.0, refused);
     }
 
     // Not by writing to the packet: for a program that does, the kernel copies the headers of every packet that somebody
@@ -238,7 +241,7 @@ impl Packet for Skb {
     #[inline(always)]
     fn void_fast_open(&self, segment: &Segment) {
         self.reach((segment.offset + MAX_TCP_HEADER) as u32);
-        let place = packet::limiter_fast_open_skb(self.skb, segment.offset as u32);
+        let place = options::limiter_fast_open_skb(self.skb, segment.offset as u32);
         if place == 0 {
             return;
         }

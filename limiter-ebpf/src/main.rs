@@ -22,12 +22,16 @@
 mod admission;
 mod atomic;
 mod challenge;
+mod completion;
 mod context;
 mod control;
 mod counters;
 mod handshake;
+mod headers;
 mod ledger;
+mod locate;
 mod maps;
+mod options;
 mod packet;
 mod policy;
 mod rates;

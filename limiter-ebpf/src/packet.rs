@@ -2,132 +2,26 @@
 //!
 //! A frame that is anything else is nobody's business here and passes. But one that the stack may find a segment in and that
 //! can't be read here is [`Unread::Hidden`]: what was laid out so that nobody but the stack reads it does not get past.
-//!
-//! Headers are read as the kernel's own structures are, in words: the network header of a frame lies on a multiple of four
-//! as BPF sees it (the verifier counts `NET_IP_ALIGN` in), and where it does not in memory, the machine does not mind
-//! (`CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS`) or the kernel has moved it. Numbers wider than a byte are in network order.
 
 use core::{hint, mem};
 
-use aya_ebpf::{
-    bindings::{__sk_buff, xdp_md},
-    programs::XdpContext,
+use aya_ebpf::programs::XdpContext;
+use limiter_common::{Address, ConnectionKey, Endpoints, TagSecret};
+
+use crate::{
+    context::Packet,
+    headers::{
+        ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, EthernetHeader, FRAGMENT_OFFSET,
+        Ipv4Header, Ipv6Header, MORE_FRAGMENTS, PROTOCOL_TCP, RST, TcpHeader,
+    },
+    locate::{ALL_HEADERS, HIDDEN, IS_V6, NETWORK_END, NETWORK_SHIFT, TCP_END, is_extension},
+    options::OPTION_UNKNOWN,
 };
-use limiter_common::{Address, ConnectionKey, TagSecret};
 
-use crate::context::{Packet, Skb};
-
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// IEEE 802.1Q.
-const ETHERTYPE_VLAN: u16 = 0x8100;
-/// IEEE 802.1ad, the outer tag of two.
-const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
-/// Nobody needs more than two; but the stack steps over any number of tags that only give a priority (VLAN 0).
-const MAX_VLAN_TAGS: usize = 4;
-
-pub const PROTOCOL_TCP: u8 = 6;
-const HEADER_HOP_BY_HOP: u8 = 0;
-const HEADER_ROUTING: u8 = 43;
-const HEADER_FRAGMENT: u8 = 44;
-const HEADER_AUTHENTICATION: u8 = 51;
-const HEADER_DESTINATION: u8 = 60;
-const HEADER_MOBILITY: u8 = 135;
-/// RFC 8200 section 4.1 names seven at most in one packet; the kernel has no bound.
-const MAX_EXTENSION_HEADERS: usize = 8;
-
-pub const FIN: u8 = 0x01;
-pub const SYN: u8 = 0x02;
-pub const RST: u8 = 0x04;
-pub const ACK: u8 = 0x10;
-
-/// In [`Ipv4Header::flags_and_fragment`].
-const MORE_FRAGMENTS: u16 = 0x2000;
-/// In [`Ipv4Header::flags_and_fragment`]: the offset, in units of 8 bytes.
-const FRAGMENT_OFFSET: u16 = 0x1fff;
-
-const OPTION_END: u8 = 0;
-const OPTION_NONE: u8 = 1;
-/// RFC 7413 section 4.1.1.
-const OPTION_FAST_OPEN: u8 = 34;
-/// Of several experiments (RFC 4727), told apart by the two bytes that follow (RFC 6994).
-const OPTION_EXPERIMENT: u8 = 254;
-/// In [`OPTION_EXPERIMENT`]: what Fast Open was before it had a number. The stack takes it still.
-const FAST_OPEN_MAGIC: [u8; 2] = [0xf9, 0x89];
-/// Of experiments, too; the stack knows none by it, and skips it.
-pub const OPTION_UNKNOWN: u8 = 253;
-const MAX_OPTION_BYTES: usize = 40;
-
-#[repr(C)]
-pub struct EthernetHeader {
-    pub destination: [u8; 6],
-    pub source: [u8; 6],
-    pub ethertype: u16,
-}
-
-#[repr(C)]
-struct VlanTag {
-    control: u16,
-    ethertype: u16,
-}
-
-#[repr(C)]
-pub struct Ipv4Header {
-    pub version_and_length: u8,
-    pub service: u8,
-    pub total_length: u16,
-    pub identification: u16,
-    pub flags_and_fragment: u16,
-    pub ttl: u8,
-    pub protocol: u8,
-    pub checksum: u16,
-    pub source: u32,
-    pub destination: u32,
-}
-
-#[repr(C)]
-pub struct Ipv6Header {
-    pub version_and_class: u8,
-    pub class_and_flow: [u8; 3],
-    pub payload_length: u16,
-    pub next_header: u8,
-    pub hop_limit: u8,
-    pub source: [u32; 4],
-    pub destination: [u32; 4],
-}
-
-#[repr(C)]
-struct ExtensionHeader {
-    next_header: u8,
-    length: u8,
-}
-
-/// What a fragment header has behind the two bytes of every [`ExtensionHeader`], and before the identification.
-#[repr(C)]
-struct FragmentPlace {
-    offset_and_flags: u16,
-}
-
-/// What every TCP header begins with.
-#[repr(C)]
-struct Ports {
-    source: u16,
-    destination: u16,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct TcpHeader {
-    pub source_port: u16,
-    pub destination_port: u16,
-    pub sequence: u32,
-    pub acknowledgement: u32,
-    pub data_offset: u8,
-    pub flags: u8,
-    pub window: u16,
-    pub checksum: u16,
-    pub urgent: u16,
-}
+/// How many bytes the headers take that are read inline: IPv4 may have 40 bytes of options.
+const PLAIN_HEADERS: u32 = 14 + 60 + 20;
+/// TCP options begin before this offset, as TCP headers do.
+const OPTIONS_END: usize = 1 << 15;
 
 /// The network header of a segment, within the frame.
 #[derive(Clone, Copy)]
@@ -157,7 +51,7 @@ pub struct Segment {
 /// The TCP segment in a frame, if there is one and its header is in this frame.
 ///
 /// The plain shapes, which are nearly all there are, are read here; what has VLAN tags or extension headers and what is a
-/// fragment, by [`limiter_locate`].
+/// fragment, by [`crate::locate::limiter_locate`].
 #[inline(always)]
 pub fn segment(ctx: &impl Packet) -> Result<Segment, Unread> {
     ctx.reach(PLAIN_HEADERS);
@@ -188,7 +82,7 @@ pub fn segment(ctx: &impl Packet) -> Result<Segment, Unread> {
     }
 }
 
-/// The segment that [`limiter_locate`] finds.
+/// The segment that [`crate::locate::limiter_locate`] finds.
 #[inline(always)]
 fn located(ctx: &impl Packet) -> Result<Segment, Unread> {
     ctx.reach(ALL_HEADERS);
@@ -208,7 +102,7 @@ fn tcp_behind(cursor: &mut Cursor, network: Network) -> Option<Segment> {
     Some(Segment { network, offset: cursor.offset, tcp: cursor.take::<TcpHeader>()? })
 }
 
-/// The segment at a place that [`limiter_locate`] has found.
+/// The segment at a place that [`crate::locate::limiter_locate`] has found.
 #[inline(always)]
 pub fn at(ctx: &impl Packet, place: u32) -> Option<Segment> {
     let mut cursor = Cursor::new(ctx);
@@ -223,113 +117,12 @@ pub fn at(ctx: &impl Packet, place: u32) -> Option<Segment> {
     Some(Segment { network, offset: place as usize % TCP_END, tcp: cursor.take::<TcpHeader>()? })
 }
 
-/// How many bytes the headers take that are read inline: IPv4 may have 40 bytes of options.
-const PLAIN_HEADERS: u32 = 14 + 60 + 20;
-/// How many all headers take at most that are looked behind.
-const ALL_HEADERS: u32 = 14 + 4 * MAX_VLAN_TAGS as u32 + 40 + 2048 * MAX_EXTENSION_HEADERS as u32 + 20;
-
-/// In the answer of [`limiter_locate`]: the network header is that of IPv6.
-pub const IS_V6: u32 = 1 << 31;
-/// In the answer of [`limiter_locate`]: there is none, but for [`Unread::Hidden`]; the port is in the lowest 16 bits.
-pub const HIDDEN: u32 = 1 << 30;
-/// In the answer of [`limiter_locate`]: this is the first of several fragments.
-pub const IS_FRAGMENT: u32 = 1 << 15;
-/// In the answer of [`limiter_locate`]: how far to shift for the offset of the network header. That of the TCP header is
-/// in the lowest bits.
-pub const NETWORK_SHIFT: u32 = 16;
-/// Network headers begin before this offset.
-pub const NETWORK_END: usize = 32;
-/// TCP headers begin before this offset: 8 extension headers have 2048 bytes each at most.
-pub const TCP_END: usize = 1 << 15;
-/// TCP options do, too.
-const OPTIONS_END: usize = 1 << 15;
-
-/// Where the network header and the TCP header of a frame begin; 0 if there is no TCP header; or [`HIDDEN`].
-///
-/// A function with a name for the kernel to see (a "global function", kernel 5.6): the verifier looks at it once, and at
-/// what follows once and not for each way through the headers. Inlined, the ways through eight extension headers behind
-/// two tags make it look at half a million instructions.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn limiter_locate(ctx: *mut xdp_md) -> u32 {
-    locate(&XdpContext::new(ctx)).unwrap_or(0)
-}
-
-/// The same for the packets of TC.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn limiter_locate_skb(skb: *mut __sk_buff, has_ethernet: u32) -> u32 {
-    locate(&Skb::new(skb, has_ethernet != 0)).unwrap_or(0)
-}
-
-/// Where in a packet the number of a Fast Open option is (RFC 7413), of the TCP header that begins at `tcp`; 0 if it has none.
-///
-/// A global function, like [`limiter_locate`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn limiter_fast_open(ctx: *mut xdp_md, tcp: u32) -> u32 {
-    fast_open(&XdpContext::new(ctx), tcp as usize % TCP_END).unwrap_or(0)
-}
-
-/// The same for the packets of TC.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn limiter_fast_open_skb(skb: *mut __sk_buff, tcp: u32) -> u32 {
-    fast_open(&Skb::new(skb, true), tcp as usize % TCP_END).unwrap_or(0)
-}
-
-/// Goes byte by byte, each at a place that is known when the program is compiled: the verifier then has little to follow.
-#[inline(always)]
-fn fast_open(ctx: &impl Packet, tcp: usize) -> Option<u32> {
-    let mut cursor = Cursor::new(ctx);
-    cursor.skip(tcp);
-    let header = cursor.take::<TcpHeader>()?;
-    // SAFETY: take checked it.
-    let length = usize::from(unsafe { (*header).data_offset } >> 4) * 4;
-    // SAFETY: one past the header that take checked.
-    let options = unsafe { header.add(1) } as usize;
-    // Where the next option begins, and that whose length comes next.
-    let (mut next, mut kind) = (0, OPTION_NONE);
-    for place in 0..MAX_OPTION_BYTES {
-        let at = options + place;
-        if mem::size_of::<TcpHeader>() + place >= length || at + 1 > cursor.end {
-            break;
-        }
-        // SAFETY: the bounds were checked.
-        let byte = unsafe { *(at as *const u8) };
-        if kind != OPTION_NONE {
-            if kind == OPTION_FAST_OPEN
-                || kind == OPTION_EXPERIMENT
-                    && mem::size_of::<TcpHeader>() + place + 3 <= length
-                    && at + 3 <= cursor.end
-                    // SAFETY: the bounds were checked.
-                    && unsafe { *((at + 1) as *const [u8; 2]) } == FAST_OPEN_MAGIC
-            {
-                return Some((tcp + mem::size_of::<TcpHeader>() + place - 1) as u32);
-            }
-            // Where an option is shorter than that, the stack reads no further either.
-            if byte < 2 {
-                break;
-            }
-            next = place - 1 + usize::from(byte);
-            kind = OPTION_NONE;
-        } else if place == next {
-            if byte == OPTION_END {
-                break;
-            }
-            next = place + 1;
-            kind = byte;
-        }
-    }
-    None
-}
-
 /// Reads header after header, each one checked against the end of the packet.
 pub struct Cursor {
-    start: usize,
-    end: usize,
+    pub start: usize,
+    pub end: usize,
     /// Counted on its own: a difference of pointers would be made in 32 bits, which the verifier refuses.
-    offset: usize,
+    pub offset: usize,
 }
 
 impl Cursor {
@@ -355,26 +148,6 @@ impl Cursor {
     }
 }
 
-#[inline(always)]
-fn locate(ctx: &impl Packet) -> Option<u32> {
-    let mut cursor = Cursor::new(ctx);
-    let mut ethertype = ctx.link_header(&mut cursor)?;
-    for _ in 0..MAX_VLAN_TAGS {
-        if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
-            break;
-        }
-        // SAFETY: take checked it.
-        ethertype = u16::from_be(unsafe { (*cursor.take::<VlanTag>()?).ethertype });
-    }
-    let network = (cursor.offset as u32) << NETWORK_SHIFT;
-    match ethertype {
-        ETHERTYPE_IPV4 => Some(locate_in_v4(&mut cursor)? | network),
-        ETHERTYPE_IPV6 => Some(locate_in_v6(&mut cursor)? | network),
-        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => Some(HIDDEN),
-        _ => None,
-    }
-}
-
 /// Steps over an Ethernet header, and returns what it says that follows.
 #[inline(always)]
 pub fn ethernet(cursor: &mut Cursor) -> Option<u16> {
@@ -382,56 +155,9 @@ pub fn ethernet(cursor: &mut Cursor) -> Option<u16> {
     Some(u16::from_be(unsafe { (*cursor.take::<EthernetHeader>()?).ethertype }))
 }
 
-#[inline(always)]
-fn locate_in_v4(cursor: &mut Cursor) -> Option<u32> {
-    let start = cursor.offset;
-    // SAFETY: ipv4 checked it.
-    let ip = unsafe { &*ipv4(cursor)? };
-    // The fragment offset is in the lower 13 bits: only the first fragment has the TCP header.
-    if u16::from_be(ip.flags_and_fragment) & FRAGMENT_OFFSET != 0 {
-        return None;
-    }
-    // What is behind the packet is padding of the frame, and looks like whatever its sender wants.
-    let end = start + usize::from(u16::from_be(ip.total_length));
-    Some(whole(cursor, is_fragment(ip), end))
-}
-
-#[inline(always)]
-fn locate_in_v6(cursor: &mut Cursor) -> Option<u32> {
-    let header = ipv6(cursor)?;
-    // SAFETY: ipv6 checked it.
-    let (next, length) = unsafe { ((*header).next_header, u16::from_be((*header).payload_length)) };
-    let end = cursor.offset + usize::from(length);
-    match extensions(cursor, next) {
-        Extensions::Tcp { fragment } => Some(whole(cursor, fragment, end) | IS_V6),
-        Extensions::Other => None,
-        Extensions::Endless => Some(HIDDEN),
-    }
-}
-
-/// The place of the TCP header that begins here, in a packet that ends at `end`. Of a fragment that does not hold all of it,
-/// options included, the stack finds the rest in the next one: nobody sends such a one but to hide it (RFC 1858 section 3;
-/// RFC 7112).
-#[inline(always)]
-fn whole(cursor: &mut Cursor, fragment: bool, end: usize) -> u32 {
-    let place = cursor.offset;
-    if !fragment {
-        return place as u32;
-    }
-    let Some(ports) = cursor.take::<Ports>() else { return HIDDEN };
-    // SAFETY: take checked it.
-    let hidden = HIDDEN | u32::from(u16::from_be(unsafe { (*ports).destination }));
-    cursor.offset = place;
-    let Some(tcp) = cursor.take::<TcpHeader>() else { return hidden };
-    // SAFETY: take checked it.
-    let length = usize::from(unsafe { (*tcp).data_offset } >> 4) * 4;
-    let least = if length < mem::size_of::<TcpHeader>() { mem::size_of::<TcpHeader>() } else { length };
-    if place + least <= end { place as u32 | IS_FRAGMENT } else { hidden }
-}
-
 /// Steps over an IPv4 header (RFC 791) that is followed by TCP.
 #[inline(always)]
-fn ipv4(cursor: &mut Cursor) -> Option<*const Ipv4Header> {
+pub fn ipv4(cursor: &mut Cursor) -> Option<*const Ipv4Header> {
     let header = cursor.take::<Ipv4Header>()?;
     // SAFETY: take checked it.
     let ip = unsafe { &*header };
@@ -445,84 +171,19 @@ fn ipv4(cursor: &mut Cursor) -> Option<*const Ipv4Header> {
 
 /// Whether a packet is but a part of one: more follow, or some came before.
 #[inline(always)]
-fn is_fragment(ip: &Ipv4Header) -> bool {
+pub fn is_fragment(ip: &Ipv4Header) -> bool {
     u16::from_be(ip.flags_and_fragment) & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
 }
 
 /// Steps over an IPv6 header (RFC 8200).
 #[inline(always)]
-fn ipv6(cursor: &mut Cursor) -> Option<*const Ipv6Header> {
+pub fn ipv6(cursor: &mut Cursor) -> Option<*const Ipv6Header> {
     let header = cursor.take::<Ipv6Header>()?;
     // SAFETY: take checked it.
     if unsafe { (*header).version_and_class } >> 4 != 6 {
         return None;
     }
     Some(header)
-}
-
-/// Whether a "next header" is that of an extension header that is looked behind.
-#[inline(always)]
-const fn is_extension(next: u8) -> bool {
-    matches!(
-        next,
-        HEADER_HOP_BY_HOP
-            | HEADER_ROUTING
-            | HEADER_FRAGMENT
-            | HEADER_AUTHENTICATION
-            | HEADER_DESTINATION
-            | HEADER_MOBILITY
-    )
-}
-
-/// What is behind the extension headers of a packet.
-enum Extensions {
-    /// TCP; and whether that is but the first fragment of it.
-    Tcp { fragment: bool },
-    /// Something else, or a later fragment.
-    Other,
-    /// More of them than anybody sends, or the rest of them in the next fragment.
-    Endless,
-}
-
-/// Steps over IPv6 extension headers, of which the first is of type `next`.
-#[inline(always)]
-fn extensions(cursor: &mut Cursor, mut next: u8) -> Extensions {
-    let mut fragment = false;
-    for _ in 0..MAX_EXTENSION_HEADERS {
-        if !is_extension(next) {
-            break;
-        }
-        let Some(header) = cursor.take::<ExtensionHeader>() else {
-            return if fragment { Extensions::Endless } else { Extensions::Other };
-        };
-        // SAFETY: take checked it.
-        let length = usize::from(unsafe { (*header).length });
-        let mut rest = (length + 1) * 8;
-        if next == HEADER_FRAGMENT {
-            let Some(place) = cursor.take::<FragmentPlace>() else { return Extensions::Other };
-            // SAFETY: take checked it.
-            let place = u16::from_be(unsafe { (*place).offset_and_flags });
-            if place & 0xfff8 != 0 {
-                return Extensions::Other;
-            }
-            fragment = place & 1 != 0;
-            rest = 8 - mem::size_of::<FragmentPlace>();
-        } else if next == HEADER_AUTHENTICATION {
-            // In units of 4 bytes, the first two not counted (RFC 4302 section 2.2); the others in units of 8 bytes, the first
-            // not counted.
-            rest = (length + 2) * 4;
-        }
-        // SAFETY: take checked it.
-        next = unsafe { (*header).next_header };
-        cursor.skip(rest - mem::size_of::<ExtensionHeader>());
-    }
-    if next == PROTOCOL_TCP {
-        Extensions::Tcp { fragment }
-    } else if is_extension(next) {
-        Extensions::Endless
-    } else {
-        Extensions::Other
-    }
 }
 
 impl Segment {
@@ -593,6 +254,17 @@ impl Segment {
         match self.network {
             Network::V4(ip) => Address::from_v4_word(unsafe { (*ip).destination }),
             Network::V6(ip) => Address::from_v6_words(unsafe { (*ip).destination }),
+        }
+    }
+
+    /// Both ends of its connection.
+    #[inline(always)]
+    pub fn endpoints(&self) -> Endpoints {
+        Endpoints {
+            remote: self.remote(),
+            local: self.local(),
+            remote_port: self.remote_port(),
+            local_port: self.local_port(),
         }
     }
 

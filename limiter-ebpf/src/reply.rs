@@ -18,11 +18,10 @@ use limiter_common::{
 use crate::{
     atomic,
     counters::count,
+    headers::{ACK, EthernetHeader, Ipv4Header, Ipv6Header, PROTOCOL_TCP, RST, TcpHeader},
+    locate::{self, HIDDEN, IS_FRAGMENT, IS_V6, NETWORK_END, NETWORK_SHIFT, TCP_END},
     maps::SERVICE_STATE,
-    packet::{
-        self, ACK, Cursor, EthernetHeader, HIDDEN, IS_FRAGMENT, IS_V6, Ipv4Header, Ipv6Header, NETWORK_END,
-        NETWORK_SHIFT, PROTOCOL_TCP, RST, TCP_END, TcpHeader,
-    },
+    packet::Cursor,
 };
 
 /// How often a token is tried for that another CPU has taken meanwhile.
@@ -38,7 +37,7 @@ const DONT_FRAGMENT: u16 = 0x4000;
 
 /// Answers a refused SYN by a RST, and counts that. Returns the XDP action: `XDP_TX`, or `XDP_DROP` if there is no answer.
 ///
-/// A global function, like [`packet::limiter_locate`]: it has a stack and a judgement of the verifier for itself.
+/// A global function, like [`locate::limiter_locate`]: it has a stack and a judgement of the verifier for itself.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn limiter_reset(ctx: *mut xdp_md, service: u32) -> u32 {
@@ -93,7 +92,7 @@ fn reset(ctx: &XdpContext) -> Option<()> {
 
 /// What an answer takes from the segment that it answers. Ports are as they stand in the packet.
 pub struct Question {
-    /// From [`packet::limiter_locate`].
+    /// From [`locate::limiter_locate`].
     pub place: u32,
     pub remote_port: u16,
     pub local_port: u16,
@@ -109,7 +108,7 @@ impl Question {
     /// other.
     #[inline(always)]
     pub fn read(ctx: &XdpContext) -> Option<Self> {
-        let place = packet::limiter_locate(ctx.ctx);
+        let place = locate::limiter_locate(ctx.ctx);
         if place == 0 || place & (HIDDEN | IS_FRAGMENT) != 0 {
             return None;
         }

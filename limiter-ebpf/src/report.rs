@@ -2,12 +2,17 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use limiter_common::{
-    Counter, DenyReason, Endpoints,
+    Counter, DenyReason, Endpoints, SourceEntry, SourceKey,
     event::{Refusal, Stage},
+    policy::ServiceState,
     source::REPORT_INTERVAL_NS,
 };
 
-use crate::{atomic, counters::count, maps::EVENTS};
+use crate::{
+    atomic,
+    counters::count,
+    maps::{EVENTS, SOURCES},
+};
 
 /// Where it is noted when somebody's refusals were last reported. Several CPUs may race here, which costs a report too
 /// many, or a few refusals in the count of those left out; atomics would cost every refusal of a flood.
@@ -92,4 +97,25 @@ fn submit(refused: &Refused, time_ns: u64, unreported: u64) -> bool {
     });
     record.submit(0);
     true
+}
+
+/// Where that of a source is noted; with the service if the source holds no connection, and so has no entry.
+#[inline(always)]
+pub fn sampler_of(source: &SourceKey, state: *mut ServiceState) -> Sampler {
+    match SOURCES.get_ptr_mut(source) {
+        Some(entry) => source_sampler(entry),
+        None => service_sampler(state),
+    }
+}
+
+#[inline(always)]
+pub fn source_sampler(entry: *mut SourceEntry) -> Sampler {
+    // SAFETY: the pointer comes from a look-up; an element that got another key meanwhile costs a report.
+    unsafe { Sampler { reported_ns: &raw mut (*entry).reported_ns, unreported: &raw mut (*entry).unreported } }
+}
+
+#[inline(always)]
+pub fn service_sampler(state: *mut ServiceState) -> Sampler {
+    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
+    unsafe { Sampler { reported_ns: &raw mut (*state).reported_ns, unreported: &raw mut (*state).unreported } }
 }

@@ -23,7 +23,7 @@ pub fn limits_for(address: &Address, policy: &ServicePolicy, in_force: InForce) 
 
 /// Writes the limits of a service as they hold for an address. Returns 0; the kernel wants a number.
 ///
-/// A global function, like [`crate::packet::limiter_locate`]: inlined, the verifier would follow what comes afterwards once
+/// A global function, like [`crate::locate::limiter_locate`]: inlined, the verifier would follow what comes afterwards once
 /// for each way through the rules. (With pointers to memory: kernel 5.13.)
 #[unsafe(no_mangle)]
 #[inline(never)]
