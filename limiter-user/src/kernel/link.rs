@@ -1,4 +1,4 @@
-//! Pinning links, and detaching pinned ones at once. To remove its pin also ends it, but only when the kernel comes round to it: for a moment
+//! Pinning links, putting other programs into pinned ones, and detaching these at once. To remove its pin also ends it, but only when the kernel comes round to it: for a moment
 //! the program is still there, and an interface can't be given another one.
 
 use std::{
@@ -8,9 +8,12 @@ use std::{
     path::Path,
 };
 
-use aya::programs::links::FdLink;
+use aya::programs::{
+    ProgramError,
+    links::{FdLink, LinkError, PinnedLink},
+};
 
-use super::KernelError;
+use super::{KernelError, error::Errno as _};
 
 /// `BPF_OBJ_GET` and `BPF_LINK_DETACH` of linux/bpf.h (the latter since 5.9).
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -19,6 +22,23 @@ const BPF_LINK_DETACH: libc::c_int = 34;
 /// Makes a link outlive the process.
 pub fn pin(link: FdLink, path: &Path) -> Result<(), KernelError> {
     link.pin(path).map(|_| ()).map_err(KernelError::failed(format!("can't pin the link at {}", path.display())))
+}
+
+/// Puts another program into the link pinned at `path`, without a gap. `attach` does that, and lets go of the link: the pin keeps
+/// it attached. `false` if the link's interface is gone.
+pub fn replace(path: &Path, attach: impl FnOnce(FdLink) -> Result<(), ProgramError>) -> Result<bool, KernelError> {
+    let what = || format!("can't replace the program of {}", path.display());
+    let link = PinnedLink::from_pin(path).map_err(KernelError::failed(what()))?;
+    match attach(link.into()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno() == Some(libc::ENOLINK) => Ok(false),
+        Err(error) => Err(KernelError::failed(what())(error)),
+    }
+}
+
+/// A link that is of another kind than it should be, as the error of attaching a program.
+pub fn wrong_kind(error: LinkError) -> ProgramError {
+    ProgramError::IOError(io::Error::other(error))
 }
 
 /// Takes the program of the link pinned at `path` from what it is attached to. The pin stays.

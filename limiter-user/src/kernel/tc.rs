@@ -4,11 +4,11 @@ use std::{io, path::Path};
 
 use aya::programs::{
     LinkOrder, SchedClassifier, TcAttachType,
-    links::{FdLink, PinnedLink},
+    links::FdLink,
     tc::{SchedClassifierLink, TcAttachOptions},
 };
 
-use super::{KernelError, clsact, error::Errno as _, features::Feature};
+use super::{KernelError, clsact, error::Errno as _, features::Feature, link};
 
 /// The program on an interface. It ends with this.
 pub enum Attached {
@@ -44,18 +44,10 @@ pub fn attach(program: &mut SchedClassifier, name: &str, interface: u32, note: &
 
 /// Puts it in the place of the program that a pinned link holds, without a gap. `false` if the link's interface is gone.
 pub fn replace_link(program: &mut SchedClassifier, pin: &Path) -> Result<bool, KernelError> {
-    let what = || format!("can't replace the program of {}", pin.display());
-    let link = PinnedLink::from_pin(pin).map_err(KernelError::failed(what()))?;
-    let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(KernelError::failed(what()))?;
-    match program.attach_to_link(link) {
-        Ok(id) => {
-            // The pin keeps it attached; this process's hand on it goes.
-            drop(program.take_link(id).map_err(KernelError::failed(what()))?);
-            Ok(true)
-        }
-        Err(error) if error.errno() == Some(libc::ENOLINK) => Ok(false),
-        Err(error) => Err(KernelError::failed(what())(error)),
-    }
+    link::replace(pin, |link| {
+        let id = program.attach_to_link(SchedClassifierLink::try_from(link).map_err(link::wrong_kind)?)?;
+        program.take_link(id).map(drop)
+    })
 }
 
 /// The same for a filter. `false` if it is gone.
