@@ -76,8 +76,45 @@ pub const PINNED_MAPS: [&str; 16] = [
     MAP_CHALLENGES,
 ];
 
-/// Load-time constant (`u32`): offset of `snt_isn` in the kernel's `struct tcp_request_sock`, from its BTF.
+/// Load-time constant (`u32`): offset of [`SNT_ISN`], from the kernel's BTF.
 pub const GLOBAL_SNT_ISN_OFFSET: &str = "SNT_ISN_OFFSET";
+/// The sequence number of a SYN-ACK in a half-open connection.
+pub const SNT_ISN: (&str, &str) = ("tcp_request_sock", "snt_isn");
+
+/// A field of the kernel's structures that programs read, and the load-time constant (`u32`) that says where it is; 0 where the
+/// kernel does not tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelField {
+    /// The constant.
+    pub global: &'static str,
+    /// Structures and their members, each in that before.
+    pub path: &'static [(&'static str, &'static str)],
+    /// Whether the constant counts bits, for a field that does not begin with a byte.
+    pub in_bits: bool,
+    /// Whether kernels may lack it.
+    pub is_optional: bool,
+}
+
+/// What programs read of a listener and its network namespace. Without one of those that may not be missing, none is known. `struct
+/// sock` is what `struct tcp_sock` begins with.
+pub const LISTENER_FIELDS: [KernelField; 11] = [
+    field("SOCK_NET", &[("sock", "__sk_common"), ("sock_common", "skc_net")]),
+    field("SOCK_RCVBUF", &[("sock", "sk_rcvbuf")]),
+    KernelField { in_bits: true, ..field("SOCK_USERLOCKS", &[("sock", "sk_userlocks")]) },
+    field("TCP_WINDOW_CLAMP", &[("tcp_sock", "window_clamp")]),
+    // Since 6.6.
+    KernelField { is_optional: true, ..field("TCP_SCALING_RATIO", &[("tcp_sock", "scaling_ratio")]) },
+    field("TCP_MAXSEG", &[("tcp_sock", "rx_opt"), ("tcp_options_received", "user_mss")]),
+    field("NET_TIMESTAMPS", &[("net", "ipv4"), ("netns_ipv4", "sysctl_tcp_timestamps")]),
+    field("NET_SACK", &[("net", "ipv4"), ("netns_ipv4", "sysctl_tcp_sack")]),
+    field("NET_WINDOW_SCALING", &[("net", "ipv4"), ("netns_ipv4", "sysctl_tcp_window_scaling")]),
+    field("NET_ECN", &[("net", "ipv4"), ("netns_ipv4", "sysctl_tcp_ecn")]),
+    field("NET_RMEM", &[("net", "ipv4"), ("netns_ipv4", "sysctl_tcp_rmem")]),
+];
+
+const fn field(global: &'static str, path: &'static [(&'static str, &'static str)]) -> KernelField {
+    KernelField { global, path, in_bits: false, is_optional: false }
+}
 /// Load-time constant (`u32`): 1 where programs may read the kernel's memory (`bpf_probe_read_kernel`).
 pub const GLOBAL_READS_KERNEL_MEMORY: &str = "READS_KERNEL_MEMORY";
 /// Load-time constant (`u64`): cookie of the network namespace whose sockets are counted.

@@ -7,8 +7,9 @@ pub struct Challenge {
     /// How many SYNs in a second are a flood, refused ones not counted; 0: none are, and 1: the first is. Written by user
     /// space.
     pub threshold: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// The largest receive buffer that a socket may ask for (`net.core.rmem_max`), in bytes, on which depends how the stack shifts
+    /// windows; 0: not known. Written by user space, since no program can read it.
+    pub largest_buffer: u32,
     /// When the window began in which SYNs are counted, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy).
     pub window_ns: u64,
     /// How many there were in it. Changed by atomic operations, but for the beginning of a window.

@@ -8,12 +8,15 @@
 //!   to it know.
 //! - It may be several segments of one connection, which GRO has put together.
 
-use core::mem;
+use core::{hint, mem};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::__sk_buff,
-    helpers::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes},
+    bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM},
+    helpers::{
+        bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data,
+        bpf_skb_store_bytes, bpf_xdp_adjust_tail,
+    },
     programs::XdpContext,
 };
 
@@ -42,11 +45,33 @@ pub trait Packet: EbpfContext {
     /// before points nowhere now.
     fn reach(&self, bytes: u32);
 
+    /// How long it is, from its link header on, in bytes.
+    fn length(&self) -> usize;
+
+    /// Whether it begins with an Ethernet header.
+    fn has_ethernet(&self) -> bool;
+
+    /// Whether the checksum of its TCP header, which begins there, is yet to be computed, from that of the addresses on, by whoever
+    /// sends it. What pointed into the packet before points nowhere now.
+    fn is_unsummed(&self, tcp: usize) -> bool;
+
+    /// Cuts it to a length, which is no greater than its own. What pointed into the packet before points nowhere now.
+    fn cut(&self, length: usize) -> Option<()>;
+
+    /// Writes to it, behind the link header. What pointed into the packet before points nowhere now.
+    fn write<T: Copy>(&self, offset: usize, value: &T) -> Option<()>;
+
+    /// Writes the addresses of its Ethernet header. What pointed into the packet before points nowhere now.
+    fn write_link(&self, addresses: &[[u16; 3]; 2]) -> Option<()>;
+
     /// Steps over the link header, and returns what follows it.
     fn link_header(&self, cursor: &mut Cursor) -> Option<u16>;
 
     /// [`locate::limiter_locate`], or its like.
     fn locate(&self) -> u32;
+
+    /// [`options::limiter_offer`], or its like.
+    fn offer(&self, tcp: u32) -> u64;
 
     /// [`admission::limiter_syn`], or its like.
     fn syn(&self, service: u16, in_force: InForce) -> u32;
@@ -87,8 +112,49 @@ impl Packet for XdpContext {
     fn reach(&self, _: u32) {}
 
     #[inline(always)]
+    fn length(&self) -> usize {
+        // Of two pointers the verifier takes no difference in 32 bits, which is what the compiler would make of it.
+        hint::black_box(self.data_end() - self.data())
+    }
+
+    #[inline(always)]
+    fn has_ethernet(&self) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn is_unsummed(&self, _: usize) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn cut(&self, length: usize) -> Option<()> {
+        // SAFETY: the context is that of this program.
+        (unsafe { bpf_xdp_adjust_tail(self.ctx, length as i32 - self.length() as i32) } == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn write<T: Copy>(&self, offset: usize, value: &T) -> Option<()> {
+        let mut cursor = Cursor::new(self);
+        cursor.skip(offset);
+        // SAFETY: take checked it.
+        unsafe { *cursor.take::<T>()? = *value };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn write_link(&self, addresses: &[[u16; 3]; 2]) -> Option<()> {
+        self.write(0, addresses)
+    }
+
+    #[inline(always)]
     fn link_header(&self, cursor: &mut Cursor) -> Option<u16> {
         packet::ethernet(cursor)
+    }
+
+    #[inline(always)]
+    fn offer(&self, tcp: u32) -> u64 {
+        options::limiter_offer(self.ctx, tcp)
     }
 
     #[inline(always)]
@@ -183,6 +249,54 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.skb).len as usize }
+    }
+
+    #[inline(always)]
+    fn has_ethernet(&self) -> bool {
+        self.has_ethernet
+    }
+
+    // There is nothing to ask for it. But the helper that mends a checksum leaves one alone that is not there yet.
+    #[inline(always)]
+    fn is_unsummed(&self, tcp: usize) -> bool {
+        let place = (tcp + mem::offset_of!(TcpHeader, checksum)) as u32;
+        let (Some(before), 0) = (
+            self.load::<u16>(place),
+            // SAFETY: the context is that of a classifier; the place is that of the checksum.
+            unsafe { bpf_l4_csum_replace(self.skb, place, 0, 1, 2) },
+        ) else {
+            return false;
+        };
+        let is_unsummed = self.load::<u16>(place) == Some(before);
+        self.store(place as usize, before, 0);
+        is_unsummed
+    }
+
+    #[inline(always)]
+    fn cut(&self, length: usize) -> Option<()> {
+        // SAFETY: the context is that of a classifier.
+        if unsafe { bpf_skb_change_tail(self.skb, length as u32, 0) } != 0 {
+            return None;
+        }
+        self.reach(length as u32);
+        Some(())
+    }
+
+    #[inline(always)]
+    fn write<T: Copy>(&self, offset: usize, value: &T) -> Option<()> {
+        self.store(offset, *value, BPF_F_RECOMPUTE_CSUM.into())
+    }
+
+    // No sum of the device's covers the link header.
+    #[inline(always)]
+    fn write_link(&self, addresses: &[[u16; 3]; 2]) -> Option<()> {
+        self.store(0, *addresses, 0)
+    }
+
+    #[inline(always)]
     fn link_header(&self, cursor: &mut Cursor) -> Option<u16> {
         if self.has_ethernet {
             packet::ethernet(cursor)
@@ -195,6 +309,11 @@ impl Packet for Skb {
     #[inline(always)]
     fn locate(&self) -> u32 {
         locate::limiter_locate_skb(self.skb, u32::from(self.has_ethernet))
+    }
+
+    #[inline(always)]
+    fn offer(&self, tcp: u32) -> u64 {
+        options::limiter_offer_skb(self.skb, tcp)
     }
 
     #[inline(always)]
@@ -223,7 +342,7 @@ impl Packet for Skb {
     #[inline(always)]
     fn set_flags(&self, segment: &Segment, flags: u8) {
         let (before, after) = segment.with_flags(flags);
-        self.store(segment.offset + mem::offset_of!(TcpHeader, flags), flags);
+        self.store(segment.offset + mem::offset_of!(TcpHeader, flags), flags, 0);
         // SAFETY: the context is that of a classifier; the place is that of the checksum.
         unsafe { bpf_l4_csum_replace(self.skb, checksum_of(segment), before.into(), after.into(), 2) };
     }
@@ -231,7 +350,7 @@ impl Packet for Skb {
     #[inline(always)]
     fn set_sequence(&self, segment: &Segment, sequence: u32) {
         let before = segment.sequence().to_be();
-        self.store(segment.offset + mem::offset_of!(TcpHeader, sequence), sequence.to_be());
+        self.store(segment.offset + mem::offset_of!(TcpHeader, sequence), sequence.to_be(), 0);
         // SAFETY: the context is that of a classifier; the place is that of the checksum.
         unsafe {
             bpf_l4_csum_replace(self.skb, checksum_of(segment), before.into(), sequence.to_be().into(), 4);
@@ -245,13 +364,9 @@ impl Packet for Skb {
         if place == 0 {
             return;
         }
-        let mut kind = 0_u8;
-        // SAFETY: the context is that of a classifier; the byte is ours.
-        if unsafe { bpf_skb_load_bytes(self.skb.cast(), place, (&raw mut kind).cast(), 1) } != 0 {
-            return;
-        }
+        let Some(kind) = self.load::<u8>(place) else { return };
         let (before, after) = segment.option_words(place as usize, kind);
-        self.store(place as usize, OPTION_UNKNOWN);
+        self.store(place as usize, OPTION_UNKNOWN, 0);
         // SAFETY: the context is that of a classifier; the place is that of the checksum.
         unsafe {
             bpf_l4_csum_replace(self.skb, checksum_of(segment), before.to_be().into(), after.to_be().into(), 2);
@@ -260,12 +375,28 @@ impl Packet for Skb {
 }
 
 impl Skb {
+    /// Has it leave by the device that it came in by. Returns the action: `TC_ACT_REDIRECT`.
     #[inline(always)]
-    fn store<T>(&self, offset: usize, value: T) {
+    pub fn send(&self) -> i32 {
+        // SAFETY: a field of the context, which the kernel keeps valid; the helper has no precondition.
+        unsafe { bpf_redirect((*self.skb).ifindex, 0) as i32 }
+    }
+
+    #[inline(always)]
+    fn store<T>(&self, offset: usize, value: T, flags: u64) -> Option<()> {
+        let size = mem::size_of::<T>() as u32;
         // SAFETY: the context is that of a classifier; the value has that size.
-        unsafe {
-            bpf_skb_store_bytes(self.skb, offset as u32, (&raw const value).cast(), mem::size_of::<T>() as u32, 0);
-        }
+        let outcome = unsafe { bpf_skb_store_bytes(self.skb, offset as u32, (&raw const value).cast(), size, flags) };
+        (outcome == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn load<T: Default>(&self, offset: u32) -> Option<T> {
+        let mut value = T::default();
+        // SAFETY: the context is that of a classifier; the value is ours, and every pattern of its bits is one.
+        let outcome =
+            unsafe { bpf_skb_load_bytes(self.skb.cast(), offset, (&raw mut value).cast(), mem::size_of::<T>() as u32) };
+        (outcome == 0).then_some(value)
     }
 }
 

@@ -22,6 +22,9 @@ pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
+/// RFC 3168 section 6.1.1: who asks for ECN sets both in its SYN, and who grants it the first in its SYN-ACK.
+pub const ECE: u8 = 0x40;
+pub const CWR: u8 = 0x80;
 
 /// In [`Ipv4Header::flags_and_fragment`].
 pub const MORE_FRAGMENTS: u16 = 0x2000;
@@ -42,6 +45,7 @@ pub struct VlanTag {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct Ipv4Header {
     pub version_and_length: u8,
     pub service: u8,
@@ -56,6 +60,7 @@ pub struct Ipv4Header {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct Ipv6Header {
     pub version_and_class: u8,
     pub class_and_flow: [u8; 3],

@@ -29,6 +29,7 @@ mod counters;
 mod handshake;
 mod headers;
 mod ledger;
+mod listener;
 mod locate;
 mod maps;
 mod options;

@@ -70,6 +70,45 @@ pub static CHALLENGES: Array<Challenge> = Array::with_max_entries(abi::MAX_SERVI
 #[unsafe(no_mangle)]
 pub static SNT_ISN_OFFSET: Global<u32> = Global::new(0);
 
+// Where fields of the kernel's structures are, in bytes: [`limiter_common::abi::LISTENER_FIELDS`]. All of them are 0 where the kernel has no
+// BTF to tell.
+
+/// `struct net *` in `struct sock`, which `struct tcp_sock` begins with.
+#[unsafe(no_mangle)]
+pub static SOCK_NET: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static SOCK_RCVBUF: Global<u32> = Global::new(0);
+
+/// In bits, since that is what it has only some of in a byte.
+#[unsafe(no_mangle)]
+pub static SOCK_USERLOCKS: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static TCP_WINDOW_CLAMP: Global<u32> = Global::new(0);
+
+/// 0 before kernel 6.6, too.
+#[unsafe(no_mangle)]
+pub static TCP_SCALING_RATIO: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static TCP_MAXSEG: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static NET_TIMESTAMPS: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static NET_SACK: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static NET_WINDOW_SCALING: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static NET_ECN: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static NET_RMEM: Global<u32> = Global::new(0);
+
 /// Whether programs may read the kernel's memory; 0 where it is locked down to keep its secrets.
 #[unsafe(no_mangle)]
 pub static READS_KERNEL_MEMORY: Global<u32> = Global::new(0);

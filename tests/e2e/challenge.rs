@@ -1,25 +1,44 @@
 //! `challenge`: SYN cookies made in XDP while a service is flooded.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, Map, MapData};
+use limiter_common::{abi, challenge::Challenge};
 use limiter_tests::{
     bare::{Answer, Attachment, BareXdp},
     both_families,
-    lab::{CLIENT_INTERFACE, Family, Lab},
+    info::{Info, both_ways},
+    lab::{CLIENT_INTERFACE, Family, Lab, PORT},
     limiter::Limiter,
     netns::Namespace,
     raw::RawClient,
-    tcp::{Crowd, PlainServer, connect_served},
-    wait::{SOON, eventually},
+    tcp::{Crowd, PlainServer, connect_served, listener},
+    wait::{SOON, eventually, eventually_equal},
 };
 
-both_families!(a_flood_is_answered_by_cookies_and_ends, cookies_keep_to_the_limits, cookies_work_in_generic_mode,);
+both_families!(
+    a_flood_is_answered_by_cookies_and_ends,
+    cookies_keep_to_the_limits,
+    cookies_work_in_generic_mode,
+    cookies_keep_the_options,
+    cookies_keep_what_both_ends_want,
+    segments_fit_the_device,
+);
 
 const SYSCTL: &str = "net/ipv4/tcp_syncookies";
+const TIMESTAMPS: &str = "net/ipv4/tcp_timestamps";
 
 fn sysctl(namespace: &Namespace) -> Result<String> {
-    Ok(namespace.enter(|| fs::read_to_string(format!("/proc/sys/{SYSCTL}")))?.trim().to_owned())
+    value(namespace, SYSCTL)
+}
+
+fn value(namespace: &Namespace, sysctl: &str) -> Result<String> {
+    Ok(namespace.enter(|| fs::read_to_string(format!("/proc/sys/{sysctl}")))?.trim().to_owned())
 }
 
 /// What XDP sends out of one end of a veth is only received if there is a program at the other end.
@@ -120,12 +139,152 @@ fn cookies_work_in_generic_mode(family: Family) -> Result<()> {
     Ok(())
 }
 
+/// A connection, the client's end first.
+fn connect(lab: &Lab, listener: &TcpListener, family: Family) -> Result<[TcpStream; 2]> {
+    let client = &lab.clients[0];
+    let connected = client.namespace.enter(|| TcpStream::connect_timeout(&client.service(family), SOON))?;
+    let (served, _) = listener.accept()?;
+    Ok([connected, served])
+}
+
+fn listen(lab: &Lab, family: Family) -> Result<TcpListener> {
+    listener(&lab.server, SocketAddr::new(family.unspecified(), PORT), 16)
+}
+
+/// What both ends say of a connection, after data went through it both ways, and that little was sent again.
+fn agreed([client, server]: &[TcpStream; 2], bytes: usize) -> Result<[Info; 2]> {
+    both_ways([client, server], bytes)?;
+    let infos = [Info::of(client)?, Info::of(server)?];
+    for info in &infos {
+        let segments = u32::try_from(bytes)? / info.sends_at_most;
+        ensure!(info.sent_again <= segments / 50 + 5, "of {segments} segments: {infos:?}");
+    }
+    // What one end shifts by, the other one has to know.
+    let crossed = infos[1].window_scales.map(|(heard, told)| (told, heard));
+    ensure!(infos[0].window_scales == crossed, "{infos:?}");
+    Ok(infos)
+}
+
+const MEGABYTE: usize = 1 << 20;
+
+fn cookies_keep_the_options(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    lab.server.set_sysctl(SYSCTL, "1")?;
+    lab.server.set_sysctl(TIMESTAMPS, "1")?;
+    let _receivers = receivers(&lab)?;
+    let listener = listen(&lab, family)?;
+    let of_stack = agreed(&connect(&lab, &listener, family)?, MEGABYTE)?;
+    assert!(of_stack[0].timestamps && of_stack[0].sack && of_stack[0].window_scales.is_some());
+
+    let limiter = Limiter::new(&lab.server)?;
+    attach(&lab, &limiter, "challenge = \"always\"\nchallenge_timestamps = true")?;
+    assert_eq!((sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?), ("2".into(), "2".into()));
+    assert_eq!(limiter.json("status")?["timestamps_before"], 1);
+    let connection = connect(&lab, &listener, family)?;
+    assert_eq!((limiter.counter("syn_challenged")?, limiter.counter("syn_admitted")?), (1, 0));
+    let of_cookie = agreed(&connection, 30 * MEGABYTE)?;
+    for (stack, cookie) in of_stack.iter().zip(&of_cookie) {
+        assert_eq!(Info { sent_again: stack.sent_again, ..*cookie }, *stack, "it is as if the stack had answered");
+    }
+    limiter.detach()?;
+    assert_eq!((sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?), ("1".into(), "1".into()));
+    both_ways([&connection[0], &connection[1]], MEGABYTE)
+}
+
+/// Whatever one of both does not want is not there, and the rest is.
+fn cookies_keep_what_both_ends_want(family: Family) -> Result<()> {
+    /// Whether timestamps, SACK, window scaling and ECN are there.
+    type Options = (bool, bool, bool, bool);
+    const ALL: Options = (true, true, true, false);
+    const NONE: Options = (false, false, false, false);
+    let lab = Lab::new(1)?;
+    let _receivers = receivers(&lab)?;
+    let listener = listen(&lab, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    attach(&lab, &limiter, "challenge = \"always\"\nchallenge_timestamps = true")?;
+    let (client, server) = (&lab.clients[0].namespace, &lab.server);
+    let rows: [(&str, &Namespace, &str, &str, Options); 10] = [
+        ("the client has no timestamps", client, "tcp_timestamps", "0", NONE),
+        ("the client's timestamps begin anywhere", client, "tcp_timestamps", "1", ALL),
+        ("the client scales no windows", client, "tcp_window_scaling", "0", (true, true, false, false)),
+        ("the client has no SACK", client, "tcp_sack", "0", (true, false, true, false)),
+        ("the client asks for ECN", client, "tcp_ecn", "1", (true, true, true, true)),
+        ("the server scales no windows", server, "tcp_window_scaling", "0", (true, true, false, false)),
+        ("the server has no SACK", server, "tcp_sack", "0", (true, false, true, false)),
+        ("the server has small buffers", server, "tcp_rmem", "4096 16384 60000", ALL),
+        // Somebody has changed it while it is attached: what can't hide options is not promised.
+        ("the server's timestamps begin anywhere", server, "tcp_timestamps", "1", NONE),
+        ("the server has no timestamps", server, "tcp_timestamps", "0", NONE),
+    ];
+    for (number, (description, namespace, name, changed, wanted)) in rows.into_iter().enumerate() {
+        let sysctl = format!("net/ipv4/{name}");
+        let before = value(namespace, &sysctl)?;
+        namespace.set_sysctl(&sysctl, changed)?;
+        let connection = connect(&lab, &listener, family).context(description)?;
+        assert_eq!(limiter.counter("syn_challenged")?, number as u64 + 1, "{description}");
+        for info in agreed(&connection, 2 * MEGABYTE).context(description)? {
+            let found = (info.timestamps, info.sack, info.window_scales.is_some(), info.ecn);
+            assert_eq!(found, wanted, "{description}: {info:?}");
+        }
+        namespace.set_sysctl(&sysctl, &before)?;
+    }
+    Ok(())
+}
+
+/// The client is told the MTU of the server's device; and the server remembers the greatest of four sizes that the client takes.
+fn segments_fit_the_device(family: Family) -> Result<()> {
+    let headers = if family == Family::V4 { 40 } else { 60 };
+    // Of 536, 1300, 1440 and 1460 (IPv4), and of 1220, 1420, 1440 and 8940 (IPv6).
+    let remembered = if family == Family::V4 { [1460, 1300] } else { [1440, 1220] };
+    let lab = Lab::new(1)?;
+    let _receivers = receivers(&lab)?;
+    let listener = listen(&lab, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    attach(&lab, &limiter, "challenge = \"always\"")?;
+    let connection = connect(&lab, &listener, family)?;
+    let infos = agreed(&connection, MEGABYTE)?;
+    assert_eq!(infos.map(|info| info.sends_at_most), [1500 - headers, remembered[0]]);
+
+    lab.server.ip(&format!("link set {} mtu 1400", lab.clients[0].server_interface()))?;
+    let connection = connect(&lab, &listener, family)?;
+    assert_eq!(Info::of(&connection[0])?.sends_at_most, 1400 - headers, "it was told");
+    let reached = [Info::of(&connection[1])?.sends_at_most, 1400 - headers];
+    assert!(reached[0] <= reached[1], "{reached:?}");
+    lab.server.ip(&format!("link set {} mtu 1500", lab.clients[0].server_interface()))?;
+    lab.clients[0].namespace.ip(&format!("link set {CLIENT_INTERFACE} mtu 1400"))?;
+    let connection = connect(&lab, &listener, family)?;
+    let infos = agreed(&connection, MEGABYTE)?;
+    assert_eq!(infos.map(|info| info.sends_at_most), [1400 - headers, remembered[1]]);
+    Ok(())
+}
+
+/// How windows are shifted depends on a setting of the host that no program sees.
+#[test]
+fn a_daemon_tells_the_programs_what_has_changed() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let config = Limiter::config_file("[kernel]\nchallenge = \"auto\"\n[[service]]\nname = \"x\"\nport = 8080\n")?;
+    let mut arguments = lab.interface_flags();
+    arguments.extend(["--config".into(), config.path().display().to_string()]);
+    let _daemon = limiter.run(arguments)?;
+    let pin = limiter.pin_path().join(format!("v{}", abi::ABI_VERSION)).join(abi::MAP_CHALLENGES);
+    let mut challenges: Array<_, Challenge> = Map::Array(MapData::from_pin(pin)?).try_into()?;
+    let largest_buffer: u32 = value(&lab.server, "net/core/rmem_max")?.parse()?;
+    let told = challenges.get(&0, 0)?;
+    assert_eq!(told.largest_buffer, largest_buffer);
+    challenges.set(0, Challenge { largest_buffer: 1, ..told }, 0)?;
+    eventually_equal(SOON, "it is told anew", &told, || Ok(challenges.get(&0, 0)?))
+}
+
 #[test]
 fn the_setting_is_put_back_whatever_became_of_the_process() -> Result<()> {
     let lab = Lab::new(1)?;
     lab.server.set_sysctl(SYSCTL, "0")?;
     let limiter = Limiter::new(&lab.server)?;
     let with = Limiter::config_file("[kernel]\nchallenge = \"auto\"\n[[service]]\nname = \"x\"\nport = 8080\n")?;
+    let with_timestamps = Limiter::config_file(
+        "[kernel]\nchallenge = \"auto\"\nchallenge_timestamps = true\n[[service]]\nname = \"x\"\nport = 8080\n",
+    )?;
     let without = Limiter::config_file("[[service]]\nname = \"x\"\nport = 8080\n")?;
     let arguments = |config: &tempfile::NamedTempFile| {
         let mut arguments = lab.interface_flags();
@@ -133,7 +292,11 @@ fn the_setting_is_put_back_whatever_became_of_the_process() -> Result<()> {
         arguments
     };
     let daemon = limiter.run(arguments(&with))?;
-    assert_eq!(sysctl(&lab.server)?, "2");
+    assert_eq!(
+        (sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?),
+        ("2".into(), "1".into()),
+        "only what is asked for"
+    );
     daemon.kill()?;
     assert_eq!(sysctl(&lab.server)?, "2", "the programs still make cookies");
     // Another process takes over, and remembers what the first one found.
@@ -146,6 +309,15 @@ fn the_setting_is_put_back_whatever_became_of_the_process() -> Result<()> {
     limiter.attach(arguments(&without))?;
     assert_eq!(sysctl(&lab.server)?, "0");
     assert_eq!(limiter.json("status")?["syncookies_before"], serde_json::Value::Null);
+
+    // The one is asked for, and then no longer.
+    limiter.attach(arguments(&with_timestamps))?;
+    assert_eq!((sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?), ("2".into(), "2".into()));
+    limiter.attach(arguments(&with))?;
+    assert_eq!((sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?), ("2".into(), "1".into()));
+    limiter.attach(arguments(&with_timestamps))?;
+    limiter.attach(arguments(&without))?;
+    assert_eq!((sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?), ("0".into(), "1".into()));
 
     // What somebody else has changed meanwhile is theirs.
     limiter.attach(arguments(&with))?;

@@ -1,18 +1,26 @@
 //! SYN cookies of the XDP program, byte by byte; with listeners of its own, since the kernel makes the cookie for them.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
-use std::net::{SocketAddr, TcpListener};
+use std::{
+    ffi::c_int,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
+};
 
-use limiter_common::{Counter, ServicePolicy, challenge::Challenge};
+use limiter_common::{
+    Counter, ServicePolicy,
+    challenge::Challenge,
+    model::{self, Grants},
+};
 use limiter_tests::{
-    frame::{CLIENT_MAC, Extension, Frame, SERVER_MAC},
+    frame::{Extension, Frame},
+    info::Info,
     netns::Namespace,
     program::{Action, Program, now_ns},
-    segment::{
-        checksum,
-        flags::{ACK, SYN},
-    },
+    segment::flags::SYN,
+    tcp::{listener_of, set_tcp_option},
 };
+use socket2::Socket;
 
 const PORT: u16 = 8080;
 
@@ -48,83 +56,168 @@ fn program(threshold: u32) -> Program {
     program
 }
 
-/// That an answer to a frame is a right SYN-ACK. Returns the cookie.
-fn check(description: &str, question: &Frame, answer: &[u8], mss: Option<u16>) -> u32 {
-    let tags = 4 * question.vlan_tags.len();
-    let network_at = 14 + tags;
-    assert_eq!(answer[..6], CLIENT_MAC, "{description}");
-    assert_eq!(answer[6..12], SERVER_MAC, "{description}");
-    assert_eq!(answer[12..network_at], question.to_bytes()[12..network_at], "{description}: tags");
-    let tcp_length: u8 = if mss.is_some() { 24 } else { 20 };
-    let (tcp_at, pseudo) = if question.source.is_ipv4() {
-        let header = &answer[network_at..network_at + 20];
-        let expected = [0x45, 0, 0, 20 + tcp_length, 0, 0, 0x40, 0, 64, 6];
-        assert_eq!(header[..10], expected, "{description}");
-        assert_eq!(checksum(&[header]), 0, "{description}: the network header's checksum");
-        assert_eq!(header[12..], [192, 0, 2, 1, 192, 0, 2, 7], "{description}");
-        (network_at + 20, header[12..].to_vec())
-    } else {
-        let header = &answer[network_at..network_at + 40];
-        assert_eq!(header[..8], [0x60, 0, 0, 0, 0, tcp_length, 6, 64], "{description}");
-        assert_eq!((header[23], header[39]), (1, 7), "{description}");
-        (network_at + 40, header[8..].to_vec())
-    };
-    let tcp = &answer[tcp_at..tcp_at + usize::from(tcp_length)];
-    assert_eq!(checksum(&[&pseudo[..], &[0, 6, 0, tcp_length], tcp]), 0, "{description}: the checksum");
-    assert_eq!(tcp[..4], [0x1f, 0x90, 0x9c, 0x40], "{description}: ports");
-    assert_eq!(tcp[8..12], question.sequence.wrapping_add(1).to_be_bytes(), "{description}: acknowledgement");
-    assert_eq!((tcp[12] >> 4) * 4, tcp_length, "{description}");
-    assert_eq!((tcp[13], &tcp[14..16], &tcp[18..20]), (SYN | ACK, &[0x80, 0][..], &[0, 0][..]), "{description}");
-    if let Some(mss) = mss {
-        assert_eq!(tcp[20..], [&[2, 4][..], &mss.to_be_bytes()].concat(), "{description}: the largest segment");
-    }
-    let end = tcp_at + tcp.len();
-    assert!(answer[end..].iter().all(|byte| *byte == 0), "{description}: padding");
-    assert_eq!(answer.len(), end.max(question.to_bytes().len().min(60)), "{description}: length");
-    u32::from_be_bytes(tcp[4..8].try_into().unwrap())
+/// What a host grants by itself: a loopback device takes 65536 bytes, and a listener has room for more than the first window.
+const GRANTS: Grants = Grants {
+    mtu: 65_536,
+    max_segment: 0,
+    window: 32_768,
+    timestamps: false,
+    sack: true,
+    window_scale: None,
+    ecn: true,
+};
+
+/// The unit of timestamps that hide options.
+const STEP_MS: u64 = 64;
+
+/// Has a frame answered by a program in a namespace, and checks that the answer is what the model makes of it. Returns the
+/// answer's cookie.
+fn answered(host: &Namespace, program: &mut Program, description: &str, question: &Frame, grants: &Grants) -> u32 {
+    let bytes = question.to_bytes();
+    let before_ms = now_ns() / 1_000_000;
+    let (action, answer) = host.enter(|| program.run(&bytes).map(|(action, out)| (action, out.to_vec()))).unwrap();
+    assert_eq!(action, Action::Transmit, "{description}");
+    let tcp_at = 14 + 4 * question.vlan_tags.len() + if question.source.is_ipv4() { 20 } else { 40 };
+    let cookie = u32::from_be_bytes(answer[tcp_at + 4..tcp_at + 8].try_into().unwrap());
+    let after_ms = now_ns() / 1_000_000;
+    let times = (before_ms..after_ms).step_by(usize::try_from(STEP_MS).unwrap()).chain([after_ms]);
+    let expected: Vec<_> = times.map(|now_ms| model::syn_ack(&bytes, grants, cookie, now_ms).unwrap()).collect();
+    assert!(expected.contains(&answer), "{description}\nanswer   {answer:02x?}\nexpected {:02x?}", expected[0]);
+    assert!(answer.len() <= bytes.len().max(60), "{description}: longer than what it answers");
+    cookie
 }
 
 #[test]
 fn a_syn_is_answered_by_a_cookie_byte_by_byte() {
-    let (host, _listener) = host();
+    let (host, listener) = host();
+    let scale = stack_scale(&host, &listener);
     let mut program = program(1);
-    // A loopback device takes 65536 bytes.
-    let (mss_v4, mss_v6) = (Some(65_496), Some(65_476));
     let tagged = vec![0x88a8, 0x8100];
     let rows = [
-        ("IPv4", v4(), mss_v4),
-        ("IPv6", v6(), mss_v6),
-        ("IPv4, the last sequence number", Frame { sequence: u32::MAX, ..v4() }, mss_v4),
-        ("IPv4, only the MSS", Frame { tcp_options: vec![2, 4, 5, 0xb4], ..v4() }, mss_v4),
-        ("IPv4, forty bytes of options", Frame { tcp_options: [options(), vec![1; 20]].concat(), ..v4() }, mss_v4),
+        ("IPv4", v4()),
+        ("IPv6", v6()),
+        ("IPv4, the last sequence number", Frame { sequence: u32::MAX, ..v4() }),
+        ("IPv4, only the MSS", Frame { tcp_options: vec![2, 4, 5, 0xb4], ..v4() }),
+        ("IPv4, forty bytes of options", Frame { tcp_options: [options(), vec![1; 20]].concat(), ..v4() }),
+        ("IPv4, no options, and so no room for any", Frame { tcp_options: Vec::new(), ..v4() }),
+        ("IPv4, with data, which is not taken", Frame { payload: vec![7; 100], ..v4() }),
+        ("IPv4, asking for ECN", v4().with_flags(SYN | 0xc0)),
+        ("IPv6, asking for ECN", v6().with_flags(SYN | 0xc0)),
+        ("IPv4, with half of what asks for ECN", v4().with_flags(SYN | 0x40)),
+        ("IPv4, two VLAN tags", Frame { vlan_tags: tagged.clone(), ..v4() }),
+        ("IPv4, with options of its own", Frame { ipv4_option_words: 10, ..v4() }),
+        ("IPv6, two VLAN tags", Frame { vlan_tags: tagged, ..v6() }),
+        ("IPv6, behind an extension header", Frame { extensions: vec![Extension::Plain(60, 1)], ..v6() }),
+        ("no timestamps", with_options(&[2, 4, 5, 0xb4, 1, 1, 4, 2, 1, 3, 3, 7])),
+        ("timestamps alone", with_options(&[8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])),
+        ("less room than the answer would take", with_options(&[4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7])),
+        ("no window scale", with_options(&[2, 4, 5, 0xb4, 4, 2, 8, 10, 9, 8, 7, 6, 0, 0, 0, 0, 1, 1, 1, 1])),
+        ("just enough room", with_options(&[2, 4, 5, 0xb4, 4, 2, 8, 10, 9, 8, 7, 6, 0, 0, 0, 0])),
+        ("too great a window scale", with_options(&[2, 4, 5, 0xb4, 4, 2, 8, 10, 9, 8, 7, 6, 0, 0, 0, 0, 1, 3, 3, 15])),
+        ("no SACK", with_options(&[2, 4, 5, 0xb4, 1, 1, 8, 10, 9, 8, 7, 6, 0, 0, 0, 0, 1, 3, 3, 0])),
         (
-            "IPv4, no options, and so no room for the MSS",
-            Frame { tcp_options: Vec::new(), payload: vec![0; 2], ..v4() },
-            None,
+            "options twice",
+            with_options(&[[8, 10, 1, 1, 1, 1, 0, 0, 0, 0, 3, 3, 2, 1].repeat(2), vec![4, 2, 0, 0]].concat()),
         ),
-        ("IPv4, with data, which is not taken", Frame { payload: vec![7; 100], ..v4() }, mss_v4),
-        ("IPv4, two VLAN tags", Frame { vlan_tags: tagged.clone(), ..v4() }, mss_v4),
-        ("IPv4, with options of its own", Frame { ipv4_option_words: 10, ..v4() }, mss_v4),
-        ("IPv6, two VLAN tags", Frame { vlan_tags: tagged, ..v6() }, mss_v6),
-        ("IPv6, behind an extension header", Frame { extensions: vec![Extension::Plain(60, 1)], ..v6() }, mss_v6),
+        ("an end before the rest", with_options(&[2, 4, 5, 0xb4, 0, 0, 8, 10, 9, 8, 7, 6, 0, 0, 0, 0, 1, 3, 3, 0])),
+        ("wrong lengths", with_options(&[8, 9, 9, 8, 7, 6, 0, 0, 0, 4, 3, 0, 3, 4, 7, 0, 8, 10, 1, 1, 1, 1, 2, 2])),
+        ("an option past the end", with_options(&[1, 1, 4, 2, 1, 3, 3, 7, 2, 4, 5, 0xb4, 1, 1, 8, 10, 1, 1, 1, 1])),
+        ("an option without a length", with_options(&[8, 10, 1, 1, 1, 1, 0, 0, 0, 0, 4, 2, 2, 4, 5, 0xb4, 1, 1, 1, 3])),
+        ("an option of length 0", with_options(&[2, 4, 5, 0xb4, 4, 2, 77, 0, 8, 10, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1])),
     ];
-    let mut cookies = Vec::new();
-    host.enter(|| {
-        for (description, question, mss) in &rows {
-            let bytes = question.to_bytes();
-            let (action, answer) = program.run(&bytes).unwrap();
-            assert_eq!(action, Action::Transmit, "{description}");
-            if description.contains("no options") {
-                assert!(answer.len() <= bytes.len().max(60));
-                continue;
-            }
-            cookies.push(check(description, question, answer, *mss));
+    let mut challenged = 0;
+    for timestamps in ["1", "2", "0"] {
+        host.set_sysctl("net/ipv4/tcp_timestamps", timestamps).unwrap();
+        let grants = Grants { timestamps: timestamps == "2", window_scale: Some(scale), ..GRANTS };
+        let cookies: Vec<_> = rows
+            .iter()
+            .map(|(row, question)| answered(&host, &mut program, &format!("{row}, {timestamps}"), question, &grants))
+            .collect();
+        challenged += rows.len() as u64;
+        assert_eq!(program.counters().unwrap(), [((0, Counter::SynChallenged), challenged)].into());
+        assert_ne!(cookies[0], cookies[1]);
+        assert_eq!(cookies[0], cookies[6], "the same question");
+    }
+}
+
+fn with_options(options: &[u8]) -> Frame {
+    Frame { tcp_options: options.to_vec(), ..v4() }
+}
+
+/// By how much the stack itself shifts the windows of a connection that is opened by a cookie of its own: what a cookie of the
+/// program has to promise.
+fn stack_scale(host: &Namespace, listener: &TcpListener) -> u8 {
+    let address = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, PORT));
+    let _client = host.enter(|| TcpStream::connect(address)).unwrap();
+    let (served, _) = listener.accept().unwrap();
+    Info::of(&served).unwrap().window_scales.unwrap().1
+}
+
+#[test]
+fn a_cookie_promises_what_the_listener_and_its_namespace_grant() {
+    const RCVBUF: c_int = -1;
+    // Settings of the namespace, options of the listener, and what comes of it.
+    type Row = (&'static str, &'static [(&'static str, &'static str)], &'static [(c_int, c_int)], Grants);
+    let rows: [Row; 13] = [
+        ("as it is", &[], &[], GRANTS),
+        ("no SACK", &[("tcp_sack", "0")], &[], Grants { sack: false, ..GRANTS }),
+        ("no ECN", &[("tcp_ecn", "0")], &[], Grants { ecn: false, ..GRANTS }),
+        ("ECN", &[("tcp_ecn", "1")], &[], GRANTS),
+        ("small buffers", &[("tcp_rmem", "4096 8192 16384")], &[], Grants { window: 4096, ..GRANTS }),
+        ("middling buffers", &[("tcp_rmem", "4096 131072 1000000")], &[], GRANTS),
+        ("large buffers", &[("tcp_rmem", "4096 131072 500000000")], &[], GRANTS),
+        ("the largest buffers", &[("tcp_rmem", "4096 131072 2147483647")], &[], GRANTS),
+        ("its own buffer", &[], &[(RCVBUF, 1_000_000)], GRANTS),
+        ("its own small buffer", &[], &[(RCVBUF, 20_000)], Grants { window: 20_000, ..GRANTS }),
+        ("its own large buffer", &[("tcp_rmem", "4096 131072 200000")], &[(RCVBUF, 4_000_000)], GRANTS),
+        ("a window of at most", &[], &[(libc::TCP_WINDOW_CLAMP, 300_000)], GRANTS),
+        ("segments of at most", &[], &[(libc::TCP_MAXSEG, 700)], Grants { max_segment: 700, ..GRANTS }),
+    ];
+    let mut program = program(1);
+    for (description, sysctls, options, grants) in rows {
+        let host = Namespace::new().unwrap();
+        for (name, value) in [("tcp_syncookies", "2"), ("tcp_timestamps", "2")].iter().chain(sysctls) {
+            host.set_sysctl(&format!("net/ipv4/{name}"), value).unwrap();
         }
-    });
-    let count = rows.len() as u64;
-    assert_eq!(program.counters().unwrap(), [((0, Counter::SynChallenged), count)].into());
-    assert_ne!(cookies[0], cookies[1]);
-    assert_eq!(cookies[0], cookies[6], "the same question");
+        let address: SocketAddr = (std::net::Ipv6Addr::UNSPECIFIED, PORT).into();
+        let listener = listener_of(&host, address, 16, None, |socket| {
+            options.iter().try_for_each(|&(option, value)| match option {
+                // Past net.core.rmem_max, too.
+                RCVBUF => force_receive_buffer(socket, value),
+                option => set_tcp_option(socket, option, value),
+            })
+        })
+        .unwrap();
+        let of_stack = stack_scale(&host, &listener);
+        let grants = Grants { timestamps: true, window_scale: Some(of_stack), ..grants };
+        for (family, question) in [("IPv4", v4()), ("IPv6", v6())] {
+            let question = question.with_flags(SYN | 0xc0);
+            answered(&host, &mut program, &format!("{description}, {family}, {grants:?}"), &question, &grants);
+        }
+    }
+    // Where it can't be known, no window is scaled.
+    let (host, _listener) = host();
+    host.set_sysctl("net/ipv4/tcp_timestamps", "2").unwrap();
+    let challenge = program.challenge(0).unwrap();
+    program.put_challenge(0, Challenge { largest_buffer: 0, ..challenge }).unwrap();
+    answered(&host, &mut program, "buffers of nobody knows what size", &v4(), &Grants { timestamps: true, ..GRANTS });
+    program.put_challenge(0, challenge).unwrap();
+    host.set_sysctl("net/ipv4/tcp_window_scaling", "0").unwrap();
+    answered(&host, &mut program, "no window scaling", &v4(), &Grants { timestamps: true, ..GRANTS });
+}
+
+fn force_receive_buffer(socket: &Socket, bytes: c_int) -> std::io::Result<()> {
+    // SAFETY: the descriptor is open, and the length is that of the value.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUFFORCE,
+            (&raw const bytes).cast(),
+            u32::try_from(size_of_val(&bytes)).unwrap(),
+        )
+    };
+    if outcome == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 #[test]
@@ -174,5 +267,5 @@ fn without_a_threshold_nothing_is_counted() {
     let (host, _listener) = host();
     let mut program = program(0);
     assert_eq!(host.enter(|| program.run(&v4().to_bytes()).map(|(action, _)| action)).unwrap(), Action::Pass);
-    assert_eq!(program.challenge(0).unwrap(), Challenge::default());
+    assert_eq!((program.challenge(0).unwrap().syns, program.challenge(0).unwrap().until_ns), (0, 0));
 }

@@ -10,6 +10,7 @@ pub mod bpf;
 pub mod flood;
 pub mod foreign;
 pub mod frame;
+pub mod info;
 pub mod lab;
 pub mod limiter;
 pub mod monitor;

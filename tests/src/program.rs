@@ -249,7 +249,8 @@ impl Program {
 
     /// Has a service answer SYNs by cookies from so many a second on.
     pub fn set_challenge(&mut self, service: u16, threshold: u32) -> Result<()> {
-        self.put_challenge(service, Challenge { threshold, ..Challenge::default() })
+        let largest_buffer = std::fs::read_to_string("/proc/sys/net/core/rmem_max")?.trim().parse()?;
+        self.put_challenge(service, Challenge { threshold, largest_buffer, ..Challenge::default() })
     }
 
     /// Puts a service where it answers so.

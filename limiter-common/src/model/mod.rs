@@ -7,7 +7,7 @@ mod packet;
 mod reply;
 
 pub use packet::{FastOpen, Frame, Segment};
-pub use reply::reset;
+pub use reply::{Grants, reset, syn_ack};
 
 use std::{
     collections::{HashMap, HashSet},

@@ -78,6 +78,7 @@ fn status() -> Status {
             why: None,
         }],
         syncookies_before: None,
+        timestamps_before: None,
         services: vec![ServiceRow {
             index: 0,
             name: "ch\"at".into(),

@@ -90,10 +90,15 @@ fn challenge(status: &Status) -> String {
     };
     let now: Vec<&str> = rows().filter(|row| row.challenge.challenging).map(|row| row.name.as_str()).collect();
     let now = if now.is_empty() { "no service now".to_owned() } else { format!("now: {}", now.join(", ")) };
-    let sysctl = status.syncookies_before.map_or_else(String::new, |before| {
-        format!("\n            net.ipv4.tcp_syncookies is 2 for it, and will be {before} again after detach")
-    });
-    format!("Challenge   {when}; {now}{sysctl}\n\n")
+    let mut text = format!("Challenge   {when}; {now}\n");
+    let settings = [("tcp_syncookies", status.syncookies_before), ("tcp_timestamps", status.timestamps_before)];
+    for (name, before) in settings {
+        if let Some(before) = before {
+            // A String takes whatever is written to it.
+            let _ = writeln!(text, "            net.ipv4.{name} is 2 for it, and will be {before} again after detach");
+        }
+    }
+    text + "\n"
 }
 
 fn audit(status: &Status) -> String {
@@ -172,6 +177,7 @@ mod tests {
                 AttachedInterface { name: None, index: 77, mode: "tc", hook: "tcx", why: Some("it is taken".into()) },
             ],
             syncookies_before: None,
+            timestamps_before: None,
             services: vec![ServiceRow {
                 index: 0,
                 name: "chat".into(),
@@ -237,10 +243,12 @@ The ledger was full: 2 connections passed uncounted. Raise kernel.max_connection
         status.services[0].challenge = ChallengeRow { challenge_threshold: 500, challenging: false };
         assert_eq!(challenge(&status), "Challenge   from 500 SYNs a second on; no service now\n\n");
         status.syncookies_before = Some(1);
+        status.timestamps_before = Some(0);
         status.services[0].challenge = ChallengeRow { challenge_threshold: 1, challenging: true };
         assert_eq!(
             challenge(&status),
-            "Challenge   always; now: chat\n            net.ipv4.tcp_syncookies is 2 for it, and will be 1 again after detach\n\n"
+            "Challenge   always; now: chat\n            net.ipv4.tcp_syncookies is 2 for it, and will be 1 again after detach\n            \
+             net.ipv4.tcp_timestamps is 2 for it, and will be 0 again after detach\n\n"
         );
     }
 

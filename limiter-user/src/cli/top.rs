@@ -146,6 +146,7 @@ mod tests {
             accounting: "socket",
             interfaces: Vec::new(),
             syncookies_before: None,
+            timestamps_before: None,
             services: vec![ServiceRow {
                 index: 0,
                 name: "chat".into(),

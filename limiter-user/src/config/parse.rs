@@ -121,6 +121,7 @@ fn kernel(mut section: Section, kernel: &mut Kernel) {
     section.read("challenge_threshold", &mut kernel.challenge_threshold, |item| {
         value::integer(item, 2..=GREATEST_CHALLENGE_THRESHOLD, "SYNs per second")
     });
+    section.read("challenge_timestamps", &mut kernel.challenge_timestamps, value::boolean);
     section.read("debug_log", &mut kernel.debug_log, value::boolean);
     section.finish();
 }

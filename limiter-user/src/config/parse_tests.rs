@@ -39,6 +39,7 @@ fn every_key_is_read() {
         audit_interval = "0s"
         challenge = "auto"
         challenge_threshold = 2
+        challenge_timestamps = true
         debug_log = true
         [limits]
         connections_per_source = 0
@@ -135,6 +136,7 @@ fn every_key_is_read() {
             audit_interval: Duration::ZERO,
             challenge: ChallengeMode::Auto,
             challenge_threshold: 2,
+            challenge_timestamps: true,
             debug_log: true,
         },
         limits,

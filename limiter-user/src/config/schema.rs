@@ -47,6 +47,8 @@ pub struct Kernel {
     pub challenge: ChallengeMode,
     /// How many SYNs a second, refused ones not counted, make a service do so under [`ChallengeMode::Auto`].
     pub challenge_threshold: u32,
+    /// Whether these cookies keep more of the SYN's options than the MSS, which takes `net.ipv4.tcp_timestamps` at 2.
+    pub challenge_timestamps: bool,
     /// Debug messages of the kernel programs; off costs nothing, and it can only be changed by attaching anew.
     pub debug_log: bool,
 }
@@ -63,6 +65,7 @@ impl Default for Kernel {
             audit_interval: Duration::from_secs(5),
             challenge: ChallengeMode::Never,
             challenge_threshold: 1000,
+            challenge_timestamps: false,
             debug_log: false,
         }
     }

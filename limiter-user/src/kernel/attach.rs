@@ -14,7 +14,7 @@ use aya::{
 use limiter_common::abi;
 
 use super::{
-    Auditor, KernelError, challenge,
+    Auditor, Challenges, KernelError, challenge,
     control::Control,
     debug_log::DebugLog,
     events::Events,
@@ -127,6 +127,11 @@ impl Attached {
     /// Whoever attaches interfaces again that go away and come back.
     pub fn keeper(&self) -> Result<Keeper, KernelError> {
         Keeper::new(&self.pins, &self.interfaces, self.attach_mode, self.control())
+    }
+
+    /// Whoever tells the programs what they need to know of the host for a challenge.
+    pub fn challenges(&self) -> Result<Challenges, KernelError> {
+        Challenges::open(&self.pins)
     }
 
     /// Whoever compares the ledger with the kernel's sockets.

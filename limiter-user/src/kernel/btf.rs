@@ -11,16 +11,27 @@ pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 
-/// Offset in bytes of `field` in `structure`, or `None` if the kernel has no BTF or no such field.
-pub fn field_offset(vmlinux: &Path, structure: &str, field: &str) -> io::Result<Option<u32>> {
+/// A member of a structure, by both names.
+pub type Member = (&'static str, &'static str);
+
+/// Where each of these members begins in its structure, in bits; `None` for what the kernel does not have, and for all where it
+/// has no BTF.
+pub fn offsets(vmlinux: &Path, members: &[Member]) -> io::Result<Vec<Option<u32>>> {
     match fs::read(vmlinux) {
-        Ok(data) => Ok(find(&data, structure, field)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Ok(data) => Ok(find(&data, members)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(vec![None; members.len()]),
         Err(error) => Err(error),
     }
 }
 
-fn find(data: &[u8], structure: &str, field: &str) -> Option<u32> {
+fn find(data: &[u8], members: &[Member]) -> Vec<Option<u32>> {
+    let mut found = vec![None; members.len()];
+    // What is damaged somewhere is read up to there.
+    let _ = find_into(data, members, &mut found);
+    found
+}
+
+fn find_into(data: &[u8], wanted: &[Member], found: &mut [Option<u32>]) -> Option<()> {
     if u16::from_ne_bytes(data.get(..2)?.try_into().ok()?) != MAGIC {
         return None;
     }
@@ -42,19 +53,24 @@ fn find(data: &[u8], structure: &str, field: &str) -> Option<u32> {
         let info = word(types, at + 4)?;
         let members = info as usize & 0xffff;
         let kind = info >> 24 & 0x1f;
-        if kind == KIND_STRUCT && named(name, structure) {
+        if kind == KIND_STRUCT {
             let has_bitfields = info >> 31 == 1;
-            return (0..members).find_map(|member| {
-                let at = at + 12 + member * 12;
-                let offset_bits = word(types, at + 8)?;
-                // With bitfields in the structure, the upper byte is the member's width.
-                let offset_bits = if has_bitfields { offset_bits & 0x00ff_ffff } else { offset_bits };
-                (named(word(types, at)?, field) && offset_bits % 8 == 0).then_some(offset_bits / 8)
-            });
+            for (&(structure, field), found) in wanted.iter().zip(&mut *found) {
+                if found.is_some() || !named(name, structure) {
+                    continue;
+                }
+                *found = (0..members).find_map(|member| {
+                    let at = at + 12 + member * 12;
+                    let offset_bits = word(types, at + 8)?;
+                    // With bitfields in the structure, the upper byte is the member's width.
+                    let offset_bits = if has_bitfields { offset_bits & 0x00ff_ffff } else { offset_bits };
+                    named(word(types, at)?, field).then_some(offset_bits)
+                });
+            }
         }
         at += 12 + trailer(kind, members)?;
     }
-    None
+    Some(())
 }
 
 /// How many bytes follow the common part of a type; `None` for a kind that is not known, after which nothing can be read.
@@ -102,10 +118,8 @@ mod tests {
 
     #[test]
     fn finds_a_member_by_name() {
-        assert_eq!(find(&sample(), "point", "y"), Some(4));
-        assert_eq!(find(&sample(), "point", "x"), Some(0));
-        assert_eq!(find(&sample(), "point", "z"), None);
-        assert_eq!(find(&sample(), "line", "x"), None);
+        let wanted = [("point", "y"), ("point", "x"), ("point", "z"), ("line", "x")];
+        assert_eq!(find(&sample(), &wanted), [Some(32), Some(0), None, None]);
     }
 
     proptest! {
@@ -116,7 +130,7 @@ mod tests {
                 *place = byte;
             }
             data.truncate(cut);
-            let _ = find(&data, "point", "y");
+            let _ = find(&data, &[("point", "y")]);
         }
     }
 }

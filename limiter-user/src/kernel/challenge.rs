@@ -1,26 +1,22 @@
-//! SYN cookies made in XDP: when, and what the host needs for it.
+//! SYN cookies made by the programs: when, and what the host needs for it.
 //!
-//! The stack takes a cookie that it has not made itself only if `net.ipv4.tcp_syncookies` is 2. As long as a challenge is
-//! configured, it is. What it was before stands in the name of an empty folder beside the maps, which outlives every
-//! process, and is put back when the challenge is switched off or limiter is detached.
+//! The stack takes a cookie that it has not made itself only if `net.ipv4.tcp_syncookies` is 2, and finds more options in it than
+//! the MSS only if `net.ipv4.tcp_timestamps` is. As long as that is configured, they are.
 
-use std::{
-    fmt, fs, io,
-    path::{Path, PathBuf},
-};
+use std::{fmt, fs};
 
 use aya::maps::{Array, Map, MapData};
 use limiter_common::{abi, challenge::Challenge};
 
-use super::{ChallengeRow, KernelError, host, maps::open, pins::Pins};
+use super::{
+    ChallengeRow, KernelError, host,
+    maps::open,
+    pins::Pins,
+    sysctl::{self, LeftChanged, SYNCOOKIES, TIMESTAMPS},
+};
 use crate::config::{ChallengeMode, Kernel};
 
-const SYSCTL: &str = "/proc/sys/net/ipv4/tcp_syncookies";
-/// "Unconditionally": what the stack must be set to.
-const ALWAYS: u8 = 2;
-
-/// Puts the configuration in force for every service, and the host in order for it. `cookie` is that of this network
-/// namespace.
+/// Puts the configuration in force for every service, and the host in order for it.
 pub fn put(pins: &Pins, config: &Kernel) -> Result<(), KernelError> {
     let threshold = match config.challenge {
         ChallengeMode::Never => 0,
@@ -29,16 +25,34 @@ pub fn put(pins: &Pins, config: &Kernel) -> Result<(), KernelError> {
     };
     // The stack is ready before the first cookie, and until after the last.
     if threshold != 0 {
-        set_sysctl(pins)?;
+        SYNCOOKIES.set(pins)?;
+        // The programs look at this one at each SYN.
+        if config.challenge_timestamps {
+            TIMESTAMPS.set(pins)?;
+        }
     }
     let mut challenges = Challenges::open(pins)?;
+    let largest_buffer = largest_buffer();
     for index in 0..abi::MAX_SERVICES {
-        challenges.set_threshold(index, threshold)?;
+        challenges.set(index, threshold, largest_buffer)?;
     }
     if threshold == 0 {
-        restore(pins)?;
+        SYNCOOKIES.restore(pins)?;
+    }
+    if threshold == 0 || !config.challenge_timestamps {
+        TIMESTAMPS.restore(pins)?;
     }
     Ok(())
+}
+
+/// Puts back what limiter has changed on the host. Returns what it could not, because that is a setting of another network
+/// namespace.
+pub fn restore(pins: &Pins) -> Result<Vec<LeftChanged>, KernelError> {
+    let mut left = Vec::new();
+    for sysctl in sysctl::ALL {
+        left.extend(sysctl.restore(pins)?);
+    }
+    Ok(left)
 }
 
 /// Every service's challenge.
@@ -65,105 +79,36 @@ impl Challenges {
         })
     }
 
-    fn set_threshold(&mut self, index: u32, threshold: u32) -> Result<(), KernelError> {
-        let what = "can't put a service's challenge in force";
-        let found = self.0.get(&index, 0).map_err(KernelError::failed(what))?;
-        if found.threshold == threshold {
+    /// Tells the programs again what they can't see for themselves, if it has changed.
+    pub fn keep_up(&mut self) -> Result<(), KernelError> {
+        let largest_buffer = largest_buffer();
+        for index in 0..abi::MAX_SERVICES {
+            let found = self.0.get(&index, 0).map_err(KernelError::failed(WHAT))?;
+            if found.threshold != 0 {
+                self.set(index, found.threshold, largest_buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, index: u32, threshold: u32, largest_buffer: u32) -> Result<(), KernelError> {
+        let found = self.0.get(&index, 0).map_err(KernelError::failed(WHAT))?;
+        let wanted = if found.threshold == threshold {
+            Challenge { largest_buffer, ..found }
+        } else {
+            Challenge { threshold, largest_buffer, ..Challenge::default() }
+        };
+        // What the programs have counted meanwhile is lost where this is written.
+        if wanted == found {
             return Ok(());
         }
-        self.0.set(index, Challenge { threshold, ..Challenge::default() }, 0).map_err(KernelError::failed(what))
+        self.0.set(index, wanted, 0).map_err(KernelError::failed(WHAT))
     }
 }
 
-/// What `net.ipv4.tcp_syncookies` was before; `None` if limiter has not changed it.
-pub fn before(pins: &Pins) -> Option<u8> {
-    remembered(&pins.version()).map(|(_, before)| before)
-}
+const WHAT: &str = "can't put a service's challenge in force";
 
-/// Puts back what limiter has changed, in whichever version's state that stands. What somebody else has changed since
-/// stays. Returns what it was before if it can't be put back, because that is a setting of another network namespace.
-pub fn restore(pins: &Pins) -> Result<Option<u8>, KernelError> {
-    let mut elsewhere = None;
-    let cookie = host::netns_cookie()?;
-    for version in fs::read_dir(pins.root()).into_iter().flatten().flatten() {
-        let Some((folder, before)) = remembered(&version.path()) else { continue };
-        // In another namespace the same file is another setting.
-        if !version.path().join(Pins::netns_name(cookie)).is_dir() {
-            elsewhere = Some(before);
-        } else if read_sysctl()? == ALWAYS {
-            write_sysctl(before)?;
-        }
-        fs::remove_dir(&folder).map_err(KernelError::failed(format!("can't remove {}", folder.display())))?;
-    }
-    Ok(elsewhere)
-}
-
-fn set_sysctl(pins: &Pins) -> Result<(), KernelError> {
-    let found = read_sysctl()?;
-    if found == ALWAYS {
-        return Ok(());
-    }
-    // First remembered, then changed: whoever dies in between has changed nothing. What was remembered first counts.
-    if before(pins).is_none() {
-        let folder = pins.version().join(format!("{REMEMBERED}{found}"));
-        fs::create_dir(&folder).map_err(KernelError::failed(format!("can't make the folder {}", folder.display())))?;
-    }
-    write_sysctl(ALWAYS)
-}
-
-/// Begins the name of the folder; the value follows.
-const REMEMBERED: &str = "syncookies-";
-
-/// The folder in that of a version, and what it says.
-fn remembered(version: &Path) -> Option<(PathBuf, u8)> {
-    fs::read_dir(version).ok()?.flatten().find_map(|entry| {
-        let value = entry.file_name().to_str()?.strip_prefix(REMEMBERED)?.parse().ok()?;
-        Some((entry.path(), value))
-    })
-}
-
-/// Of this process's network namespace.
-fn read_sysctl() -> Result<u8, KernelError> {
-    let failed = |source: io::Error| KernelError::Failed {
-        what: format!("can't read {SYSCTL}, which kernel.challenge depends on"),
-        source: source.into(),
-    };
-    let text = fs::read_to_string(SYSCTL).map_err(failed)?;
-    text.trim().parse().map_err(|error| failed(io::Error::other(error)))
-}
-
-fn write_sysctl(value: u8) -> Result<(), KernelError> {
-    fs::write(SYSCTL, value.to_string()).map_err(KernelError::failed(format!(
-        "can't set net.ipv4.tcp_syncookies to {value} (kernel.challenge needs 2; where /proc/sys is read-only, set it from outside, or \
-         leave kernel.challenge at \"never\")"
-    )))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_it_was_before_is_found_by_the_name_of_a_folder() {
-        let place = tempfile::tempdir().unwrap();
-        let pins = Pins::new(place.path());
-        assert_eq!(before(&pins), None);
-        fs::create_dir_all(pins.version().join("netns-7")).unwrap();
-        fs::create_dir_all(pins.version().join("syncookies-x")).unwrap();
-        assert_eq!(before(&pins), None);
-        fs::create_dir_all(pins.version().join("syncookies-1")).unwrap();
-        assert_eq!(before(&pins), Some(1));
-    }
-
-    /// No process has that cookie's namespace, so the setting of this one is left alone.
-    #[test]
-    fn in_another_namespace_nothing_is_put_back() {
-        let place = tempfile::tempdir().unwrap();
-        let pins = Pins::new(place.path());
-        let found = read_sysctl().unwrap();
-        fs::create_dir_all(pins.version().join(Pins::netns_name(u64::MAX))).unwrap();
-        fs::create_dir_all(pins.version().join(format!("syncookies-{}", u8::from(found == 0)))).unwrap();
-        assert_eq!(restore(&pins).unwrap(), Some(u8::from(found == 0)), "it is told");
-        assert_eq!((before(&pins), read_sysctl().unwrap()), (None, found));
-    }
+/// `net.core.rmem_max`; 0 where the kernel does not tell (before 6.9, in any network namespace but the first).
+fn largest_buffer() -> u32 {
+    fs::read_to_string("/proc/sys/net/core/rmem_max").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }

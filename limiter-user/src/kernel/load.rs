@@ -1,6 +1,6 @@
 //! Hands the programs to the kernel.
 
-use std::{fmt, io, path::Path};
+use std::{fmt, io};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -9,15 +9,7 @@ use aya::{
 };
 use limiter_common::{TagSecret, abi};
 
-use super::{
-    KernelError,
-    btf::{self, VMLINUX},
-    debug_log::DebugLog,
-    error::log_end,
-    features::Feature,
-    host,
-    pins::Pins,
-};
+use super::{KernelError, btf::VMLINUX, debug_log::DebugLog, error::log_end, host, offsets::Offsets, pins::Pins};
 use crate::config::Kernel;
 
 /// The object file of the programs.
@@ -128,19 +120,13 @@ fn pin(loader: &mut EbpfLoader<'_>, pins: &Pins) {
 const MAPS: &str = "can't load the kernel programs' maps";
 
 fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32) -> Result<Loaded, KernelError> {
-    let isn_offset = if Feature::Btf.is_hidden() {
-        0
-    } else {
-        btf::field_offset(Path::new(VMLINUX), "tcp_request_sock", "snt_isn")
-            .map_err(KernelError::failed(format!("can't read {VMLINUX}")))?
-            .unwrap_or(0)
-    };
+    let offsets = Offsets::of_kernel().map_err(KernelError::failed(format!("can't read {VMLINUX}")))?;
     let reads_kernel_memory = u32::from(host::lets_programs_read_its_memory());
     let log_level = if config.debug_log { aya_log::Level::Debug as u8 } else { 0 };
 
     let mut loader = EbpfLoader::new();
     loader
-        .override_global(abi::GLOBAL_SNT_ISN_OFFSET, &isn_offset, true)
+        .override_global(abi::GLOBAL_SNT_ISN_OFFSET, &offsets.snt_isn, true)
         .override_global(abi::GLOBAL_READS_KERNEL_MEMORY, &reads_kernel_memory, true)
         .override_global(abi::GLOBAL_NETNS_COOKIE, &netns_cookie, true)
         .override_global(aya_log::LEVEL, &log_level, true)
@@ -148,6 +134,9 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32
         // There are never more sources of a tier than connections.
         .map_max_entries(abi::MAP_SOURCES, config.max_connections.saturating_mul(tiers))
         .map_max_entries(abi::MAP_MEMBERS, config.max_connections);
+    for (field, offset) in abi::LISTENER_FIELDS.iter().zip(&offsets.listener) {
+        loader.override_global(field.global, offset, true);
+    }
     if !config.debug_log {
         loader.map_max_entries(LOG_MAP, LOG_BYTES_OFF);
     }
@@ -163,7 +152,7 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32
     let control: &mut Xdp = program(&mut programs, abi::PROGRAM_CONTROL)?;
     control.load().map_err(|error| refused(abi::PROGRAM_CONTROL, error))?;
     let debug_log = if config.debug_log { Some(DebugLog::new(&mut programs)?) } else { None };
-    Ok(Loaded { programs, verifies_handshakes: isn_offset != 0, debug_log })
+    Ok(Loaded { programs, verifies_handshakes: offsets.snt_isn != 0, debug_log })
 }
 
 /// Gives a new ledger the secret that its keys are made with. One that is there already stays: entries have been made with

@@ -26,6 +26,7 @@ mod link;
 mod live;
 mod load;
 mod maps;
+mod offsets;
 mod pinned;
 mod pins;
 mod placement;
@@ -33,12 +34,14 @@ mod recount;
 mod report;
 mod rules;
 mod sock_diag;
+mod sysctl;
 mod tc;
 mod users;
 mod xdp;
 
 pub use attach::{AttachReport, Attached};
 pub use audit::{AdoptedOpen, Audit, Auditor};
+pub use challenge::Challenges;
 pub use control::Control;
 pub use debug_log::DebugLog;
 pub use error::KernelError;
@@ -59,3 +62,4 @@ pub use report::{
 };
 pub use rules::{RuleInForce, Rules};
 pub use sock_diag::can_destroy;
+pub use sysctl::LeftChanged;

@@ -17,6 +17,7 @@ use super::{
     pins::Pins,
     placement::Pin,
     rules::{self, Rules},
+    sysctl::{LeftChanged, SYNCOOKIES, TIMESTAMPS},
 };
 use crate::{
     config::{OnFull, Service},
@@ -72,7 +73,8 @@ impl Pinned {
             daemon: self.daemon(),
             accounting: "socket",
             interfaces: self.interfaces()?,
-            syncookies_before: challenge::before(&self.pins),
+            syncookies_before: SYNCOOKIES.before(&self.pins),
+            timestamps_before: TIMESTAMPS.before(&self.pins),
             ledger_entries: services.iter().map(|service| service.connections).sum(),
             ledger_size: self.ledger_size,
             repairs: services
@@ -263,13 +265,12 @@ impl Pinned {
 }
 
 /// What detaching did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Detached {
     /// How many pins there were.
     pub removed: usize,
-    /// What `net.ipv4.tcp_syncookies` was before, if limiter had changed it in another network namespace than this process's,
-    /// where it stays as it is.
-    pub syncookies_left: Option<u8>,
+    /// Settings that limiter had changed in another network namespace than this process's, where they stay as they are.
+    pub left_changed: Vec<LeftChanged>,
 }
 
 /// Removes every pin under `pin_path`, of whatever version, and with them programs, links and maps.
@@ -284,8 +285,8 @@ pub fn detach(pin_path: &Path) -> Result<Detached, KernelError> {
         return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
     }
     let _lock = pins.lock()?;
-    let syncookies_left = challenge::restore(&pins)?;
-    Ok(Detached { removed: pins.remove()?, syncookies_left })
+    let left_changed = challenge::restore(&pins)?;
+    Ok(Detached { removed: pins.remove()?, left_changed })
 }
 
 /// How many connections a source of that tier may hold.

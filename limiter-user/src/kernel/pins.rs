@@ -6,6 +6,7 @@
 //!     LEDGER …         the maps, by name
 //!     netns-7          an empty folder: cookie of the network namespace that it was attached in
 //!     syncookies-1     an empty folder: what net.ipv4.tcp_syncookies was before it was changed, if it was
+//!     timestamps-1     the same of net.ipv4.tcp_timestamps
 //!     links/
 //!       sockops        the link of the sock_ops program
 //!       native-2       the link of the XDP program on the interface of index 2, and how it is attached

@@ -22,6 +22,8 @@ pub struct Status {
     pub interfaces: Vec<AttachedInterface>,
     /// What `net.ipv4.tcp_syncookies` was before limiter set it to 2, and will be again; `None` if it was not changed.
     pub syncookies_before: Option<u8>,
+    /// The same of `net.ipv4.tcp_timestamps`.
+    pub timestamps_before: Option<u8>,
     /// Services, in the order of their index.
     pub services: Vec<ServiceRow>,
     /// Entries in the ledger.

@@ -64,6 +64,7 @@ pub(super) fn all(host: &impl Host, pin_path: &Path, interfaces: &[String]) -> V
         open_before(host),
         sock_destroy(host),
         syncookies(host),
+        timestamps(host),
         open_files(host),
         memlock(host),
         backlog(host),
@@ -251,6 +252,22 @@ fn syncookies(host: &impl Host) -> Row {
             "use one that was, or a flood of spoofed SYNs fills the backlog",
         ),
         Err(error) => unreadable("syncookies", PATH, &error),
+    }
+}
+
+/// Matters to nobody but [`crate::config::Kernel::challenge`].
+fn timestamps(host: &impl Host) -> Row {
+    const PATH: &str = "/proc/sys/net/ipv4/tcp_timestamps";
+    match host.read(PATH) {
+        Ok(value) => {
+            let means = if value == "2" {
+                "kernel.challenge's cookies keep window scaling, SACK and ECN"
+            } else {
+                "kernel.challenge's cookies keep the MSS alone, unless kernel.challenge_timestamps sets it to 2"
+            };
+            row("timestamps", State::Ok, format!("net.ipv4.tcp_timestamps = {value}: {means}"), "")
+        }
+        Err(error) => unreadable("timestamps", PATH, &error),
     }
 }
 

@@ -31,6 +31,7 @@ impl Fake {
         );
         host.write("/sys/kernel/btf/vmlinux", "");
         host.write("/proc/sys/net/ipv4/tcp_syncookies", "1\n");
+        host.write("/proc/sys/net/ipv4/tcp_timestamps", "1\n");
         host.write(
             "/proc/self/limits",
             "Limit                     Soft Limit           Hard Limit           Units     \n\
@@ -107,6 +108,7 @@ fn on_a_fit_host_all_is_well() {
             "open_before",
             "sock_destroy",
             "syncookies",
+            "timestamps",
             "open_files",
             "memlock",
             "somaxconn"
@@ -207,6 +209,10 @@ fn settings_that_weaken_the_host_are_warned_of() {
     let row = syncookies(&host);
     assert_eq!((row.state, row.found.contains("for every connection")), (State::Ok, true));
 
+    assert!(timestamps(&host).found.contains("the MSS alone"));
+    host.write("/proc/sys/net/ipv4/tcp_timestamps", "2\n");
+    assert!(timestamps(&host).found.contains("keep window scaling"));
+
     let host = Fake::fit();
     host.write("/proc/sys/net/core/somaxconn", "128\n");
     assert_eq!(only_fault(&host, "somaxconn").state, State::Warn);
@@ -233,7 +239,7 @@ fn interfaces_are_named_with_driver_and_mode() {
     host.links.insert("tun0", Link { ethernet: Some(false), driver: Some("tun".into()), ..link.clone() });
     host.links.insert("ib0", Link { ethernet: None, ..link });
     let rows = looked_at(&host, &["eth0", "eth1", "lo", "eth9", "tun0", "ib0"]);
-    let found: Vec<_> = rows[12..].iter().map(|row| (row.state, row.found.as_str())).collect();
+    let found: Vec<_> = rows[13..].iter().map(|row| (row.state, row.found.as_str())).collect();
     assert_eq!(
         found,
         [

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     admin::{Admin, Readiness, State},
     gateway::Gateway,
-    kernel::{Auditor, Control, DebugLog, Events, Keeper},
+    kernel::{Auditor, Challenges, Control, DebugLog, Events, Keeper},
 };
 
 /// Everything bound, and ready to be set going.
@@ -37,6 +37,7 @@ pub(super) struct KernelSide {
     pub(super) debug_log: Option<DebugLog>,
     pub(super) auditor: Auditor,
     pub(super) keeper: Keeper,
+    pub(super) challenges: Challenges,
     /// Zero: no audits.
     pub(super) audit_interval: watch::Receiver<Duration>,
 }
@@ -64,8 +65,9 @@ impl Daemon {
         }
         // Dropped at the end: it has nothing to finish.
         let mut background = JoinSet::new();
-        if let Some(KernelSide { refusals, control, debug_log, auditor, keeper, audit_interval }) = kernel {
+        if let Some(KernelSide { refusals, control, debug_log, auditor, keeper, challenges, audit_interval }) = kernel {
             background.spawn(expire_reservations(control));
+            background.spawn(keep_up(challenges));
             if let Some(debug_log) = debug_log {
                 background.spawn(async {
                     let error = debug_log.forward().await;
@@ -127,6 +129,29 @@ async fn reload(mut reloader: Reloader) -> anyhow::Result<Reloader> {
     .context("reading the configuration again ended badly")?;
     notify(&[NotifyState::Ready]);
     Ok(reloader)
+}
+
+/// How often the programs are told anew what they can't see for themselves.
+const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Tells the programs what somebody changes on the host, and they need to know for a challenge.
+async fn keep_up(mut challenges: Challenges) {
+    let mut ticks = tokio::time::interval(KEEP_UP_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failed = false;
+    loop {
+        ticks.tick().await;
+        match challenges.keep_up() {
+            Ok(()) => failed = false,
+            // Said once, not every second.
+            Err(error) => {
+                if !failed {
+                    tracing::warn!(%error, "can't tell the kernel programs of net.core.rmem_max; trying again");
+                }
+                failed = true;
+            }
+        }
+    }
 }
 
 /// How often reservations are looked through on behalf of nobody in particular.

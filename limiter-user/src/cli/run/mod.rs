@@ -102,6 +102,7 @@ fn open_attached(
         debug_log: attached.take_debug_log(),
         auditor: attached.auditor()?,
         keeper: attached.keeper()?,
+        challenges: attached.challenges()?,
         audit_interval: intervals,
     };
     let settings = KernelSettings { pinned: Arc::new(pinned), audit_interval, names };

@@ -156,6 +156,8 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
     keep("kernel.challenge", &old_kernel.challenge, &mut new_kernel.challenge, &mut restart);
     let threshold = &mut new_kernel.challenge_threshold;
     keep("kernel.challenge_threshold", &old_kernel.challenge_threshold, threshold, &mut restart);
+    let timestamps = &mut new_kernel.challenge_timestamps;
+    keep("kernel.challenge_timestamps", &old_kernel.challenge_timestamps, timestamps, &mut restart);
     keep("kernel.debug_log", &old_kernel.debug_log, &mut new_kernel.debug_log, &mut restart);
     keep("gateway.listen", &old.gateway.listen, &mut new.gateway.listen, &mut restart);
     keep("admin.listen", &old.admin.listen, &mut new.admin.listen, &mut restart);
@@ -183,12 +185,19 @@ mod tests {
         new.kernel.attach_mode = AttachMode::Generic;
         new.kernel.challenge = ChallengeMode::Auto;
         new.kernel.challenge_threshold = 5;
+        new.kernel.challenge_timestamps = true;
         new.gateway.listen = vec!["127.0.0.1:1".parse().unwrap()];
         new.admin.listen = None;
         new.gateway.drain_timeout = Duration::from_secs(1);
         new.kernel.audit_interval = Duration::from_secs(1);
-        let named =
-            ["kernel.attach_mode", "kernel.challenge", "kernel.challenge_threshold", "gateway.listen", "admin.listen"];
+        let named = [
+            "kernel.attach_mode",
+            "kernel.challenge",
+            "kernel.challenge_threshold",
+            "kernel.challenge_timestamps",
+            "gateway.listen",
+            "admin.listen",
+        ];
         assert_eq!(keep_fixed(&old, &mut new), named);
         let mut expected = old;
         expected.gateway.drain_timeout = Duration::from_secs(1);
