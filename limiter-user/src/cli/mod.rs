@@ -22,6 +22,9 @@ mod sources;
 mod status;
 mod top;
 
+#[cfg(test)]
+pub(crate) use run::raise_open_files;
+
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,

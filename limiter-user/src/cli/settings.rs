@@ -52,8 +52,8 @@ pub(super) struct GatewaySettings {
     listen: Option<Vec<SocketAddr>>,
     #[arg(
         long,
-        value_name = "URL",
-        help = "What stands behind the gateway: echo, or a URL such as ws://127.0.0.1:9000 [default: echo]",
+        value_name = "URL|echo|broadcast",
+        help = "What stands behind the gateway: echo, broadcast, or a URL such as ws://127.0.0.1:9000 [default: echo]",
         env = "LIMITER_UPSTREAM"
     )]
     upstream: Option<Upstream>,

@@ -6,7 +6,7 @@ use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
 use toml::de::DeTable;
 
 use super::{
-    Admin, Config, ConfigError, Gateway, Kernel, Log, RuleAction, Service,
+    Admin, Config, ConfigError, Gateway, Kernel, Log, Push, RuleAction, Service,
     auth_parse::{self, AuthSpans},
     edit::GREATEST_CONNECTION_RATE,
     messages,
@@ -24,6 +24,12 @@ const SHORTEST_AUDIT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// More SYNs than one host answers.
 const GREATEST_CHALLENGE_THRESHOLD: u32 = 100_000_000;
+
+/// Less would close clients that are only a moment late.
+const SHORTEST_QUEUE_BYTES: u64 = 4 * 1024;
+
+/// More than any client has a use for.
+const LONGEST_QUEUE_BYTES: u64 = 1 << 30;
 
 /// A file, checked by itself.
 #[derive(Clone, Debug, Default)]
@@ -299,12 +305,18 @@ fn gateway(
     section.read("max_lifetime", &mut gateway.max_lifetime, any);
     section.read("drain_timeout", &mut gateway.drain_timeout, any);
     messages::parse(section.section("messages"), &mut gateway.messages);
+    push(section.section("push"), &mut gateway.push);
     let certificates = tls::parse(&mut section, &mut gateway.tls);
     let auth = auth_parse::parse(&mut section, !gateway.allowed_origins.is_empty(), &mut gateway.auth);
     let has_auth = gateway.auth.is_some();
     gateway.routes = route::parse(report, &mut section, &gateway.messages, has_auth, messages::parse);
     section.finish();
     (listen, certificates, auth)
+}
+
+fn push(mut section: Section, push: &mut Push) {
+    section.read("queue", &mut push.queue, |item| value::size(item, SHORTEST_QUEUE_BYTES..=LONGEST_QUEUE_BYTES));
+    section.finish();
 }
 
 fn admin(mut section: Section, admin: &mut Admin) -> Option<Range<usize>> {

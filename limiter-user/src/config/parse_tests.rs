@@ -101,6 +101,8 @@ fn every_key_is_read() {
         on_violation = "drop"
         deny_after = 3
         deny_for = "1h"
+        [gateway.push]
+        queue = "64KiB"
         [gateway.tls]
         certificate = "/c.pem"
         key = "/k.pem"
@@ -206,6 +208,7 @@ fn every_key_is_read() {
                 deny_after: 3,
                 deny_for: Duration::from_hours(1),
             },
+            push: Push { queue: 1 << 16 },
         },
         admin: Admin { listen: None },
         log: Log { level: "info,limiter::gateway=debug".into(), format: LogFormat::Json },
@@ -229,7 +232,8 @@ fn each_problem_is_told_with_its_place() {
         ("[kernel]\ninterface = [\"lo\"]", "2:1", "unknown key kernel.interface; did you mean interfaces?"),
         ("[limit]\n", "1:2", "unknown key limit; did you mean limits?"),
         ("[kernel]\naudit_interval = \"50ms\"", "2:18", "100ms at least"),
-        ("[gateway.push]\n", "1:10", "unknown key gateway.push; known here: listen"),
+        ("[gateway.pusher]\n", "1:10", "unknown key gateway.pusher; did you mean push?"),
+        ("[gateway.push]\nqueue = \"1KiB\"", "2:9", "expected a size from 4.0 KiB"),
         ("[gateway.tls]\ncert = \"/c\"", "2:1", "unknown key gateway.tls.cert; known here: certificate, key, hosts"),
         ("[gateway.tls]\ncertificate = \"c\"\nkey = \"/k\"", "2:15", "expected an absolute path, or \"\" for none"),
         ("[gateway.tls]\ncertificate = \"/c\"", "1:1", "gateway.tls.key: a certificate is of no use without its key"),

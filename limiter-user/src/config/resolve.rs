@@ -97,6 +97,11 @@ impl Config {
                  are: configure [gateway.auth], or listen on a private address, or leave it at that if the application \
                  sees to it"
             )],
+            (Some(address), Upstream::Broadcast) if gateway.auth.is_none() => vec![format!(
+                "gateway.listen: whoever reaches {address} can send to everybody in a room and hear what they say, since \
+                 clients need not show who they are: configure [gateway.auth], or listen on a private address, or leave \
+                 it at that if everybody is welcome"
+            )],
             _ => Vec::new(),
         }
     }

@@ -188,6 +188,22 @@ pub struct Gateway {
     pub routes: Vec<Route>,
     /// `[gateway.messages]`
     pub messages: Messages,
+    /// `[gateway.push]`
+    pub push: Push,
+}
+
+/// `[gateway.push]`: messages that others have for a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Push {
+    /// How far a client may be behind, in bytes; past that it is closed (1008). Each message counts for 128 bytes more than it
+    /// has. Whatever this is, a client that is not behind gets a message of any length.
+    pub queue: usize,
+}
+
+impl Default for Push {
+    fn default() -> Self {
+        Self { queue: 256 * 1024 }
+    }
 }
 
 impl Default for Gateway {
@@ -208,6 +224,7 @@ impl Default for Gateway {
             auth: None,
             routes: Vec::new(),
             messages: Messages::default(),
+            push: Push::default(),
         }
     }
 }
@@ -217,6 +234,8 @@ impl Default for Gateway {
 pub enum Upstream {
     /// The built-in application that sends each message back.
     Echo,
+    /// The built-in application that sends each message to all other clients in the same room, which is the path.
+    Broadcast,
     /// A WebSocket server (`ws://host:port/path`). The client's path and query are appended to a URL without a path of
     /// its own, and replaced by the URL's otherwise.
     Relay(String),

@@ -8,7 +8,7 @@ use super::Upstream;
 
 /// A text that names no upstream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(r#"{found:?} is no upstream: {why}; expected "echo" or a URL such as "ws://127.0.0.1:9000""#)]
+#[error(r#"{found:?} is no upstream: {why}; expected "echo", "broadcast" or a URL such as "ws://127.0.0.1:9000""#)]
 pub struct InvalidUpstream {
     found: String,
     why: &'static str,
@@ -21,8 +21,10 @@ impl FromStr for Upstream {
         // What may be a password is not repeated.
         let found = text.rsplit_once('@').map_or_else(|| text.to_owned(), |(_, host)| format!("…@{host}"));
         let invalid = |why| InvalidUpstream { found: found.clone(), why };
-        if text == "echo" {
-            return Ok(Self::Echo);
+        match text {
+            "echo" => return Ok(Self::Echo),
+            "broadcast" => return Ok(Self::Broadcast),
+            _ => {}
         }
         let uri: Uri = text.parse().map_err(|_| invalid("it is not a URL"))?;
         match uri.scheme_str() {
@@ -54,8 +56,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn echo_and_websocket_urls_are_taken() {
+    fn what_is_built_in_and_websocket_urls_are_taken() {
         assert_eq!("echo".parse(), Ok(Upstream::Echo));
+        assert_eq!("broadcast".parse(), Ok(Upstream::Broadcast));
         for url in ["ws://127.0.0.1:9000", "ws://app.internal/chat?x=1", "ws://[::1]:9000/", "ws://[::1]"] {
             assert_eq!(url.parse(), Ok(Upstream::Relay(url.to_owned())), "{url}");
         }
@@ -72,7 +75,7 @@ mod tests {
         for text in [
             "",
             "Echo",
-            "broadcast",
+            "Broadcast",
             "localhost:9000",
             "http://127.0.0.1",
             "wss://example.org",

@@ -216,7 +216,7 @@ pub(super) fn optional_address(item: &Item) -> Result<Option<SocketAddr>, Fault>
 }
 
 pub(super) fn upstream(item: &Item) -> Result<Upstream, Fault> {
-    text(item, r#""echo" or a URL such as "ws://127.0.0.1:9000""#)?
+    text(item, r#""echo", "broadcast" or a URL such as "ws://127.0.0.1:9000""#)?
         .parse()
         .map_err(|why: super::InvalidUpstream| Fault::new(item, why.to_string()))
 }

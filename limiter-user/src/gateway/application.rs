@@ -7,6 +7,8 @@ use super::{
     answer::Refusal,
     handshake::Handshake,
     listen::BindError,
+    push::LONGEST_ROOM,
+    route::{self, Route},
     upstream::{Client, Connected, Upstream},
 };
 use crate::config;
@@ -15,6 +17,8 @@ use crate::config;
 pub(super) enum Application {
     /// The gateway itself, which sends each message back.
     Echo,
+    /// The gateway itself, which sends each message to the others in the room.
+    Broadcast,
     /// A WebSocket server.
     Relay(Upstream),
 }
@@ -22,6 +26,8 @@ pub(super) enum Application {
 /// The application's side of one session.
 pub(super) enum Opened {
     Echo,
+    /// With the name of the room.
+    Broadcast(String),
     Relay(Connected),
 }
 
@@ -29,6 +35,7 @@ impl Application {
     pub(super) fn new(upstream: &config::Upstream) -> Result<Self, BindError> {
         match upstream {
             config::Upstream::Echo => Ok(Self::Echo),
+            config::Upstream::Broadcast => Ok(Self::Broadcast),
             config::Upstream::Relay(url) => match Upstream::new(url) {
                 Ok(upstream) => Ok(Self::Relay(upstream)),
                 Err(problem) => Err(BindError::Upstream { url: url.clone(), problem }),
@@ -37,8 +44,11 @@ impl Application {
     }
 
     /// Makes the application's side ready before the client is told that it is in; with the subprotocol it chose.
+    ///
+    /// `route` is the one that it is on.
     pub(super) async fn open(
         &self,
+        route: &Route,
         head: &Parts,
         handshake: &Handshake,
         client: Client,
@@ -46,10 +56,21 @@ impl Application {
     ) -> Result<(Opened, Option<HeaderValue>), Refusal> {
         match self {
             Self::Echo => Ok((Opened::Echo, None)),
+            Self::Broadcast => Ok((Opened::Broadcast(room(route, head.uri.path())?), None)),
             Self::Relay(upstream) => {
                 let (connected, protocol) = upstream.connect(head, handshake, client, deadline).await?;
                 Ok((Opened::Relay(connected), protocol))
             }
         }
     }
+}
+
+/// The room of a path: there must not be two ways to ask for the same one. Where a route is for one host only, so are its rooms.
+fn room(route: &Route, path: &str) -> Result<String, Refusal> {
+    let path = route::plain(path).ok_or(Refusal::Bad("the path can be read in more than one way"))?;
+    let room = format!("{}{path}", route.host().unwrap_or_default());
+    if room.len() > LONGEST_ROOM {
+        return Err(Refusal::Bad("the path is longer than the name of a room may be"));
+    }
+    Ok(room)
 }

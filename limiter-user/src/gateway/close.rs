@@ -2,18 +2,9 @@
 
 use std::time::Duration;
 
-use futures_util::{SinkExt, StreamExt};
-use tokio::time::timeout;
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{
-        Error, Message,
-        error::ProtocolError,
-        protocol::{CloseFrame, frame::coding::CloseCode},
-    },
-};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, frame::coding::CloseCode};
 
-use super::{messages::Violation, peer::ReceiveError, socket::Socket};
+use super::messages::Violation;
 
 /// How long the Close frame may take to leave.
 pub(super) const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -52,6 +43,8 @@ pub(super) enum End {
     Revoked,
     /// A newer session of the same user takes its place.
     Replaced,
+    /// Whoever may publish to the client's user has it closed, with this.
+    Kicked(Box<CloseFrame>),
     /// The gateway is being shut down.
     Draining,
     /// The upstream closes.
@@ -63,21 +56,6 @@ pub(super) enum End {
 }
 
 impl End {
-    /// What an error while reading from the client means.
-    pub(super) fn of_client(error: &ReceiveError) -> Self {
-        let error = match error {
-            ReceiveError::Slow => return Self::SlowConsumer,
-            ReceiveError::Broken(error) => error,
-        };
-        match error {
-            Error::Capacity(_) => Self::Violation(Violation::TooBig),
-            Error::Utf8(_) => Self::Malformed(CloseCode::Invalid, "invalid UTF-8"),
-            Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Self::Lost,
-            Error::Protocol(_) => Self::Malformed(CloseCode::Protocol, "malformed frame"),
-            _ => Self::Lost,
-        }
-    }
-
     /// What metrics and logs call it.
     pub(super) fn label(&self) -> &'static str {
         match self {
@@ -92,6 +70,7 @@ impl End {
             Self::Expired => "expired",
             Self::Revoked => "revoked",
             Self::Replaced => "replaced",
+            Self::Kicked(_) => "kicked",
             Self::Draining => "draining",
             Self::Upstream(_) => "upstream",
             Self::UpstreamGone => "upstream_gone",
@@ -108,6 +87,7 @@ impl End {
     pub(super) fn for_client(&self) -> Option<CloseFrame> {
         let (code, reason) = match self {
             Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
+            Self::Kicked(frame) => return Some((**frame).clone()),
             Self::Lost => return None,
             Self::Malformed(code, reason) => (*code, *reason),
             Self::Violation(violation) => violation.close(),
@@ -141,60 +121,4 @@ impl End {
         };
         Some(CloseFrame { code, reason: reason.into() })
     }
-}
-
-/// Closes the client's side. In a drain it may take `drain_timeout` to close too. Says whether it did, or was cut off.
-pub(super) async fn client(mut socket: WebSocketStream<Socket>, end: &End, drain_timeout: Duration) -> bool {
-    match end {
-        End::Lost => true,
-        // The answer to the client's Close is in the buffer already. Nothing more can come from it, so closing after
-        // the flush is no RST.
-        End::Client(_) => {
-            _ = timeout(FLUSH_TIMEOUT, socket.flush()).await;
-            _ = timeout(FLUSH_TIMEOUT, socket.get_mut().end_tls()).await;
-            true
-        }
-        // Somebody who isn't there isn't waited for: the slot is free once the attempt is made.
-        End::NoPong | End::SlowConsumer => {
-            send_close(&mut socket, end.for_client()).await;
-            false
-        }
-        end if end.loses_frames() => {
-            if send_close(&mut socket, end.for_client()).await {
-                socket.into_inner().linger(CLOSE_TIMEOUT).await;
-            }
-            false
-        }
-        _ => {
-            let patience = if matches!(end, End::Draining) { drain_timeout } else { CLOSE_TIMEOUT };
-            if !send_close(&mut socket, end.for_client()).await {
-                return false;
-            }
-            let answered = timeout(patience, answer(&mut socket)).await.unwrap_or(false);
-            if answered {
-                _ = timeout(FLUSH_TIMEOUT, socket.get_mut().end_tls()).await;
-            } else {
-                socket.into_inner().linger(FLUSH_TIMEOUT).await;
-            }
-            answered
-        }
-    }
-}
-
-/// Sends the Close frame; false: it could not leave.
-async fn send_close(socket: &mut WebSocketStream<Socket>, frame: Option<CloseFrame>) -> bool {
-    matches!(timeout(FLUSH_TIMEOUT, socket.send(Message::Close(frame))).await, Ok(Ok(())))
-}
-
-/// Waits for the Close frame that answers ours, or the end of the connection; what was on its way before is dropped.
-/// False: the connection broke.
-async fn answer(socket: &mut WebSocketStream<Socket>) -> bool {
-    while let Some(received) = socket.next().await {
-        match received {
-            Ok(Message::Close(_)) | Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)) => return true,
-            Ok(_) => {}
-            Err(_) => return false,
-        }
-    }
-    false
 }

@@ -26,6 +26,7 @@ use super::{
     auth::{Member, Visitor},
     forwarded::{self, Identity},
     handshake, origin, proxy_hint,
+    push::Mailbox,
     route::OnRoute,
     session::{self, Established},
     socket::Socket,
@@ -53,6 +54,8 @@ pub(super) struct Accepted {
     /// `None` where anybody may connect.
     pub(super) user: Option<Member>,
     pub(super) application: Opened,
+    /// What others have for the client, from before it is told that it is in; where they can have something.
+    pub(super) mail: Option<Box<Mailbox>>,
     pub(super) place: OnRoute,
 }
 
@@ -243,12 +246,17 @@ async fn decide(
     let client = Client::new(identity, endpoints, user.as_ref().map(Member::user));
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
-    let (application, protocol) = route.application.open(head, &handshake, client, upstream_deadline).await?;
+    let (application, protocol) = route.application.open(route, head, &handshake, client, upstream_deadline).await?;
+    let room = match &application {
+        Opened::Broadcast(room) => Some(room.as_str()),
+        Opened::Echo | Opened::Relay(_) => None,
+    };
+    let mail = shared.hub.enter(room, user.as_ref().map(Member::user));
     if let Some(member) = &user {
         member.take_over();
     }
     let response = switching_protocols(&handshake, protocol.or_else(|| handshake.fallback_protocol.clone()));
-    Ok((response, Accepted { client: identity.ip, permit, user, application, place }))
+    Ok((response, Accepted { client: identity.ip, permit, user, application, mail, place }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.

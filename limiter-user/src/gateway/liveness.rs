@@ -2,15 +2,9 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use tokio::time::{Instant, sleep_until};
-use tokio_tungstenite::tungstenite::Message;
+use tokio::time::Instant;
 
-use super::{
-    close::End,
-    peer::{Peer, SendError},
-    socket::Socket,
-};
+use super::close::End;
 use crate::config;
 
 /// How far to look when nothing is due, and no deadline can be told.
@@ -70,25 +64,6 @@ impl Liveness {
     /// A ping went out.
     pub(super) fn pinged(&mut self, now: Instant) {
         self.pinged = Some(now);
-    }
-}
-
-/// Pings a quiet client; completes when it does not answer, or has been idle for too long.
-pub(super) async fn watch(client: &Peer<Socket>, config: &config::Gateway) -> End {
-    let mut liveness = Liveness::new(config.max_lifetime);
-    loop {
-        let heard = client.transport(Socket::last_read);
-        match liveness.due(Instant::now(), heard, client.last_message(), config) {
-            Due::Later(at) => sleep_until(at).await,
-            Due::End(end) => return end,
-            Due::Ping => match client.send(Message::Ping(Bytes::new())).await {
-                // From here on: a ping that waits behind a long message can't be answered yet.
-                Ok(()) => liveness.pinged(Instant::now()),
-                Err(SendError::Slow) => return End::SlowConsumer,
-                // Whoever reads finds out how it broke, and ends the session.
-                Err(SendError::Broken) => std::future::pending().await,
-            },
-        }
     }
 }
 

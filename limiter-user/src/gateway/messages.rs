@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use limiter_common::bucket::Rate;
 use tokio::time::Instant;
-use tokio_tungstenite::tungstenite::protocol::{WebSocketConfig, frame::coding::CloseCode};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use super::{
     Shared, forwarded,
@@ -13,29 +13,8 @@ use super::{
 };
 use crate::config::{self, Kinds, OnViolation};
 
-/// Read buffer of a connection with the built-in application, allocated while it lasts. The library's default of 128 KiB
-/// would be most of the memory.
-const READ_BUFFER: usize = 4096;
-
-/// Room in the write buffer for a message's header, and for control frames that wait with it.
-const CONTROL_ROOM: usize = 1024;
-
-/// Longest control frame, in bytes (RFC 6455, 5.5).
-const LONGEST_CONTROL: usize = 125;
-
 /// Pings and pongs that a client may send per second, and at once. No sane client comes near it.
 const CONTROL_RATE: Rate = Rate::new(20, 200);
-
-/// The library's settings towards a client, whose `echo`ed messages are as long as its own.
-pub(super) fn client_config(limits: &config::Messages) -> WebSocketConfig {
-    WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER)
-        .write_buffer_size(0)
-        .max_write_buffer_size(limits.max_size.saturating_add(CONTROL_ROOM))
-        .max_message_size(Some(limits.max_size))
-        // A control frame is not a message: it may be longer than one.
-        .max_frame_size(Some(limits.max_size.max(LONGEST_CONTROL)))
-}
 
 /// What a client does that closes its connection, or has its message left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

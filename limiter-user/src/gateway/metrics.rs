@@ -30,6 +30,14 @@ pub struct Metrics {
     message_bytes: Family<DirectionLabel, Counter>,
     pub(super) accept_errors: Counter,
     pub(super) sources_denied: Counter,
+    /// Rooms of the application `broadcast` that have members.
+    pub(super) rooms: Gauge,
+    pub(super) published_by_clients: Published,
+    pub(super) published_by_control: Published,
+    /// Messages times those who did not get them because they were too far behind.
+    pub(super) push_lost: Counter,
+    published: Family<PublisherLabel, Counter>,
+    published_receivers: Family<PublisherLabel, Counter>,
     /// Series of `messages` and `message_bytes`, at hand so that a message costs no look-up.
     pub(super) received: Direction,
     pub(super) sent: Direction,
@@ -46,6 +54,18 @@ impl Direction {
         self.messages.inc();
         self.bytes.inc_by(bytes);
     }
+}
+
+/// Messages that are published for others.
+pub(super) struct Published {
+    pub(super) messages: Counter,
+    /// Messages times those who get them.
+    pub(super) receivers: Counter,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PublisherLabel {
+    by: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -78,6 +98,12 @@ impl Default for Metrics {
             messages: verdict(direction, "passed"),
             bytes: message_bytes.get_or_create_owned(&DirectionLabel { direction }),
         };
+        let published: Family<PublisherLabel, Counter> = Family::default();
+        let published_receivers: Family<PublisherLabel, Counter> = Family::default();
+        let published_by = |by| Published {
+            messages: published.get_or_create_owned(&PublisherLabel { by }),
+            receivers: published_receivers.get_or_create_owned(&PublisherLabel { by }),
+        };
         // So that they are there, as 0, before the first.
         for reason in ["over_rate", "too_big", "malformed"] {
             verdict("in", reason);
@@ -96,6 +122,12 @@ impl Default for Metrics {
             users: Gauge::default(),
             accept_errors: Counter::default(),
             sources_denied: Counter::default(),
+            rooms: Gauge::default(),
+            published_by_clients: published_by("client"),
+            published_by_control: published_by("control"),
+            push_lost: Counter::default(),
+            published,
+            published_receivers,
             messages,
             message_bytes,
         }
@@ -136,6 +168,22 @@ impl Metrics {
             "sources_denied",
             "Sources denied for a time because of what their clients sent",
             self.sources_denied.clone(),
+        );
+        registry.register("rooms", "Rooms of the broadcast application that have members", self.rooms.clone());
+        registry.register(
+            "published",
+            "Messages published for other clients, by a client or by the admin address",
+            self.published.clone(),
+        );
+        registry.register(
+            "published_receivers",
+            "The same, each times the clients that it is for",
+            self.published_receivers.clone(),
+        );
+        registry.register(
+            "published_lost",
+            "Messages times the clients that did not get them, being too far behind; these are closed as slow_consumer",
+            self.push_lost.clone(),
         );
         registry.register(
             "accept_errors",

@@ -11,6 +11,7 @@ pub(crate) mod answer;
 mod application;
 mod arrival;
 mod auth;
+mod builtin;
 mod close;
 mod connection;
 mod drain;
@@ -22,9 +23,9 @@ mod messages;
 mod metrics;
 mod offenders;
 mod origin;
-mod peer;
 mod proxy_hint;
 mod proxy_protocol;
+mod push;
 mod rate;
 mod relay;
 mod route;
@@ -33,6 +34,7 @@ mod session;
 mod settings;
 mod socket;
 mod tls;
+mod turns;
 mod upstream;
 mod watch;
 
@@ -42,6 +44,7 @@ mod tests;
 pub use drain::DrainReport;
 pub use listen::BindError;
 pub use metrics::Metrics;
+pub use push::{Content, LONGEST_ROOM, Listed, Push, Recipients};
 pub use settings::{PreparedSettings, Settings};
 
 use std::{net::SocketAddr, sync::Arc};
@@ -55,6 +58,7 @@ use auth::Auth;
 use drain::Drain;
 use listen::{Addresses, Listeners};
 use offenders::Offenders;
+use push::Hub;
 use route::Routes;
 use sampler::Sampler;
 use settings::Parts;
@@ -81,6 +85,7 @@ struct Shared {
     log: Arc<Sampler>,
     drain: Arc<Drain>,
     offenders: Arc<Offenders>,
+    hub: Arc<Hub>,
 }
 
 /// A gateway that has its addresses, and that nobody can connect to yet.
@@ -103,6 +108,7 @@ impl Reserved {
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
         let Self { addresses, parts: Parts { config, routes, tls, auth } } = self;
         let listeners = addresses.listen()?;
+        let hub = Hub::new(config.push.queue, Arc::clone(&metrics));
         let shared = Shared {
             config,
             policy,
@@ -115,6 +121,7 @@ impl Reserved {
             log: Arc::default(),
             drain: Arc::default(),
             offenders: Arc::default(),
+            hub,
         };
         Ok(Gateway { listeners, current: Arc::new(Sender::new(Arc::new(shared))) })
     }
@@ -151,6 +158,12 @@ impl Gateway {
     /// A hand on its settings, to change them while it runs.
     pub fn settings(&self) -> Settings {
         Settings(Arc::clone(&self.current))
+    }
+
+    /// A hand on its clients, to publish messages to them. Sessions that begin before the first is asked for can't be reached by their
+    /// users or all together.
+    pub fn push(&self) -> Push {
+        self.current.borrow().hub.push()
     }
 
     /// Serves until `shutdown` completes, then stops accepting, closes every session with 1001 and waits up to

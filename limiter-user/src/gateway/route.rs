@@ -106,6 +106,11 @@ impl Route {
         })
     }
 
+    /// The host that it is for, if it is not for any.
+    pub(super) fn host(&self) -> Option<&str> {
+        self.matches.as_ref()?.host.as_deref()
+    }
+
     fn is_for(&self, path: &str, host: &str) -> bool {
         let Some(Pattern { path: own, exact, host: own_host }) = &self.matches else { return true };
         let below = |rest: &str| rest.is_empty() || (!exact && (rest.starts_with('/') || own == "/"));
@@ -129,7 +134,7 @@ impl Drop for OnRoute {
 
 /// A path with what need not be encoded decoded. `None` if it can be read in more than one way: with encoded slashes, dots
 /// that lead up, empty parts, backslashes, or codes that stand for nothing.
-fn plain(path: &str) -> Option<String> {
+pub(super) fn plain(path: &str) -> Option<String> {
     let mut plain = Vec::with_capacity(path.len());
     let mut bytes = path.bytes();
     while let Some(byte) = bytes.next() {

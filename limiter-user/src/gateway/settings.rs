@@ -75,6 +75,7 @@ impl PreparedSettings {
         sender.send_modify(|current| {
             let policy = policy.unwrap_or_else(|| Arc::clone(&current.policy));
             *current = Arc::new(current.with(parts, policy));
+            current.hub.set_limit(current.config.push.queue);
         });
     }
 }
@@ -94,6 +95,7 @@ impl Shared {
             log: Arc::clone(&self.log),
             drain: Arc::clone(&self.drain),
             offenders: Arc::clone(&self.offenders),
+            hub: Arc::clone(&self.hub),
         }
     }
 }

@@ -8,6 +8,9 @@ mod refusals;
 mod reload;
 mod signals;
 
+#[cfg(test)]
+pub(crate) use open_files::raise as raise_open_files;
+
 use std::{collections::HashMap, sync::Arc};
 
 use anyhow::Context as _;

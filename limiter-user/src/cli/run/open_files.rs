@@ -4,7 +4,7 @@ use std::io;
 
 /// Raises the soft limit to the hard one: the soft one is low for the sake of programs that use select(2), which this one
 /// is not.
-pub(super) fn raise() {
+pub(crate) fn raise() {
     match raise_to_hard_limit() {
         Ok(limit) => tracing::debug!(limit, "open files"),
         Err(error) => tracing::warn!(%error, "can't raise the limit of open files"),

@@ -28,6 +28,8 @@ pub(in crate::gateway) async fn close(
     drain_timeout: Duration,
     client_closed: impl FnOnce(bool),
 ) {
+    // From here on it takes nothing, and nobody must wait for it.
+    relay.mail = None;
     let agreed = settle(&mut relay, end).await;
     let Relay { client, upstream, up, down, .. } = relay;
     let may_write_down = down.intake.unfinished() == 0;
@@ -50,6 +52,25 @@ pub(in crate::gateway) async fn close(
     tokio::join!(close_client, close_upstream);
 }
 
+/// Closes a client that has no upstream. What it is sent are whole frames, so that its Close frame can go behind any of them.
+/// Says whether the client agreed to the end.
+pub(in crate::gateway) async fn close_client(
+    client: Socket,
+    intake: Intake,
+    mut outlet: Outlet,
+    end: &End,
+    drain_timeout: Duration,
+) -> bool {
+    let frame = match end {
+        End::Lost => Vec::new(),
+        end => close_frame(end.for_client().as_ref(), Sender::Server),
+    };
+    if matches!(end, End::SlowConsumer | End::NoPong | End::Kicked(_)) {
+        outlet.keep_first();
+    }
+    Closing { intake, outlet, may_write: true, frame }.client(client, end, false, drain_timeout).await
+}
+
 /// Where one side closes: passes its Close frame on, and the answer of the other. True: there is one, and all is said.
 /// Otherwise: brings frames that have passed in part to their end, since nothing can be put into a frame.
 async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
@@ -59,7 +80,7 @@ async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
             let answered = poll_fn(|cx| {
                 let (now, mut turn) = (Instant::now(), TURN);
                 _ = up.outlet.poll_drain(cx, upstream, now);
-                match down.poll_pass(cx, upstream, client, outbound, now, &mut turn) {
+                match down.poll_pass(cx, upstream, client, outbound, None, now, &mut turn) {
                     Poll::Ready(ended) => return Poll::Ready(is_close(&ended)),
                     Poll::Pending if down.outlet.is_broken() => return Poll::Ready(true),
                     Poll::Pending => {}
@@ -75,7 +96,7 @@ async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
             let answered = poll_fn(|cx| {
                 let (now, mut turn) = (Instant::now(), TURN);
                 _ = down.outlet.poll_drain(cx, client, now);
-                match up.poll_pass(cx, client, upstream, inbound, now, &mut turn) {
+                match up.poll_pass(cx, client, upstream, inbound, None, now, &mut turn) {
                     Poll::Ready(ended) => return Poll::Ready(is_close(&ended)),
                     Poll::Pending => {}
                 }

@@ -1,7 +1,7 @@
 //! The header of a frame (RFC 6455, 5.2).
 
 /// Longest payload of a control frame.
-pub(super) const CONTROL_MAX: usize = 125;
+pub(in crate::gateway) const CONTROL_MAX: usize = 125;
 
 /// Longest header: two bytes, a length of eight and a mask.
 #[cfg(test)]
@@ -9,14 +9,14 @@ pub(super) const LONGEST: usize = 14;
 
 /// Whose frames they are. Those of a client are masked and those of a server aren't, or they break the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Sender {
+pub(in crate::gateway) enum Sender {
     Client,
     Server,
 }
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Opcode {
+pub(in crate::gateway) enum Opcode {
     Continuation,
     Text,
     Binary,
@@ -26,7 +26,7 @@ pub(super) enum Opcode {
 }
 
 impl Opcode {
-    pub(super) fn is_control(self) -> bool {
+    pub(in crate::gateway) fn is_control(self) -> bool {
         matches!(self, Self::Close | Self::Ping | Self::Pong)
     }
 
@@ -45,22 +45,22 @@ impl Opcode {
 
 /// A header that breaks no rule that can be told from it alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(in crate::gateway) struct Header {
     /// Whether it is the last frame of its message.
-    pub(super) fin: bool,
-    pub(super) opcode: Opcode,
+    pub(in crate::gateway) fin: bool,
+    pub(in crate::gateway) opcode: Opcode,
     /// What the payload is combined with by exclusive or; zeros for a server's frame.
-    pub(super) mask: [u8; 4],
+    pub(in crate::gateway) mask: [u8; 4],
     /// Length of the header itself, in bytes.
-    pub(super) length: usize,
+    pub(in crate::gateway) length: usize,
     /// Length of the payload, in bytes; may be 2^63 or more, which no frame may have.
-    pub(super) payload: u64,
+    pub(in crate::gateway) payload: u64,
 }
 
 impl Header {
     /// Of what begins with a header. `None`: more bytes are needed. An error is a breach of the protocol, told as soon as the
     /// byte is there that shows it.
-    pub(super) fn parse(bytes: &[u8], sender: Sender) -> Result<Option<Self>, &'static str> {
+    pub(in crate::gateway) fn parse(bytes: &[u8], sender: Sender) -> Result<Option<Self>, &'static str> {
         let Some((&first, rest)) = bytes.split_first() else { return Ok(None) };
         if first & 0x70 != 0 {
             return Err("a reserved bit is set");

@@ -45,7 +45,7 @@ pub(in crate::gateway) trait Judge {
 
 /// Why nothing more is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Stop {
+pub(in crate::gateway) enum Stop {
     /// A Close frame, which is the last of what passes.
     Close(Option<CloseFrame>),
     /// The protocol is broken: with what the other side of it is told.
@@ -56,11 +56,13 @@ pub(super) enum Stop {
 
 /// What came of the bytes.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Seen {
+pub(in crate::gateway) struct Seen {
     /// So many bytes at the front of the buffer may pass.
     pub(super) passed: usize,
     /// The last place in them where one frame has ended and the next has not begun.
     pub(super) boundary: Option<usize>,
+    /// The last place in them where no message has begun that has not ended.
+    pub(super) gap: Option<usize>,
     /// So many of the bytes that came are done with. The others begin a header or a control frame, and must come again
     /// with more behind them.
     pub(super) consumed: usize,
@@ -101,6 +103,7 @@ struct Cursor<'a> {
     read: usize,
     written: usize,
     boundary: Option<usize>,
+    gap: Option<usize>,
 }
 
 impl Cursor<'_> {
@@ -141,10 +144,17 @@ impl Inspector {
         if self.dropped { 0 } else { self.left }
     }
 
+    /// Whether no message has begun that has not ended. Only then may another message be put in: one is never inside another
+    /// (RFC 6455, 5.4).
+    pub(super) fn between_messages(&self) -> bool {
+        self.fragments == 0
+    }
+
     /// Looks at the bytes that came: those that were not `consumed` last time, and what was read since.
     pub(super) fn look(&mut self, buffer: &mut [u8], judge: &mut impl Judge, now: Instant) -> Seen {
         let at_boundary = self.unfinished() == 0;
-        let mut cursor = Cursor { buffer, read: 0, written: 0, boundary: at_boundary.then_some(0) };
+        let gap = self.between_messages().then_some(0);
+        let mut cursor = Cursor { buffer, read: 0, written: 0, boundary: at_boundary.then_some(0), gap };
         let stop = loop {
             let next = if self.left > 0 {
                 self.payload(&mut cursor, judge, now)
@@ -157,8 +167,8 @@ impl Inspector {
                 Err(stop) => break Some(stop),
             }
         };
-        let Cursor { read: consumed, written: passed, boundary, .. } = cursor;
-        Seen { passed, boundary, consumed, stop }
+        let Cursor { read: consumed, written: passed, boundary, gap, .. } = cursor;
+        Seen { passed, boundary, gap, consumed, stop }
     }
 
     fn payload(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) -> Result<Next, Stop> {
@@ -203,20 +213,21 @@ impl Inspector {
         }
         // Not a mere saturation: past this the length is one that no frame may have.
         let total = self.total.checked_add(header.payload).filter(|total| i64::try_from(*total).is_ok());
+        let impossible = Stop::Violation(Violation::TooBig);
         if goes_on {
-            let total = total.ok_or(Stop::Violation(Violation::TooBig))?;
             self.fragments = self.fragments.saturating_add(1);
-            judge.goes_on(header.payload, total, self.fragments, now).map_err(Stop::Violation)?;
-            self.total = total;
+            let length = total.unwrap_or(u64::MAX);
+            judge.goes_on(header.payload, length, self.fragments, now).map_err(Stop::Violation)?;
+            self.total = total.ok_or(impossible)?;
         } else {
             self.is_text = header.opcode == Opcode::Text;
             self.utf8 = Utf8::default();
-            self.total = total.ok_or(Stop::Violation(Violation::TooBig))?;
             self.dropped = match judge.begins(self.is_text, header.payload, now) {
                 Verdict::Pass => false,
                 Verdict::Drop => true,
                 Verdict::Close(violation) => return Err(Stop::Violation(violation)),
             };
+            self.total = total.ok_or(impossible)?;
             self.fragments = 1;
         }
         self.left = header.payload;
@@ -245,6 +256,7 @@ impl Inspector {
             self.fragments = 0;
             self.total = 0;
             self.dropped = false;
+            cursor.gap = cursor.boundary;
         }
     }
 

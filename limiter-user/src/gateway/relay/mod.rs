@@ -14,39 +14,33 @@ mod utf8;
 #[cfg(test)]
 mod inspect_tests;
 
-pub(super) use closing::close;
-pub(super) use inspect::{Judge, Verdict};
+pub(super) use closing::{close, close_client};
+pub(super) use header::{CONTROL_MAX, Header, Opcode, Sender};
+pub(super) use inspect::{Judge, Stop, Verdict};
+pub(super) use pipe::{BUFFER, Ended, Intake, Outlet, ping_frame};
 
 use std::{
-    future::poll_fn,
     net::IpAddr,
-    pin::{Pin, pin},
+    pin::pin,
     task::{Context, Poll},
 };
 
-use tokio::{
-    task::yield_now,
-    time::{Instant, Sleep, sleep_until},
-};
+use tokio::{task::yield_now, time::Instant};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use super::{
     Shared,
     close::End,
-    liveness::{Due, FAR, Liveness, earliest},
+    liveness::{Due, Liveness, earliest},
     messages::{Inbound, Violation},
     metrics::Metrics,
+    push::Mailbox,
     socket::Socket,
+    turns::{TURN, Turns},
     upstream::{Connected, Stream},
 };
 use crate::config;
-use header::Sender;
-use inspect::Stop;
-use pipe::{Ended, Pipe};
-
-/// How many bytes one side of one session may bring before others get their turn. The runtime counts operations, and one of
-/// those can be long.
-const TURN: usize = 64 * 1024;
+use pipe::Pipe;
 
 /// Both sides of a session.
 pub(super) struct Relay<'a> {
@@ -59,6 +53,8 @@ pub(super) struct Relay<'a> {
     inbound: Inbound<'a>,
     outbound: Outbound<'a>,
     liveness: Liveness,
+    /// What others have for the client, where they can have something.
+    mail: Option<Box<Mailbox>>,
     config: &'a config::Gateway,
 }
 
@@ -68,6 +64,7 @@ impl<'a> Relay<'a> {
         client: Socket,
         early: Vec<u8>,
         upstream: Connected,
+        mail: Option<Box<Mailbox>>,
         address: IpAddr,
         config: &'a config::Gateway,
         shared: &'a Shared,
@@ -80,47 +77,34 @@ impl<'a> Relay<'a> {
             inbound: Inbound::new(shared, &config.messages, address),
             outbound: Outbound { metrics: &shared.metrics, last: Instant::now() },
             liveness: Liveness::new(config.max_lifetime),
+            mail,
             config,
         }
     }
+}
 
-    /// Relays until one side ends the session, or has to be told that it is over.
-    pub(super) async fn run(&mut self) -> End {
-        let mut alarm = pin!(sleep_until(Instant::now() + FAR));
-        poll_fn(|cx| self.poll(cx, alarm.as_mut())).await
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>, mut alarm: Pin<&mut Sleep>) -> Poll<End> {
-        let mut now = Instant::now();
-        if let Poll::Ready(end) = self.poll_pass(cx, now) {
-            return Poll::Ready(end);
-        }
-        loop {
-            let due = match self.due(cx, now) {
-                Ok(due) => due,
-                Err(end) => return Poll::Ready(end),
-            };
-            // Most of what happens makes the next deadline later. The alarm is left as it is then, and set anew when it rings.
-            if alarm.is_elapsed() || due < alarm.deadline() {
-                alarm.as_mut().reset(due);
-            }
-            if alarm.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
-            }
-            now = Instant::now();
-            self.inbound.settle(now);
-        }
+impl Turns for Relay<'_> {
+    fn settle(&mut self, now: Instant) {
+        self.inbound.settle(now);
     }
 
     fn poll_pass(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<End> {
-        let Self { client, upstream, up, down, inbound, outbound, .. } = self;
+        let Self { client, upstream, up, down, inbound, outbound, mail, .. } = self;
         let (mut turn_up, mut turn_down) = (TURN, TURN);
-        if let Poll::Ready(ended) = up.poll_pass(cx, client, upstream, inbound, now, &mut turn_up) {
+        if let Poll::Ready(ended) = up.poll_pass(cx, client, upstream, inbound, None, now, &mut turn_up) {
             return Poll::Ready(of_client(ended, inbound));
         }
         let pinged = down.wants_ping();
-        if let Poll::Ready(ended) = down.poll_pass(cx, upstream, client, outbound, now, &mut turn_down) {
+        let mut mail = mail.as_deref_mut();
+        if let Poll::Ready(ended) =
+            down.poll_pass(cx, upstream, client, outbound, mail.as_deref_mut(), now, &mut turn_down)
+        {
             return Poll::Ready(of_upstream(ended));
+        }
+        if let Some(mail) = mail
+            && let Err(end) = down.deliver(cx, client, mail, now, &mut turn_down)
+        {
+            return Poll::Ready(end);
         }
         if pinged && !down.wants_ping() {
             self.liveness.pinged(now);
@@ -141,7 +125,8 @@ impl<'a> Relay<'a> {
         if up.is_some_and(|due| now >= due) {
             return Err(End::UpstreamGone);
         }
-        let last_message = self.inbound.last().max(self.outbound.last);
+        let last_mail = self.mail.as_ref().and_then(|mail| mail.last());
+        let last_message = self.inbound.last().max(self.outbound.last).max(last_mail.unwrap_or(self.outbound.last));
         let alive = loop {
             match self.liveness.due(now, self.client.last_read(), last_message, self.config) {
                 Due::Later(at) => break at,
@@ -161,9 +146,10 @@ impl<'a> Relay<'a> {
     }
 }
 
-fn of_client(ended: Ended, inbound: &mut Inbound) -> End {
+pub(super) fn of_client(ended: Ended, inbound: &mut Inbound) -> End {
     match ended {
         Ended::Gone => End::Lost,
+        Ended::Told(end) => end,
         Ended::Stop(Stop::Close(frame)) => End::Client(frame),
         Ended::Stop(Stop::Malformed(code, reason)) => {
             inbound.malformed();
@@ -176,6 +162,7 @@ fn of_client(ended: Ended, inbound: &mut Inbound) -> End {
 fn of_upstream(ended: Ended) -> End {
     match ended {
         Ended::Gone => End::UpstreamGone,
+        Ended::Told(end) => end,
         Ended::Stop(Stop::Close(frame)) => End::Upstream(frame),
         Ended::Stop(Stop::Malformed(..) | Stop::Violation(_)) => End::UpstreamMalformed,
     }

@@ -2,24 +2,30 @@
 
 use std::{
     cell::RefCell,
+    collections::VecDeque,
+    io::IoSlice,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use bytes::{Buf, Bytes};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
 };
 
 use super::{
-    super::messages::Violation,
+    super::{close::End, messages::Violation, push::Mailbox},
     header::Sender,
-    inspect::{Inspector, Judge, PING_PAYLOAD, Stop, Verdict},
+    inspect::{Inspector, Judge, PING_PAYLOAD, Seen, Stop, Verdict},
 };
 
 /// Most that is read at once. Large, so that a busy connection takes few system calls; there is one buffer per thread.
-const BUFFER: usize = 64 * 1024;
+pub(in crate::gateway) const BUFFER: usize = 64 * 1024;
+
+/// Most pieces that are written by one system call.
+const MOST_PIECES: usize = 32;
 
 /// Least speed at which a side must take what it is sent, in bytes per second; on top of the time that holds for any amount.
 const MIN_SPEED: f64 = 16.0 * 1024.0;
@@ -31,10 +37,12 @@ thread_local! {
 
 /// Why a direction ends.
 #[derive(Debug)]
-pub(super) enum Ended {
+pub(in crate::gateway) enum Ended {
     Stop(Stop),
     /// The sender's connection ended or broke.
     Gone,
+    /// What is put in between its messages says so.
+    Told(End),
 }
 
 /// One direction.
@@ -46,7 +54,7 @@ pub(super) struct Pipe {
 }
 
 /// The side that sends.
-pub(super) struct Intake {
+pub(in crate::gateway) struct Intake {
     inspector: Inspector,
     /// Bytes that were read and not yet passed: the beginning of a header or a control frame.
     carried: Vec<u8>,
@@ -55,11 +63,9 @@ pub(super) struct Intake {
 }
 
 /// The side that receives.
-pub(super) struct Outlet {
-    /// What it did not take at once.
-    held: Vec<u8>,
-    /// So many bytes of `held` are gone.
-    taken: usize,
+pub(in crate::gateway) struct Outlet {
+    /// What it did not take at once. A frame for many is the same piece of memory for all of them.
+    held: VecDeque<Bytes>,
     /// Whether what was written may have to be flushed.
     dirty: bool,
     /// Writing failed: nothing more gets there.
@@ -73,22 +79,19 @@ impl Pipe {
     /// `early` came together with the handshake. The receiver may take `timeout`, and a little more for a long message, to
     /// take what it is sent.
     pub(super) fn new(sender: Sender, early: Vec<u8>, timeout: Duration) -> Self {
-        let fresh = !early.is_empty();
-        Self {
-            intake: Intake { inspector: Inspector::new(sender), carried: early, fresh },
-            outlet: Outlet { held: Vec::new(), taken: 0, dirty: false, broken: false, due: None, timeout },
-            wants_ping: false,
-        }
+        Self { intake: Intake::new(sender, early), outlet: Outlet::new(timeout), wants_ping: false }
     }
 
-    /// Passes on what there is. `turn` is how many bytes it may read before others get theirs: at 0 there may be more, and
-    /// nobody will wake the task for it.
+    /// Passes on what there is, and what `mail` there is between two messages. `turn` is how many bytes it may read before
+    /// others get theirs: at 0 there may be more, and nobody will wake the task for it.
+    #[expect(clippy::too_many_arguments, reason = "two sides, whoever judges, and the turn")]
     pub(super) fn poll_pass(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut (impl AsyncRead + Unpin),
         sink: &mut (impl AsyncWrite + Unpin),
         judge: &mut impl Judge,
+        mut mail: Option<&mut Mailbox>,
         now: Instant,
         turn: &mut usize,
     ) -> Poll<Ended> {
@@ -99,21 +102,60 @@ impl Pipe {
             if outlet.broken || *turn == 0 {
                 return Poll::Pending;
             }
-            let looked = intake.poll_look(cx, source, judge, now, BUFFER, |cx, bytes, boundary| match boundary {
-                Some(at) if *wants_ping => {
-                    let (before, after) = bytes.split_at(at);
-                    outlet.send(cx, sink, before, now);
-                    outlet.send(cx, sink, &ping_frame(), now);
-                    outlet.send(cx, sink, after, now);
-                    *wants_ping = false;
+            let mut told = None;
+            let looked = intake.poll_look(cx, source, judge, now, BUFFER, |cx, mut bytes, seen| {
+                let mut sent = 0;
+                if let (Some(gap), Some(mail)) = (seen.gap, mail.as_deref_mut().filter(|mail| mail.has_news())) {
+                    outlet.send(cx, sink, &bytes[..gap], now);
+                    (bytes, sent) = (&bytes[gap..], gap);
+                    match mail.poll_take(cx, now) {
+                        Poll::Ready(Ok(frames)) => outlet.send_frames(cx, sink, frames, now),
+                        Poll::Ready(Err(end)) => told = Some(end),
+                        Poll::Pending => {}
+                    }
                 }
-                _ => outlet.send(cx, sink, bytes, now),
+                match seen.boundary {
+                    Some(boundary) if *wants_ping => {
+                        let (before, after) = bytes.split_at(boundary - sent);
+                        outlet.send(cx, sink, before, now);
+                        outlet.send(cx, sink, &ping_frame(), now);
+                        outlet.send(cx, sink, after, now);
+                        *wants_ping = false;
+                    }
+                    _ => outlet.send(cx, sink, bytes, now),
+                }
             });
-            match ready!(looked) {
-                Ok(read) => *turn = turn.saturating_sub(read),
-                Err(ended) => return Poll::Ready(ended),
+            let looked = ready!(looked);
+            match (looked, told) {
+                (Err(ended), _) => return Poll::Ready(ended),
+                (Ok(_), Some(end)) => return Poll::Ready(Ended::Told(end)),
+                (Ok(read), None) => *turn = turn.saturating_sub(read),
             }
         }
+    }
+
+    /// Sends what mail there is, if a message may begin now. Called when nothing more passes for the moment; the task is woken
+    /// for what comes later. An error ends the session.
+    pub(super) fn deliver(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut (impl AsyncWrite + Unpin),
+        mail: &mut Mailbox,
+        now: Instant,
+        turn: &mut usize,
+    ) -> Result<(), End> {
+        let Self { intake, outlet, .. } = self;
+        while intake.inspector.between_messages() && outlet.poll_drain(cx, sink, now).is_ready() && *turn > 0 {
+            match mail.poll_take(cx, now) {
+                Poll::Ready(frames) => {
+                    let frames = frames?;
+                    *turn = turn.saturating_sub(frames.iter().map(Bytes::len).sum());
+                    outlet.send_frames(cx, sink, frames, now);
+                }
+                Poll::Pending => return Ok(()),
+            }
+        }
+        mail.watch(cx)
     }
 
     /// Puts a ping between two frames, as soon as there is such a place.
@@ -160,21 +202,27 @@ impl Pipe {
 }
 
 impl Intake {
+    /// `early` came together with the handshake.
+    pub(in crate::gateway) fn new(sender: Sender, early: Vec<u8>) -> Self {
+        let fresh = !early.is_empty();
+        Self { inspector: Inspector::new(sender), carried: early, fresh }
+    }
+
     /// How many bytes are missing of a frame that has passed in part.
     pub(super) fn unfinished(&self) -> u64 {
         self.inspector.unfinished()
     }
 
-    /// Reads `most` bytes at most, looks at them and hands over what may pass, with the last place between two frames.
-    /// Gives how many were read.
-    fn poll_look(
+    /// Reads `most` bytes at most, looks at them and hands over what may pass, with the places in it. Gives how many were
+    /// read.
+    pub(in crate::gateway) fn poll_look(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut (impl AsyncRead + Unpin),
         judge: &mut impl Judge,
         now: Instant,
         most: usize,
-        pass: impl FnOnce(&mut Context<'_>, &[u8], Option<usize>),
+        pass: impl FnOnce(&mut Context<'_>, &[u8], &Seen),
     ) -> Poll<Result<usize, Ended>> {
         SHARED.with_borrow_mut(|buffer| {
             let carried = self.carried.len();
@@ -196,7 +244,7 @@ impl Intake {
             self.carried = buffer[seen.consumed..end].to_vec();
             self.fresh = seen.stop.is_some();
             if seen.passed > 0 {
-                pass(cx, &buffer[..seen.passed], seen.boundary);
+                pass(cx, &buffer[..seen.passed], &seen);
             }
             match seen.stop {
                 None => Poll::Ready(Ok(end - carried)),
@@ -213,7 +261,7 @@ impl Intake {
             match ready!(self.poll_look(cx, source, &mut Anything, now, BUFFER, |_, _, _| {})) {
                 Ok(_) => {}
                 Err(Ended::Gone | Ended::Stop(Stop::Close(_))) => return Poll::Ready(true),
-                Err(Ended::Stop(_)) => return Poll::Ready(false),
+                Err(Ended::Stop(_) | Ended::Told(_)) => return Poll::Ready(false),
             }
         }
         cx.waker().wake_by_ref();
@@ -222,8 +270,13 @@ impl Intake {
 }
 
 impl Outlet {
+    /// The receiver may take `timeout`, and a little more for a long message, to take what it is sent.
+    pub(in crate::gateway) fn new(timeout: Duration) -> Self {
+        Self { held: VecDeque::new(), dirty: false, broken: false, due: None, timeout }
+    }
+
     /// Sends, and holds what is not taken at once.
-    pub(super) fn send(
+    pub(in crate::gateway) fn send(
         &mut self,
         cx: &mut Context<'_>,
         sink: &mut (impl AsyncWrite + Unpin),
@@ -245,36 +298,70 @@ impl Outlet {
         }
     }
 
+    /// Sends frames, many by one system call, and holds those that are not taken at once. None is copied.
+    pub(in crate::gateway) fn send_frames(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut (impl AsyncWrite + Unpin),
+        frames: VecDeque<Bytes>,
+        now: Instant,
+    ) {
+        if self.broken {
+            return;
+        }
+        if self.held.is_empty() {
+            self.held = frames;
+        } else {
+            self.held.extend(frames);
+        }
+        _ = self.poll_drain(cx, sink, now);
+    }
+
     /// Holds what is to go out at the next chance.
-    pub(super) fn hold(&mut self, bytes: &[u8], now: Instant) {
-        self.held.extend_from_slice(bytes);
-        #[expect(clippy::cast_precision_loss, reason = "a length in bytes is far below 2^53")]
-        let allowance = Duration::from_secs_f64(self.held.len() as f64 / MIN_SPEED);
-        self.due.get_or_insert(now + self.timeout + allowance);
+    pub(in crate::gateway) fn hold(&mut self, bytes: &[u8], now: Instant) {
+        self.held.push_back(Bytes::copy_from_slice(bytes));
+        self.set_due(now);
+    }
+
+    fn set_due(&mut self, now: Instant) {
+        if self.due.is_none() {
+            let held: usize = self.held.iter().map(Bytes::len).sum();
+            #[expect(clippy::cast_precision_loss, reason = "a length in bytes is far below 2^53")]
+            let allowance = Duration::from_secs_f64(held as f64 / MIN_SPEED);
+            self.due = Some(now + self.timeout + allowance);
+        }
     }
 
     /// Completes when nothing is held any more, because it is sent or because it never will be.
-    pub(super) fn poll_drain(
+    pub(in crate::gateway) fn poll_drain(
         &mut self,
         cx: &mut Context<'_>,
         sink: &mut (impl AsyncWrite + Unpin),
         now: Instant,
     ) -> Poll<()> {
-        while self.taken < self.held.len() {
-            match ready!(Pin::new(&mut *sink).poll_write(cx, &self.held[self.taken..])) {
-                Ok(written) if written > 0 => {
-                    self.taken += written;
+        while !self.held.is_empty() {
+            let mut slices = [IoSlice::new(&[]); MOST_PIECES];
+            for (slice, piece) in slices.iter_mut().zip(&self.held) {
+                *slice = IoSlice::new(piece);
+            }
+            let pieces = self.held.len().min(MOST_PIECES);
+            match Pin::new(&mut *sink).poll_write_vectored(cx, &slices[..pieces]) {
+                Poll::Ready(Ok(written)) if written > 0 => {
                     self.dirty = true;
+                    self.gone(written);
                 }
-                _ => {
+                Poll::Ready(_) => {
                     self.break_off();
                     return Poll::Ready(());
                 }
+                Poll::Pending => {
+                    self.set_due(now);
+                    return Poll::Pending;
+                }
             }
         }
-        if self.taken > 0 {
-            self.held = Vec::new();
-            self.taken = 0;
+        if self.held.capacity() > 0 {
+            self.held = VecDeque::new();
         }
         if self.dirty {
             match Pin::new(&mut *sink).poll_flush(cx) {
@@ -290,26 +377,43 @@ impl Outlet {
         Poll::Ready(())
     }
 
+    /// So many bytes of what is held are written.
+    fn gone(&mut self, mut written: usize) {
+        while let Some(first) = self.held.front_mut() {
+            if written < first.len() {
+                first.advance(written);
+                break;
+            }
+            written -= first.len();
+            self.held.pop_front();
+        }
+    }
+
+    /// Forgets what is held but for the first piece, which may be written in part. Where each piece is a frame, another frame
+    /// can follow it.
+    pub(in crate::gateway) fn keep_first(&mut self) {
+        self.held.truncate(1);
+    }
+
     fn break_off(&mut self) {
         self.broken = true;
-        self.held = Vec::new();
-        self.taken = 0;
+        self.held = VecDeque::new();
         self.dirty = false;
         self.due = None;
     }
 
     /// When the receiver must have taken what it was sent; `None`: it has.
-    pub(super) fn due(&self) -> Option<Instant> {
+    pub(in crate::gateway) fn due(&self) -> Option<Instant> {
         self.due
     }
 
-    pub(super) fn is_broken(&self) -> bool {
+    pub(in crate::gateway) fn is_broken(&self) -> bool {
         self.broken
     }
 }
 
 /// Unmasked, as a server sends it.
-fn ping_frame() -> [u8; 2 + PING_PAYLOAD.len()] {
+pub(in crate::gateway) fn ping_frame() -> [u8; 2 + PING_PAYLOAD.len()] {
     let mut frame = [0; 2 + PING_PAYLOAD.len()];
     frame[..2].copy_from_slice(&[0x89, 7]);
     frame[2..].copy_from_slice(PING_PAYLOAD);

@@ -9,12 +9,16 @@ use std::{
 use futures_util::StreamExt;
 use serde_json::json;
 use tempfile::TempDir;
-use tokio_tungstenite::tungstenite::{Error, client::IntoClientRequest};
+use tokio::sync::oneshot;
+use tokio_tungstenite::tungstenite::{Error, Message, client::IntoClientRequest};
 
 use super::{relays, support::*};
 use crate::{
     config::{self, Auth, Jwt, OnExcess, Places, UserLimits, new_api_key},
-    gateway::auth::signing::{Signer, now},
+    gateway::{
+        Content, Recipients,
+        auth::signing::{Signer, now},
+    },
     policy::Limits,
 };
 
@@ -337,4 +341,41 @@ async fn no_token_gets_into_the_log_at_any_level() {
             assert!(!log.contains(part), "{part} is in the log: {log}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_user_is_reached_wherever_it_is_connected_and_closed_on_request() {
+    let setup = Setup::new();
+    let mut config = setup.config();
+    if let Some(auth) = &mut config.auth {
+        auth.users.connections = 0;
+    }
+    let (told, heard) = oneshot::channel();
+    let (relay, _) = relays::relay_with(config.clone(), "", |mut server| async move {
+        while let Some(Ok(message)) = server.next().await {
+            if message.is_close() {
+                told.send(message).unwrap();
+                break;
+            }
+        }
+    })
+    .await;
+    let rooms = start(&config::Gateway { upstream: config::Upstream::Broadcast, ..config });
+    for gateway in [&relay, &rooms] {
+        let push = gateway.settings.0.borrow().hub.push();
+        let mut alice = connect(gateway, "/", &bearer(&setup.signer.token_of("alice", 60))).await.unwrap();
+        assert_eq!(push.publish(Recipients::User("alice"), Content::Text("for alice")).await, 1);
+        assert_eq!(push.publish(Recipients::User("bob"), Content::Text("for bob")).await, 0);
+        assert_eq!(push.users("", 9), [("alice".into(), 1)]);
+        assert_eq!(push.disconnect("bob", 4000, "").await, 0);
+        assert_eq!(push.disconnect("alice", 4000, "bye").await, 1);
+        assert_eq!(next(&mut alice).await, Message::text("for alice"));
+        assert_eq!(next_close(&mut alice).await, (4000, "bye".to_owned()));
+        gateway.policy.wait_closed(1).await;
+        assert!(push.users("", 9).is_empty());
+    }
+    assert_eq!(heard.await.unwrap(), close(1001, "client went away"));
+    // Both have metrics of their own.
+    let kicked = "limiter_sessions_closed_total{reason=\"kicked\"}";
+    assert_eq!((relay.metric(kicked), rooms.metric(kicked)), (1, 1));
 }

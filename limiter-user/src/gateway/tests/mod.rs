@@ -2,6 +2,7 @@
 
 mod admissions;
 mod auth;
+mod broadcast;
 mod drains;
 mod forward_auth;
 mod handshakes;

@@ -91,8 +91,8 @@ async fn unreliable_upstream(seed: u64) -> Upstream {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_is_given_back_once_whatever_the_clients_do() {
-    for seed in [1, 2] {
-        storm(seed, Upstream::Echo).await;
+    for (seed, upstream) in [(1, Upstream::Echo), (2, Upstream::Echo), (5, Upstream::Broadcast)] {
+        storm(seed, upstream).await;
     }
 }
 
@@ -104,7 +104,7 @@ async fn everything_is_given_back_once_whatever_clients_and_upstream_do() {
 }
 
 async fn storm(seed: u64, upstream: Upstream) {
-    let is_echo = upstream == Upstream::Echo;
+    let is_built_in = !matches!(upstream, Upstream::Relay(_));
     let config = config::Gateway {
         upstream,
         ping_interval: Duration::from_millis(50),
@@ -128,7 +128,7 @@ async fn storm(seed: u64, upstream: Upstream) {
     gateway.wait_released().await;
     assert_eq!(gateway.metric("limiter_sessions"), 0);
 
-    if is_echo {
+    if is_built_in {
         // Every slot is there again.
         let full = join_all((0..LIMIT).map(|_| gateway.connect())).await;
         tokio_tungstenite::connect_async(gateway.url()).await.expect_err("no slot too many");
