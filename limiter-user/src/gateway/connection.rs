@@ -52,7 +52,7 @@ pub(super) struct Accepted {
     pub(super) client: IpAddr,
     pub(super) permit: Permit,
     /// `None` where anybody may connect.
-    pub(super) user: Option<Member>,
+    pub(super) user: Option<Box<Member>>,
     pub(super) application: Opened,
     /// What others have for the client, from before it is told that it is in; where they can have something.
     pub(super) mail: Option<Box<Mailbox>>,
@@ -239,11 +239,11 @@ async fn decide(
             // From here on it counts as its user's, so that users behind one address leave each other room.
             permit.leave_source();
             shared.policy.authenticated(&endpoints.connection, member.user());
-            Some(member)
+            Some(Box::new(member))
         }
         _ => None,
     };
-    let client = Client::new(identity, endpoints, user.as_ref().map(Member::user));
+    let client = Client::new(identity, endpoints, user.as_deref().map(Member::user));
     // A tenth of the time is kept, to tell the client that the upstream has not answered.
     let upstream_deadline = deadline - shared.config.handshake_timeout / 10;
     let (application, protocol) = route.application.open(route, head, &handshake, client, upstream_deadline).await?;
@@ -251,7 +251,7 @@ async fn decide(
         Opened::Broadcast(room) => Some(room.as_str()),
         Opened::Echo | Opened::Relay(_) => None,
     };
-    let mail = shared.hub.enter(room, user.as_ref().map(Member::user));
+    let mail = shared.hub.enter(room, user.as_deref().map(Member::user));
     if let Some(member) = &user {
         member.take_over();
     }

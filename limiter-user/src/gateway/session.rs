@@ -24,8 +24,8 @@ use super::{
     turns::{self, Turns},
 };
 
-/// What a session begins with. Boxed, and taken apart before the session waits for anything: what is moved out of a future's
-/// variable still takes room in it.
+/// What a session begins with. Boxed, and taken apart by a function that ends before the session waits for anything: what is moved
+/// out of a future's variable still takes room in it, and a box that is moved out of is kept to the end of its scope.
 pub(super) struct Established {
     pub(super) socket: Socket,
     /// What the client sent right after its handshake.
@@ -68,7 +68,7 @@ enum Begun<'a> {
 
 /// Serves a client to the end of the session and closes both sides.
 pub(super) async fn run(established: Box<Established>, shared: &Arc<Shared>) {
-    match begin(*established, shared) {
+    match begin(established, shared) {
         Begun::Relay(mut session) => {
             let end = last(&mut session, shared).await;
             // Boxed, because the room is needed only now.
@@ -90,8 +90,8 @@ pub(super) async fn run(established: Box<Established>, shared: &Arc<Shared>) {
     }
 }
 
-fn begin(established: Established, shared: &Shared) -> Begun<'_> {
-    let Established { socket, early, accepted, since } = established;
+fn begin(established: Box<Established>, shared: &Shared) -> Begun<'_> {
+    let Established { socket, early, accepted, since } = *established;
     let Accepted { client: address, permit, user, application, mail, place } = accepted;
     let config = shared.routes.settings_of(&place);
     let open = shared.metrics.session_opened(since.elapsed());
@@ -115,7 +115,7 @@ async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
     let end = tokio::select! {
         biased;
         () = shared.drain.wait() => End::Draining,
-        end = lapse(held.who.user.as_ref(), shared) => end,
+        end = lapse(held.who.user.as_deref(), shared) => end,
         end = turns::run(turns) => end,
     };
     ends(&end, held, shared);
@@ -131,14 +131,14 @@ fn ends(end: &End, held: &mut Held<'_>, shared: &Shared) {
 struct Who {
     address: IpAddr,
     remote: SocketAddr,
-    /// `None` where anybody may connect.
-    user: Option<Member>,
+    /// `None` where anybody may connect. Boxed, because there it should take no room.
+    user: Option<Box<Member>>,
 }
 
 fn log(end: &End, who: &Who, lasted: Duration, shared: &Shared) {
     let reason = end.label();
     let Who { address, remote, user } = who;
-    let user = user.as_ref().map(Member::user);
+    let user = user.as_deref().map(Member::user);
     tracing::debug!(client = %address, %remote, user, reason, ?lasted, "session ends");
     if end.is_abuse()
         && let Some(left_out) = shared.log.admit(reason)

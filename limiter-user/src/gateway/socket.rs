@@ -3,16 +3,17 @@
 use std::{
     future::poll_fn,
     io,
+    mem::MaybeUninit,
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
     time::{Instant, timeout},
 };
@@ -127,11 +128,22 @@ impl Socket {
                 Transport::Tls(stream) => stream.get_mut().0,
                 Transport::Handshake(_) | Transport::Gone => return Err(not_ready()),
             };
-            let mut discarded = [0; 4096];
-            while stream.read(&mut discarded).await? > 0 {}
-            Ok(())
+            poll_fn(|cx| poll_discard(stream, cx)).await
         })
         .await;
+    }
+}
+
+/// Reads to the end and throws it away. The buffer is on the stack: in the future it would be there for each of thousands that are
+/// closed together.
+fn poll_discard(stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    let mut buffer = [const { MaybeUninit::uninit() }; 4096];
+    loop {
+        let mut discarded = ReadBuf::uninit(&mut buffer);
+        ready!(Pin::new(&mut *stream).poll_read(cx, &mut discarded))?;
+        if discarded.filled().is_empty() {
+            return Poll::Ready(Ok(()));
+        }
     }
 }
 
