@@ -1,19 +1,23 @@
 //! `on_deny = "reset"`: a client past the limit is told so at once.
 
-use std::{io, net::TcpStream, time::Duration};
+use std::{fs, io, net::TcpStream, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use limiter_tests::{
     bare::{Answer, BareXdp},
     both_families,
-    lab::{CLIENT_INTERFACE, Client, Family, Lab},
+    lab::{CLIENT_INTERFACE, Client, Family, Lab, PORT},
     limiter::Limiter,
     netns::Namespace,
     tcp::{Crowd, PlainServer, connect_served},
     wait::SOON,
 };
 
-both_families!(a_refused_connect_fails_at_once, a_refused_connect_fails_at_once_in_generic_mode,);
+both_families!(
+    a_refused_connect_fails_at_once,
+    a_refused_connect_fails_at_once_in_generic_mode,
+    what_a_refused_connect_gets_changes_at_once,
+);
 
 fn a_refused_connect_fails_at_once(family: Family) -> Result<()> {
     refused_connect_fails(family, "native")
@@ -58,6 +62,57 @@ fn refused(client: &Client, family: Family) -> Result<()> {
     let error = outcome.err().context("it is connected")?;
     ensure!(error.kind() == io::ErrorKind::ConnectionRefused, "{error}");
     Ok(())
+}
+
+/// `limiter limit set on_deny=…`: with the programs and the connections as they are, and in the file too.
+fn what_a_refused_connect_gets_changes_at_once(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _peer = BareXdp::load(Answer::Pass)?.attach(&client.namespace, CLIENT_INTERFACE)?;
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let text = format!(
+        "[kernel]\ninterfaces = [\"{}\"]\non_deny = \"drop\" # for all\n[limits]\nconnections_per_source = 1\n\
+         [[service]]\nname = \"chat\"\nport = {PORT}\n[[service]]\nname = \"other\"\nport = 1\n",
+        client.server_interface()
+    );
+    let file = Limiter::config_file(&text)?;
+    let path = file.path().display().to_string();
+    limiter.attach(["--config", &path])?;
+    let held = connect_served(&client.namespace, client.service(family), SOON)?;
+    limiter.wait_held(client.address(family), 1)?;
+    let set = |arguments: &[&str]| limiter.output(["limit", "set"].iter().chain(arguments));
+
+    let dropped = Crowd::connect(&client.namespace, client.service(family), 1, Duration::from_millis(300))?;
+    assert_eq!(dropped.unanswered.len(), 1);
+    drop(dropped);
+    let said = set(&["on_deny=reset", "--service", "chat", "--config", &path, "--save"])?;
+    assert_eq!(said, "chat: on_deny drop → reset\n");
+    refused(client, family)?;
+    assert!(limiter.counter("reset_sent")? >= 1);
+    let saved = fs::read_to_string(&path)?;
+    assert_eq!(saved, text.replace("port = 8080\n", "port = 8080\non_deny = \"reset\"\n"));
+
+    let said = set(&["on_deny=observe", "connections_total=7", "--config", &path, "--save"])?;
+    assert_eq!(
+        said,
+        "chat: on_deny reset → observe\nchat: connections_total 10000 → 7\n\
+         other: on_deny drop → observe\nother: connections_total 10000 → 7\n"
+    );
+    let past = connect_served(&client.namespace, client.service(family), SOON).context("it is only observed")?;
+    let show = limiter.output(["limit", "show", "--json"])?;
+    let show: serde_json::Value = serde_json::from_str(&show)?;
+    for row in show["limits"].as_array().context("a list")? {
+        assert_eq!((&row["on_deny"], &row["connections_total"]), (&"observe".into(), &7.into()), "{row}");
+    }
+    let saved = fs::read_to_string(&path)?;
+    assert!(saved.contains("on_deny = \"observe\" # for all\n"), "{saved}");
+    // The file says what is in force: to attach by it changes nothing.
+    limiter.attach(["--config", &path])?;
+    let again: serde_json::Value = serde_json::from_str(&limiter.output(["limit", "show", "--json"])?)?;
+    assert_eq!(again, show);
+    drop((held, past));
+    limiter.wait_empty()
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Instant};
 
 use anyhow::{Context, Result};
+use limiter::config::LimitKey;
 use limiter_tests::{
     both_families,
     lab::{Family, Lab, PORT},
@@ -194,5 +195,58 @@ fn a_service_takes_connections_at_its_rate(family: Family) -> Result<()> {
     for (raw, connections) in raws.iter().zip(&halves) {
         raw.reset(connections)?;
     }
+    limiter.wait_empty()
+}
+
+/// Each key of `[limits]` can be set while connections are open, those that say what a source is among them: what is open stays
+/// with the source that it was counted for.
+#[test]
+fn every_limit_changes_at_once_and_counts_stay_right() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let (family, address) = (Family::V4, client.address(Family::V4));
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 2, &[])?;
+    let mut values: Vec<(&str, u32)> = LimitKey::ALL
+        .into_iter()
+        .map(|key| {
+            let (_, greatest) = key.range();
+            (key.name(), if greatest > 1000 { 1000 } else { greatest })
+        })
+        .collect();
+    for (key, value) in &mut values {
+        match *key {
+            "ipv4_prefix" => *value = 24,
+            "wide_ipv4_prefix" => *value = 16,
+            "ipv6_prefix" => *value = 128,
+            "connections_per_source" => *value = 2,
+            _ => {}
+        }
+    }
+    let before = Crowd::connect(&client.namespace, client.service(family), 2, SOON)?;
+    assert_eq!(before.served.len(), 2);
+    limiter.wait_held(address, 2)?;
+    let arguments: Vec<String> = values.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    limiter.output(["limit", "set"].into_iter().chain(arguments.iter().map(String::as_str)))?;
+    let show: Value = serde_json::from_str(&limiter.output(["limit", "show", "--json"])?)?;
+    for (key, value) in &values {
+        assert_eq!(show["limits"][0][key], *value, "{key}");
+    }
+
+    // The new source begins anew beside the old one, with the limit for itself.
+    let after = Crowd::connect(&client.namespace, client.service(family), 5, NO_ANSWER)?;
+    assert_eq!(after.served.len(), 2);
+    let sources = limiter.json("sources")?;
+    let held = |source: &str, tier: &str| {
+        let rows = sources["sources"].as_array()?;
+        rows.iter().find(|row| row["source"] == source && row["tier"] == tier)?["connections"].as_u64()
+    };
+    assert_eq!(held("198.18.1.0/24", "narrow"), Some(2), "{sources}");
+    assert_eq!(held("198.18.0.0/16", "wide"), Some(2), "{sources}");
+    assert_eq!(held(&format!("{address}/32"), "narrow"), Some(2), "{sources}");
+    // Back again: each is given back where it was taken.
+    limiter.output(["limit", "set", "ipv4_prefix=32", "wide_ipv4_prefix=0"])?;
+    drop((before, after));
     limiter.wait_empty()
 }

@@ -8,11 +8,12 @@ use toml::de::DeTable;
 use super::{
     Admin, Config, ConfigError, Gateway, Kernel, Log, Push, RuleAction, Service,
     auth_parse::{self, AuthSpans},
-    edit::GREATEST_CONNECTION_RATE,
     messages,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
-    route, tls, value,
+    route,
+    setting::GREATEST_CONNECTION_RATE,
+    tls, value,
 };
 use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 

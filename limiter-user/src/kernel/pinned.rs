@@ -20,7 +20,7 @@ use super::{
     sysctl::{LeftChanged, SYNCOOKIES, TIMESTAMPS},
 };
 use crate::{
-    config::{OnFull, Service},
+    config::{OnDeny, OnFull, Service},
     policy::{Cidr, Limits, Rule},
 };
 
@@ -227,17 +227,19 @@ impl Pinned {
         &self.pins
     }
 
-    /// Puts new limits in force for the services of these indexes, in one step; connections that are open stay open.
-    pub fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError> {
+    /// Puts new limits in force for the services of these indexes, and what their refused SYNs get, in one step; connections
+    /// that are open stay open.
+    pub fn set_limits(&self, limits: &[(u32, Limits, OnDeny)]) -> Result<(), KernelError> {
         let mut change = Change::begin(&self.pins)?;
         let mut services = change.services()?;
-        for (index, limits) in limits {
+        for (index, limits, on_deny) in limits {
             let known = services.iter_mut().find(|(known, _)| known == index);
             let (_, service) = known.ok_or_else(|| KernelError::Failed {
                 what: format!("there is no service number {index} any more; nothing was changed"),
                 source: "it was taken away meanwhile".into(),
             })?;
             service.limits = *limits;
+            service.on_deny = *on_deny;
         }
         change.set_services(&services)?;
         change.commit()

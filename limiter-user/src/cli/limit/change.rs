@@ -1,55 +1,39 @@
-//! Which limits become what, and how to go back.
+//! Which settings become what, and how to go back.
 
 use std::{collections::BTreeSet, fmt};
 
+use clap::ValueEnum as _;
 use serde::Serialize;
 
 use super::super::Usage;
 use crate::{
-    config::LimitKey,
+    config::{OnDeny, Setting},
     kernel::{KernelError, Pinned, ServiceRow},
     policy::Limits,
 };
 
-/// `KEY=VALUE`.
-pub(super) fn parse_assignment(text: &str) -> Result<(LimitKey, u32), String> {
-    let names = || LimitKey::ALL.map(LimitKey::name).join(", ");
-    let (name, value) = text.split_once('=').ok_or("expected KEY=VALUE, such as connections_per_source=20")?;
-    let key = LimitKey::ALL
-        .into_iter()
-        .find(|key| key.name() == name)
-        .ok_or_else(|| format!("there is no limit {name:?}; there are {}", names()))?;
-    let (least, greatest) = key.range();
-    value
-        .parse()
-        .ok()
-        .filter(|value| (least..=greatest).contains(value))
-        .map(|value| (key, value))
-        .ok_or_else(|| format!("{name}: found {value:?}, expected a whole number from {least} to {greatest}"))
-}
-
-/// The same, if no key is there twice.
-pub(super) fn once_each(values: &[(LimitKey, u32)]) -> Result<Vec<(LimitKey, u32)>, Usage> {
+/// The same settings, if no key is there twice.
+pub(super) fn once_each(settings: &[Setting]) -> Result<Vec<Setting>, Usage> {
     let mut seen = BTreeSet::new();
-    match values.iter().find(|(key, _)| !seen.insert(*key)) {
-        Some((key, _)) => Err(Usage(format!("{} is given twice", key.name()))),
-        None => Ok(values.to_vec()),
+    match settings.iter().find(|setting| !seen.insert(setting.name())) {
+        Some(setting) => Err(Usage(format!("{} is given twice", setting.name()))),
+        None => Ok(settings.to_vec()),
     }
 }
 
-/// Where limits are in force.
+/// Where settings are in force.
 pub(super) trait Store {
-    /// Puts limits in force for the services of these indexes: all of them or none.
-    fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError>;
+    /// Puts these in force for the services of these indexes: all of them or none.
+    fn set_limits(&self, limits: &[(u32, Limits, OnDeny)]) -> Result<(), KernelError>;
 }
 
 impl Store for Pinned {
-    fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError> {
+    fn set_limits(&self, limits: &[(u32, Limits, OnDeny)]) -> Result<(), KernelError> {
         Self::set_limits(self, limits)
     }
 }
 
-/// The services that change, with the limits before and after.
+/// The services that change, with what holds before and after.
 #[derive(Debug)]
 pub(super) struct Plan(Vec<Step>);
 
@@ -57,33 +41,35 @@ pub(super) struct Plan(Vec<Step>);
 struct Step {
     index: u32,
     service: String,
-    old: Limits,
-    new: Limits,
+    old: (Limits, OnDeny),
+    new: (Limits, OnDeny),
 }
 
 impl Plan {
     /// `service`: the name of the one that changes, or else all.
-    pub(super) fn new(
-        services: &[ServiceRow],
-        service: Option<&str>,
-        values: &[(LimitKey, u32)],
-    ) -> Result<Self, Usage> {
-        if let (Some(_), Some((key, _))) = (service, values.iter().find(|(key, _)| key.is_of_all_services())) {
-            return Err(Usage(format!("{} is one number for all services: leave out --service", key.name())));
+    pub(super) fn new(services: &[ServiceRow], service: Option<&str>, settings: &[Setting]) -> Result<Self, Usage> {
+        if let (Some(_), Some(setting)) = (service, settings.iter().find(|setting| setting.is_of_all_services())) {
+            return Err(Usage(format!("{} is one number for all services: leave out --service", setting.name())));
         }
         let steps: Vec<Step> = services
             .iter()
             .filter(|row| service.is_none_or(|name| row.name == name))
             .map(|row| {
-                let mut new = row.limits;
-                for &(key, value) in values {
-                    // `parse_assignment` lets no other value through.
-                    key.set(&mut new, value).ok_or_else(|| Usage(format!("{}={value} is out of range", key.name())))?;
+                let old = (row.limits, on_deny(row));
+                let (mut limits, mut on_deny) = old;
+                for &setting in settings {
+                    match setting {
+                        // `Setting::parse` lets no other value through.
+                        Setting::Limit(key, value) => key
+                            .set(&mut limits, value)
+                            .ok_or_else(|| Usage(format!("{}={value} is out of range", key.name())))?,
+                        Setting::OnDeny(value) => on_deny = value,
+                    }
                 }
-                if let Err((key, why)) = new.check() {
+                if let Err((key, why)) = limits.check() {
                     return Err(Usage(format!("{}: {key}: {why}", row.name)));
                 }
-                Ok(Step { index: row.index, service: row.name.clone(), old: row.limits, new })
+                Ok(Step { index: row.index, service: row.name.clone(), old, new: (limits, on_deny) })
             })
             .collect::<Result<_, Usage>>()?;
         if steps.is_empty() {
@@ -101,13 +87,13 @@ impl Plan {
 
     /// Puts the new limits in force for all services, or leaves the old ones.
     pub(super) fn apply(&self, store: &impl Store) -> Result<(), KernelError> {
-        let new: Vec<_> = self.0.iter().map(|step| (step.index, step.new)).collect();
+        let new: Vec<_> = self.0.iter().map(|step| (step.index, step.new.0, step.new.1)).collect();
         store.set_limits(&new)
     }
 
     /// Puts the old limits in force again, because of `error`, which it gives back.
     pub(super) fn undo(&self, store: &impl Store, error: anyhow::Error) -> anyhow::Error {
-        let old: Vec<_> = self.0.iter().map(|step| (step.index, step.old)).collect();
+        let old: Vec<_> = self.0.iter().map(|step| (step.index, step.old.0, step.old.1)).collect();
         match store.set_limits(&old) {
             Ok(()) => error.context("nothing was changed"),
             Err(failed) => error.context(format!(
@@ -118,30 +104,32 @@ impl Plan {
     }
 
     /// What changes, key by key.
-    pub(super) fn changes(&self, values: &[(LimitKey, u32)]) -> Vec<Change> {
+    pub(super) fn changes(&self, settings: &[Setting]) -> Vec<Change> {
         let of_step = |step: &Step| {
-            let (service, old, new) = (step.service.clone(), step.old, step.new);
-            values
-                .iter()
-                .map(move |&(key, _)| Change {
-                    service: service.clone(),
-                    key: key.name(),
-                    old: key.get(&old),
-                    new: key.get(&new),
-                })
-                .collect::<Vec<_>>()
+            let of_setting = |setting: &Setting| Change {
+                service: step.service.clone(),
+                key: setting.name(),
+                old: Held::of(*setting, &step.old),
+                new: Held::of(*setting, &step.new),
+            };
+            settings.iter().map(of_setting).collect::<Vec<_>>()
         };
         self.0.iter().flat_map(of_step).collect()
     }
 }
 
-/// One limit of one service, before and after.
+/// What the refused SYNs of a service get. The name comes from [`OnDeny::name`].
+fn on_deny(row: &ServiceRow) -> OnDeny {
+    OnDeny::from_str(row.on_deny, false).unwrap_or(OnDeny::Drop)
+}
+
+/// One setting of one service, before and after.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Change {
     service: String,
     key: &'static str,
-    old: u32,
-    new: u32,
+    old: Held,
+    new: Held,
 }
 
 impl fmt::Display for Change {
@@ -150,14 +138,44 @@ impl fmt::Display for Change {
     }
 }
 
+/// A value that a service has.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+enum Held {
+    Number(u32),
+    Name(&'static str),
+}
+
+impl Held {
+    fn of(setting: Setting, (limits, on_deny): &(Limits, OnDeny)) -> Self {
+        match setting {
+            Setting::Limit(key, _) => Self::Number(key.get(limits)),
+            Setting::OnDeny(_) => Self::Name(on_deny.name()),
+        }
+    }
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Name(name) => name.fmt(f),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{cell::RefCell, io};
 
     use super::*;
-    use crate::kernel::{ChallengeRow, Counters};
+    use crate::{
+        config::LimitKey,
+        kernel::{ChallengeRow, Counters},
+    };
 
-    const FIVE: &[(LimitKey, u32)] = &[(LimitKey::ConnectionsPerSource, 5)];
+    const FIVE: &[Setting] = &[Setting::Limit(LimitKey::ConnectionsPerSource, 5)];
+    const OBSERVE: Setting = Setting::OnDeny(OnDeny::Observe);
 
     fn service(index: u32, name: &str) -> ServiceRow {
         ServiceRow {
@@ -176,38 +194,42 @@ mod tests {
     #[derive(Default)]
     struct Fake {
         set: RefCell<Vec<(u32, u32)>>,
+        on_deny: RefCell<Vec<OnDeny>>,
         broken: bool,
     }
 
     impl Store for Fake {
-        fn set_limits(&self, limits: &[(u32, Limits)]) -> Result<(), KernelError> {
+        fn set_limits(&self, limits: &[(u32, Limits, OnDeny)]) -> Result<(), KernelError> {
             if self.broken {
                 return Err(KernelError::Failed { what: "can't write".into(), source: io::Error::other("no").into() });
             }
-            self.set.replace(limits.iter().map(|(index, limits)| (*index, limits.connections_per_source)).collect());
+            self.set.replace(limits.iter().map(|(index, limits, _)| (*index, limits.connections_per_source)).collect());
+            self.on_deny.replace(limits.iter().map(|(_, _, on_deny)| *on_deny).collect());
             Ok(())
         }
     }
 
     #[test]
-    fn assignments_are_checked() {
-        assert_eq!(parse_assignment("connections_per_source=0"), Ok((LimitKey::ConnectionsPerSource, 0)));
-        assert_eq!(parse_assignment("ipv6_prefix=48"), Ok((LimitKey::Ipv6Prefix, 48)));
-        for (text, complaint) in [
-            ("connections_per_source", "expected KEY=VALUE"),
-            ("burst=1", "there is no limit \"burst\"; there are connections_per_source, connections_per_wide_source"),
-            ("connections_total=-1", "found \"-1\", expected a whole number from 0 to 4294967295"),
-            ("connections_total=", "found \"\""),
-            ("ipv4_prefix=0", "from 1 to 32"),
-            ("ipv4_prefix=33", "from 1 to 32"),
-            ("ipv6_prefix=129", "from 1 to 128"),
-            ("wide_ipv4_prefix=32", "from 0 to 31"),
-            ("ipv6_prefix=64=64", "found \"64=64\""),
-        ] {
-            let error = parse_assignment(text).unwrap_err();
-            assert!(error.contains(complaint), "{text}: {error}");
-        }
+    fn a_key_is_given_once() {
         assert!(once_each(&[FIVE[0], FIVE[0]]).is_err());
+        assert!(once_each(&[OBSERVE, Setting::OnDeny(OnDeny::Drop)]).is_err());
+        assert!(once_each(&[FIVE[0], OBSERVE]).is_ok());
+    }
+
+    #[test]
+    fn what_a_refused_syn_gets_changes_with_the_limits_and_goes_back_with_them() {
+        let services = [service(0, "a"), service(1, "b")];
+        let store = Fake::default();
+        let plan = Plan::new(&services, Some("b"), &[OBSERVE, FIVE[0]]).unwrap();
+        plan.apply(&store).unwrap();
+        assert_eq!(store.on_deny.take(), [OnDeny::Observe]);
+        assert_eq!(store.set.take(), [(1, 5)]);
+        let lines: Vec<_> = plan.changes(&[OBSERVE, FIVE[0]]).iter().map(ToString::to_string).collect();
+        assert_eq!(lines, ["b: on_deny drop → observe", "b: connections_per_source 20 → 5"]);
+        let document = serde_json::to_value(plan.changes(&[OBSERVE])).unwrap();
+        assert_eq!(document[0]["new"], "observe");
+        plan.undo(&store, anyhow::anyhow!("disk full"));
+        assert_eq!(store.on_deny.take(), [OnDeny::Drop]);
     }
 
     #[test]
@@ -229,16 +251,18 @@ mod tests {
 
     #[test]
     fn limits_that_do_not_go_together_are_refused() {
-        let refused = |service_name, values: &[(LimitKey, u32)]| {
+        let refused = |service_name, values: &[Setting]| {
             Plan::new(&[service(0, "a")], service_name, values).unwrap_err().to_string()
         };
-        let error = refused(None, &[(LimitKey::ConnectionsPerWideSource, 9)]);
+        let error = refused(None, &[Setting::Limit(LimitKey::ConnectionsPerWideSource, 9)]);
         assert!(error.starts_with("a: connections_per_wide_source: there is no wider source"), "{error}");
-        let error = refused(None, &[(LimitKey::WideIpv4Prefix, 24), (LimitKey::Ipv4Prefix, 24)]);
+        let error =
+            refused(None, &[Setting::Limit(LimitKey::WideIpv4Prefix, 24), Setting::Limit(LimitKey::Ipv4Prefix, 24)]);
         assert!(error.starts_with("a: wide_ipv4_prefix: a wider source has a shorter prefix"), "{error}");
-        let error = refused(Some("a"), &[(LimitKey::ConnectionsTotalAll, 9)]);
+        let error = refused(Some("a"), &[Setting::Limit(LimitKey::ConnectionsTotalAll, 9)]);
         assert_eq!(error, "connections_total_all is one number for all services: leave out --service");
-        let both = [(LimitKey::WideIpv4Prefix, 24), (LimitKey::ConnectionsPerWideSource, 9)];
+        let both =
+            [Setting::Limit(LimitKey::WideIpv4Prefix, 24), Setting::Limit(LimitKey::ConnectionsPerWideSource, 9)];
         assert!(Plan::new(&[service(0, "a")], None, &both).is_ok());
     }
 

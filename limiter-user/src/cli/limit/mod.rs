@@ -10,7 +10,7 @@ use super::{
     rules,
 };
 use crate::{
-    config::{LimitKey, prepare_limits},
+    config::{LimitKey, Setting, prepare_settings},
     kernel::{Pinned, ServiceRow},
     policy::{Action, Cidr, Limits},
 };
@@ -23,7 +23,7 @@ pub(super) enum Command {
         #[command(flatten)]
         format: Format,
     },
-    /// Change limits at once; connections that are open stay open
+    /// Change limits, and what refused clients get, at once; connections that are open stay open
     Set(SetArgs),
 }
 
@@ -33,10 +33,10 @@ pub(super) struct SetArgs {
     #[arg(
         required = true,
         value_name = "KEY=VALUE",
-        help = "What to change: connections_per_source, connections_per_wide_source, connections_total, connections_total_all, connection_rate, service_connection_rate (0: any number), connection_burst, service_connection_burst, ipv4_prefix, ipv6_prefix, wide_ipv4_prefix, wide_ipv6_prefix (0: no wider source)",
-        value_parser = change::parse_assignment
+        help = "What to change: connections_per_source, connections_per_wide_source, connections_total, connections_total_all, connection_rate, service_connection_rate (0: any number), connection_burst, service_connection_burst, ipv4_prefix, ipv6_prefix, wide_ipv4_prefix, wide_ipv6_prefix (0: no wider source), on_deny (drop, reset, observe)",
+        value_parser = Setting::parse
     )]
-    values: Vec<(LimitKey, u32)>,
+    values: Vec<Setting>,
     /// Only for this service; without, for all
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
@@ -119,7 +119,7 @@ fn set(global: &Global, args: &SetArgs) -> anyhow::Result<()> {
     };
     let pinned = Pinned::open(&global.pin_path()?)?;
     let plan = change::Plan::new(&pinned.services()?, args.service.as_deref(), &values)?;
-    let file = file.map(|path| prepare_limits(path, args.service.as_deref(), &values)).transpose()?;
+    let file = file.map(|path| prepare_settings(path, args.service.as_deref(), &values)).transpose()?;
     plan.apply(&pinned)?;
     let saved = file.is_some();
     if let Some(Err(error)) = file.map(crate::config::PreparedFile::commit) {
@@ -146,18 +146,24 @@ struct RuleDocument {
 }
 
 /// Gives a rule limits of its own, and makes it if there is none.
-fn set_rule(global: &Global, cidr: Cidr, values: &[(LimitKey, u32)], format: Format) -> anyhow::Result<()> {
+fn set_rule(global: &Global, cidr: Cidr, values: &[Setting], format: Format) -> anyhow::Result<()> {
     let of_rules = [
         LimitKey::ConnectionsPerSource,
         LimitKey::ConnectionsPerWideSource,
         LimitKey::ConnectionRate,
         LimitKey::ConnectionBurst,
     ];
-    if let Some((key, _)) = values.iter().find(|(key, _)| !of_rules.contains(key)) {
+    let is_of_rules = |setting: &Setting| matches!(setting, Setting::Limit(key, _) if of_rules.contains(key));
+    if let Some(setting) = values.iter().find(|setting| !is_of_rules(setting)) {
         let names = of_rules.map(LimitKey::name).join(", ");
-        return Err(Usage(format!("a rule has no {}; it may have {names}", key.name())).into());
+        return Err(Usage(format!("a rule has no {}; it may have {names}", setting.name())).into());
     }
-    let value = |wanted| values.iter().find(|(key, _)| *key == wanted).map(|(_, value)| *value);
+    let value = |wanted| {
+        values.iter().find_map(|setting| match setting {
+            Setting::Limit(key, value) if *key == wanted => Some(*value),
+            _ => None,
+        })
+    };
     let pinned = Pinned::open(&global.pin_path()?)?;
     let own = match rules::set_own(&pinned, cidr, of_rules.map(value))?.rule.action {
         Action::Limit(own) => own,
