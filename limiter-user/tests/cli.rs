@@ -67,6 +67,7 @@ fn help_and_version_are_no_error() {
         "connections",
         "explain",
         "kick",
+        "publish",
         "key",
         "limit",
         "config",

@@ -3,11 +3,11 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
-    Json, Router,
-    extract::State as Shared,
+    Extension, Json, Router,
+    extract::{Request, State as Shared},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{any, get},
 };
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -22,7 +22,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Metrics, Readiness, State};
+use super::{Control, Metrics, Readiness, State, control};
 
 /// Connections that are served at the same time; more wait in the backlog.
 const MOST_CONNECTIONS: usize = 64;
@@ -43,7 +43,7 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 
 /// Why the admin server can't start.
 #[derive(Debug, thiserror::Error)]
-#[error("can't listen on {address} for metrics and health: {error}; {}", advice(error, *address))]
+#[error("can't listen on {address} for metrics, health and control: {error}; {}", advice(error, *address))]
 pub struct BindError {
     address: SocketAddr,
     error: io::Error,
@@ -69,6 +69,7 @@ pub struct Admin {
     listener: TcpListener,
     address: SocketAddr,
     router: Router,
+    control: Option<Control>,
 }
 
 /// What a handler needs.
@@ -78,6 +79,8 @@ struct Context {
     readiness: Readiness,
     /// One scrape at a time: each reads the kernel's maps.
     scrape: Semaphore,
+    control: Option<Control>,
+    is_loopback: bool,
 }
 
 /// The admin address, taken before there is anything to show.
@@ -88,16 +91,18 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// The server that will show these.
-    pub fn showing(self, metrics: Metrics, readiness: Readiness) -> Admin {
+    /// The server that will show these, and let be controlled what `control` leads to.
+    pub fn showing(self, metrics: Metrics, readiness: Readiness, control: Option<Control>) -> Admin {
         let Self { listener, address } = self;
-        let context = Context { metrics, readiness, scrape: Semaphore::new(1) };
+        let is_loopback = address.ip().to_canonical().is_loopback();
+        let context = Context { metrics, readiness, scrape: Semaphore::new(1), control: control.clone(), is_loopback };
         let router = Router::new()
             .route("/metrics", get(metrics_text))
             .route("/healthz", get(healthz))
             .route("/readyz", get(readyz))
+            .route("/v1/{*call}", any(controlled))
             .with_state(Arc::new(context));
-        Admin { listener, address, router }
+        Admin { listener, address, router, control }
     }
 }
 
@@ -121,7 +126,12 @@ impl Admin {
 
     /// Serves until `shutdown` completes, and then until the answers on their way are written, but not for long.
     pub async fn run(self, shutdown: impl Future<Output = ()>) {
-        let Self { listener, router, .. } = self;
+        let Self { listener, router, control, .. } = self;
+        // Ends when it is dropped.
+        let mut watching = JoinSet::new();
+        if let Some(control) = control {
+            watching.spawn(control.watch());
+        }
         let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
@@ -129,12 +139,13 @@ impl Admin {
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
-                (stream, permit) = accept(&listener, &room) => {
+                (stream, peer, permit) = accept(&listener, &room) => {
+                    let router = router.clone().layer(Extension(peer));
                     let connection = http1::Builder::new()
                         .timer(TokioTimer::new())
                         .header_read_timeout(HEAD_TIMEOUT)
                         .max_buf_size(LONGEST_HEAD_BYTES)
-                        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+                        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
                     let connection = graceful.watch(connection);
                     connections.spawn(async move {
                         // A client that hangs up or sends nonsense is its own affair.
@@ -152,7 +163,7 @@ impl Admin {
 }
 
 /// The next connection, once there is room for it.
-async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
     loop {
         let Ok(permit) = Arc::clone(room).acquire_owned().await else {
             // It fails only if somebody closes the semaphore, and nobody does.
@@ -160,7 +171,7 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, Ow
             continue;
         };
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
+            Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
                 tracing::warn!(%error, "can't accept a connection for metrics and health");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -182,6 +193,14 @@ async fn metrics_text(Shared(context): Shared<Arc<Context>>) -> Response {
         tracing::error!("the metrics could not be written");
         StatusCode::INTERNAL_SERVER_ERROR.into_response()
     }
+}
+
+async fn controlled(
+    Shared(context): Shared<Arc<Context>>,
+    Extension(peer): Extension<SocketAddr>,
+    request: Request,
+) -> Response {
+    control::answer(context.control.as_ref(), context.is_loopback, peer, request).await
 }
 
 async fn healthz() -> Json<serde_json::Value> {

@@ -23,7 +23,8 @@ struct Running {
 impl Running {
     async fn start(metrics: Metrics) -> Self {
         let readiness = Readiness::default();
-        let admin = Admin::bind(([127, 0, 0, 1], 0).into()).await.unwrap().showing(metrics, readiness.clone());
+        let bound = Admin::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let admin = bound.showing(metrics, readiness.clone(), None);
         let address = admin.local_addr();
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(admin.run(async {

@@ -5,7 +5,7 @@ use std::{
     process::ExitCode,
 };
 
-use super::{Usage, output::print};
+use super::{Usage, control::ControlError, output::print};
 use crate::{config::ConfigError, kernel::KernelError};
 
 const FAILED: u8 = 1;
@@ -78,6 +78,15 @@ fn status_of(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             ConfigError::Unwritable { .. } => Some(FAILED),
             ConfigError::Unreadable { .. } | ConfigError::Invalid(_) => Some(BAD_USAGE),
         };
+    }
+    if let Some(error) = error.downcast_ref::<ControlError>() {
+        return Some(if error.is_lack_of_privilege() {
+            NO_PRIVILEGE
+        } else if matches!(error, ControlError::NotRunning { .. }) {
+            NOT_ATTACHED
+        } else {
+            FAILED
+        });
     }
     if error.is::<Usage>() {
         return Some(BAD_USAGE);

@@ -4,6 +4,7 @@ mod attach;
 mod completions;
 mod config;
 mod connections;
+mod control;
 mod detach;
 mod doctor;
 mod events;
@@ -15,6 +16,7 @@ mod limit;
 mod logging;
 mod man;
 mod output;
+mod publish;
 mod rules;
 mod run;
 mod settings;
@@ -105,6 +107,8 @@ enum Command {
     Forget(rules::ForgetArgs),
     /// Close the connections of a client, or of a prefix of clients, now
     Kick(kick::Args),
+    /// Send a message to clients of the gateway that runs
+    Publish(publish::Args),
     /// Make API keys for clients of the gateway
     #[command(subcommand)]
     Key(key::Command),
@@ -148,6 +152,7 @@ fn dispatch(Cli { global, command }: Cli) -> anyhow::Result<()> {
         Command::Deny(args) => rules::deny(&global, &args),
         Command::Forget(args) => rules::forget(&global, &args),
         Command::Kick(args) => kick::run(&global, &args),
+        Command::Publish(args) => publish::run(&global, &args),
         Command::Key(command) => key::run(&command),
         Command::Limit(command) => limit::run(&global, command),
         Command::Config(command) => config::run(&command),

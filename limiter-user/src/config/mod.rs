@@ -3,6 +3,7 @@
 //! A key has one value: that of its flag, else of its environment variable, else of the file, else its default
 //! ([`Config::resolve`]).
 
+mod admin_token;
 mod api_keys;
 mod auth;
 mod auth_parse;
@@ -23,6 +24,7 @@ mod token_keys;
 mod upstream;
 mod value;
 
+pub use admin_token::{AdminToken, AdminTokenError};
 pub use api_keys::{API_KEY_PREFIX, ApiKey, ApiKeyError, ApiKeys, new_api_key};
 pub use auth::{Auth, AuthError, Forward, HttpUrl, Jwt, OnExcess, Places, UserLimits, user_name};
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};

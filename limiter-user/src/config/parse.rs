@@ -6,7 +6,7 @@ use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
 use toml::de::DeTable;
 
 use super::{
-    Admin, Config, ConfigError, Gateway, Kernel, Log, Push, RuleAction, Service,
+    Admin, AdminToken, Config, ConfigError, Gateway, Kernel, Log, Push, RuleAction, Service,
     auth_parse::{self, AuthSpans},
     messages,
     read::{Fault, Item, Report, Section},
@@ -42,6 +42,8 @@ pub(super) struct File {
     pub(super) certificates: Vec<Range<usize>>,
     /// Where it names the files of `[gateway.auth]`.
     pub(super) auth: AuthSpans,
+    /// Where it names `admin.token_file`.
+    pub(super) token: Option<Range<usize>>,
 }
 
 /// Checks a whole file. `path` is for the messages.
@@ -72,6 +74,11 @@ pub(super) fn parse_with_files(path: &Path, text: &str) -> Result<File, ConfigEr
     for (span, problem) in file.config.gateway.auth.iter().flat_map(|auth| auth_parse::check_files(auth, &file.auth)) {
         report.add(&span, problem);
     }
+    if let (Some(span), Some(path)) = (&file.token, &file.config.admin.token_file)
+        && let Err(error) = AdminToken::load(path)
+    {
+        report.add(span, format!("admin.token_file: {error}"));
+    }
     match report.problems() {
         problems if problems.is_empty() => Ok(file),
         problems => Err(ConfigError::Invalid(problems)),
@@ -91,7 +98,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
     let (listen, certificates, auth) = gateway(report, root.section("gateway"), &mut config.gateway);
-    let admin_listen = admin(root.section("admin"), &mut config.admin);
+    let (admin_listen, token) = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
     root.finish();
 
@@ -104,7 +111,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     {
         report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
     }
-    File { config, listen_given: listen.is_some(), certificates, auth }
+    File { config, listen_given: listen.is_some(), certificates, auth, token }
 }
 
 fn kernel(mut section: Section, kernel: &mut Kernel) {
@@ -320,10 +327,12 @@ fn push(mut section: Section, push: &mut Push) {
     section.finish();
 }
 
-fn admin(mut section: Section, admin: &mut Admin) -> Option<Range<usize>> {
-    let span = section.read("listen", &mut admin.listen, value::optional_address);
+/// Gives the places of a good `listen` and a good `token_file`.
+fn admin(mut section: Section, admin: &mut Admin) -> (Option<Range<usize>>, Option<Range<usize>>) {
+    let listen = section.read("listen", &mut admin.listen, value::optional_address);
+    let token = section.read("token_file", &mut admin.token_file, value::optional_path);
     section.finish();
-    span
+    (listen, token)
 }
 
 fn log(mut section: Section, log: &mut Log) {

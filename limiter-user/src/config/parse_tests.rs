@@ -109,6 +109,7 @@ fn every_key_is_read() {
         hosts = [{ name = "A.example.com", certificate = "/a.pem", key = "/a.key" }]
         [admin]
         listen = ""
+        token_file = "/t"
         [log]
         level = "info,limiter::gateway=debug"
         format = "json"
@@ -210,7 +211,7 @@ fn every_key_is_read() {
             },
             push: Push { queue: 1 << 16 },
         },
-        admin: Admin { listen: None },
+        admin: Admin { listen: None, token_file: Some("/t".into()) },
         log: Log { level: "info,limiter::gateway=debug".into(), format: LogFormat::Json },
     };
     assert_eq!(good(text), expected);

@@ -133,7 +133,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, ConfigError> {
-    let File { mut config, listen_given, certificates: _, auth: _ } = file;
+    let File { mut config, listen_given, certificates: _, auth: _, token: _ } = file;
     let given = overrides.clone();
     let set_limits = |limits: &mut crate::policy::Limits| {
         limits.connections_per_source = given.connections_per_source.unwrap_or(limits.connections_per_source);
@@ -231,6 +231,11 @@ fn check(config: &Config, purpose: Purpose) -> Result<(), ConfigError> {
     }
     if let Some(message) = uncovered_listen(config) {
         return Err(ConfigError::invalid(message));
+    }
+    if config.admin.listen.is_none() && config.admin.token_file.is_some() {
+        return Err(ConfigError::invalid(
+            "admin.token_file is of no use without an address: name one as admin.listen (or with --admin), or leave it out",
+        ));
     }
     match config.admin.listen {
         Some(admin) if admin.port() != 0 && config.gateway.listen.contains(&admin) => {

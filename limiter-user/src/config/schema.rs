@@ -241,16 +241,18 @@ pub enum Upstream {
     Relay(String),
 }
 
-/// `[admin]`: metrics and health over HTTP.
+/// `[admin]`: metrics, health and control over HTTP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
     /// Where it listens; `None` (`listen = ""`): nowhere.
     pub listen: Option<SocketAddr>,
+    /// A file with the secret that whoever publishes and disconnects has to show; `None`: nobody can.
+    pub token_file: Option<PathBuf>,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { listen: Some(SocketAddr::from(([127, 0, 0, 1], 9180))) }
+        Self { listen: Some(SocketAddr::from(([127, 0, 0, 1], 9180))), token_file: None }
     }
 }
 

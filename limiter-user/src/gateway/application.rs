@@ -65,6 +65,14 @@ impl Application {
     }
 }
 
+/// The name of a room as clients ask for it, from how somebody writes it: "/path", or "host/path" where a route is for one host.
+/// `None`: no room can have that name.
+pub fn room_name(text: &str) -> Option<String> {
+    let (host, path) = text.split_at(text.find('/')?);
+    let name = format!("{}{}", host.to_ascii_lowercase(), route::plain(path)?);
+    (name.len() <= LONGEST_ROOM).then_some(name)
+}
+
 /// The room of a path: there must not be two ways to ask for the same one. Where a route is for one host only, so are its rooms.
 fn room(route: &Route, path: &str) -> Result<String, Refusal> {
     let path = route::plain(path).ok_or(Refusal::Bad("the path can be read in more than one way"))?;
@@ -73,4 +81,26 @@ fn room(route: &Route, path: &str) -> Result<String, Refusal> {
         return Err(Refusal::Bad("the path is longer than the name of a room may be"));
     }
     Ok(room)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_room_is_named_as_clients_ask_for_it() {
+        for (text, name) in [
+            ("/", Some("/")),
+            ("/caf%C3%A9", Some("/café")),
+            ("/café/", Some("/café/")),
+            ("Chat.example/a", Some("chat.example/a")),
+            ("", None),
+            ("lobby", None),
+            ("/a/../b", None),
+            ("/a%2fb", None),
+        ] {
+            assert_eq!(room_name(text).as_deref(), name, "{text}");
+        }
+        assert!(room_name(&format!("/{}", "x".repeat(LONGEST_ROOM))).is_none());
+    }
 }

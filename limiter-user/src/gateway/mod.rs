@@ -36,11 +36,12 @@ mod socket;
 mod tls;
 mod turns;
 mod upstream;
-mod watch;
+pub(crate) mod watch;
 
 #[cfg(test)]
 mod tests;
 
+pub use application::room_name;
 pub use drain::DrainReport;
 pub use listen::BindError;
 pub use metrics::Metrics;

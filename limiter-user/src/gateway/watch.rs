@@ -15,7 +15,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Notices that files have changed. Made before they are read for the first time, so that no change is missed.
 #[derive(Clone, Debug)]
-pub(super) struct FileWatch {
+pub(crate) struct FileWatch {
     paths: Vec<PathBuf>,
     loaded: Fingerprint,
     /// Another state, seen once: somebody may be in the middle of writing.
@@ -26,7 +26,7 @@ pub(super) struct FileWatch {
 type Fingerprint = Vec<Option<(SystemTime, u64, u64)>>;
 
 impl FileWatch {
-    pub(super) fn new(paths: impl IntoIterator<Item = PathBuf>) -> Self {
+    pub(crate) fn new(paths: impl IntoIterator<Item = PathBuf>) -> Self {
         let paths: Vec<PathBuf> = paths.into_iter().collect();
         let loaded = fingerprint(&paths);
         Self { paths, loaded, changing: None }
@@ -50,7 +50,7 @@ impl FileWatch {
     }
 
     /// Looks at the files for ever. `reload` reads them anew, and `tell` is given what came of it.
-    pub(super) async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         self,
         reload: impl Fn() -> T + Send + Sync + 'static,
         tell: impl Fn(T) + Send,

@@ -60,7 +60,7 @@ impl Daemon {
         }
         let mut helpers = JoinSet::new();
         if let Some(admin) = admin {
-            tracing::info!(address = %admin.local_addr(), "metrics and health are at this address");
+            tracing::info!(address = %admin.local_addr(), "metrics, health and control are at this address");
             helpers.spawn(admin.run(set(end.subscribe())));
         }
         // Dropped at the end: it has nothing to finish.

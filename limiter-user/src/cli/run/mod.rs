@@ -20,7 +20,7 @@ use super::{
     settings::{self, GatewaySettings, KernelSettings as KernelFlags},
 };
 use crate::{
-    admin::{self, Admin, Readiness},
+    admin::{self, Admin, Control, Readiness},
     config::{Config, Service},
     gateway::{self, Gateway},
     kernel::{Attached, Pinned},
@@ -121,6 +121,7 @@ struct Addresses {
     /// One gateway for each service that the gateway listens for, with the service's name.
     gateways: Vec<(String, gateway::Reserved)>,
     admin: Option<admin::Bound>,
+    control: Option<Control>,
 }
 
 impl Addresses {
@@ -138,12 +139,16 @@ impl Addresses {
             Some(address) => Some(Admin::bind(address).await?),
             None => None,
         };
-        Ok(Self { gateways, admin })
+        let control = match &config.admin.token_file {
+            Some(path) => Some(Control::new(path).context("admin.token_file")?),
+            None => None,
+        };
+        Ok(Self { gateways, admin, control })
     }
 
     /// Lets clients connect. `policies`: by the service's name.
     fn open(
-        self,
+        mut self,
         mut policies: HashMap<String, Arc<dyn Policy>>,
         kernel: Option<(KernelSide, KernelSettings)>,
         config: &Config,
@@ -162,6 +167,9 @@ impl Addresses {
                 tracing::info!(%address, service, "listening");
             }
             let listen = gateway.local_addrs().to_vec();
+            if let Some(control) = &mut self.control {
+                control.lead_to(gateway.push());
+            }
             running.push(RunningGateway { service, listen, settings: gateway.settings() });
             gateways.push(gateway);
         }
@@ -171,7 +179,7 @@ impl Addresses {
         }
         let reloader = Reloader::new(typed, config.clone(), running, kernel_settings, metrics.registry());
         let readiness = Readiness::default();
-        let admin = self.admin.map(|bound| bound.showing(metrics, readiness.clone()));
+        let admin = self.admin.map(|bound| bound.showing(metrics, readiness.clone(), self.control));
         Ok(Daemon { gateways, admin, readiness, kernel, reloader })
     }
 }

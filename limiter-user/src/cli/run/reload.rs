@@ -161,6 +161,7 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
     keep("kernel.debug_log", &old_kernel.debug_log, &mut new_kernel.debug_log, &mut restart);
     keep("gateway.listen", &old.gateway.listen, &mut new.gateway.listen, &mut restart);
     keep("admin.listen", &old.admin.listen, &mut new.admin.listen, &mut restart);
+    keep("admin.token_file", &old.admin.token_file, &mut new.admin.token_file, &mut restart);
     keep("log.format", &old.log.format, &mut new.log.format, &mut restart);
     restart
 }
@@ -188,6 +189,7 @@ mod tests {
         new.kernel.challenge_timestamps = true;
         new.gateway.listen = vec!["127.0.0.1:1".parse().unwrap()];
         new.admin.listen = None;
+        new.admin.token_file = Some("/t".into());
         new.gateway.drain_timeout = Duration::from_secs(1);
         new.kernel.audit_interval = Duration::from_secs(1);
         let named = [
@@ -197,6 +199,7 @@ mod tests {
             "kernel.challenge_timestamps",
             "gateway.listen",
             "admin.listen",
+            "admin.token_file",
         ];
         assert_eq!(keep_fixed(&old, &mut new), named);
         let mut expected = old;
