@@ -106,7 +106,7 @@ fn bad_usage_exits_with_2_and_says_what_was_wrong() {
         (&["connections", "--source", "192.0.2.0/33"], "expected an address or a prefix"),
         (&["explain", "192.0.2.0/24"], "invalid value '192.0.2.0/24' for '<IP>'"),
         (&["limit", "set"], "KEY=VALUE"),
-        (&["limit", "set", "burst=1"], "there is no limit \"burst\""),
+        (&["limit", "set", "burst=1"], "\"burst\" can't be changed while it runs"),
         (&["limit", "set", "ipv4_prefix=33"], "expected a whole number from 1 to 32"),
         (&["limit", "set", "ipv4_prefix=8", "ipv4_prefix=9"], "ipv4_prefix is given twice"),
         (&["limit", "set", "ipv4_prefix=8", "--save"], "--save needs --config"),
