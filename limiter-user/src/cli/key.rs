@@ -30,6 +30,9 @@ pub(super) struct NewArgs {
     /// Connection attempts per minute with it; 0: any number [default: as gateway.auth.users has it]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(..=1000))]
     attempts_per_minute: Option<u32>,
+    /// Messages per `gateway.messages.window` over all connections with it; 0: any number [default: `rate_per_user`]
+    #[arg(long, value_name = "COUNT")]
+    rate: Option<u32>,
     /// The file of `gateway.auth.api_keys`, to add its entry to; made if it is not there
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
@@ -48,7 +51,7 @@ struct Document {
 
 pub(super) fn run(command: &Command) -> anyhow::Result<()> {
     let Command::New(args) = command;
-    let (key, entry) = new_api_key(&args.user, args.connections, args.attempts_per_minute)
+    let (key, entry) = new_api_key(&args.user, args.connections, args.attempts_per_minute, args.rate)
         .context("can't make a key: the system gives no random numbers")?;
     let entry = match &args.file {
         Some(file) => {
@@ -108,12 +111,12 @@ mod tests {
     fn entries_are_added_to_a_file_that_only_its_owner_reads() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keys.toml");
-        let (first, entry) = new_api_key("alice", None, None).unwrap();
+        let (first, entry) = new_api_key("alice", None, None, Some(7)).unwrap();
         append(&path, &entry).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         // As an editor may leave it.
         fs::write(&path, fs::read_to_string(&path).unwrap().trim_end()).unwrap();
-        let (second, entry) = new_api_key("bob", Some(2), None).unwrap();
+        let (second, entry) = new_api_key("bob", Some(2), None, None).unwrap();
         append(&path, &entry).unwrap();
         let keys = ApiKeys::load(&path).unwrap();
         assert_eq!(&*keys.find(&first).unwrap().user, "alice");

@@ -47,6 +47,9 @@ pub struct ApiKey {
     pub connections: Option<u32>,
     /// Connection attempts per minute with it (0: any number), where that differs from other users'.
     pub attempts_per_minute: Option<u32>,
+    /// Messages per `gateway.messages.window` over all connections with it (0: any number), where that differs from
+    /// `rate_per_user`.
+    pub rate: Option<u32>,
 }
 
 /// Why keys can't be used. Never says what is in the file.
@@ -86,6 +89,7 @@ struct Entry {
     sha256: String,
     connections: Option<u32>,
     attempts_per_minute: Option<u32>,
+    rate: Option<u32>,
 }
 
 impl ApiKeys {
@@ -136,7 +140,8 @@ impl ApiKey {
             .ok_or("sha256 is not the hash of a key in 64 hexadecimal digits; `limiter key new` makes one")?;
         let user = user_name(&entry.user)
             .ok_or("user is no name: 1 to 128 bytes, without control characters or spaces at its ends")?;
-        Ok(Self { digest, user, connections: entry.connections, attempts_per_minute: entry.attempts_per_minute })
+        let Entry { connections, attempts_per_minute, rate, .. } = *entry;
+        Ok(Self { digest, user, connections, attempts_per_minute, rate })
     }
 
     /// Which key it is: its hash.
@@ -152,14 +157,19 @@ impl fmt::Debug for ApiKey {
 }
 
 /// A key that nobody has yet, and its entry for the file. `None`: the system has no random numbers.
-pub fn new_api_key(user: &str, connections: Option<u32>, attempts_per_minute: Option<u32>) -> Option<(String, String)> {
+pub fn new_api_key(
+    user: &str,
+    connections: Option<u32>,
+    attempts_per_minute: Option<u32>,
+    rate: Option<u32>,
+) -> Option<(String, String)> {
     let mut bytes = [0; KEY_BYTES];
     SystemRandom::new().fill(&mut bytes).ok()?;
     let key = format!("{API_KEY_PREFIX}{}", URL_SAFE_NO_PAD.encode(bytes));
     let mut entry = toml_edit::Table::new();
     entry["user"] = toml_edit::value(user);
     entry["sha256"] = toml_edit::value(hex(&digest_of(&key)));
-    for (name, limit) in [("connections", connections), ("attempts_per_minute", attempts_per_minute)] {
+    for (name, limit) in [("connections", connections), ("attempts_per_minute", attempts_per_minute), ("rate", rate)] {
         if let Some(limit) = limit {
             entry[name] = toml_edit::value(i64::from(limit));
         }
@@ -207,13 +217,14 @@ mod tests {
 
     #[test]
     fn a_new_key_is_found_by_itself_alone() {
-        let (alice, entry) = new_api_key("alice \"quoted\"", Some(3), None).unwrap();
-        let (bob, other) = new_api_key("bob", None, Some(0)).unwrap();
+        let (alice, entry) = new_api_key("alice \"quoted\"", Some(3), None, None).unwrap();
+        let (bob, other) = new_api_key("bob", None, Some(0), None).unwrap();
         assert!(alice.starts_with("lk_") && alice.len() == 46 && alice != bob, "{alice}");
         assert!(!entry.contains(&alice) && !entry.contains(&alice[3..]));
         let keys = ApiKeys::parse(&format!("{entry}\n{other}")).unwrap();
         let found = keys.find(&alice).unwrap();
         assert_eq!((&*found.user, found.connections, found.attempts_per_minute), ("alice \"quoted\"", Some(3), None));
+        assert_eq!(found.rate, None);
         assert_eq!(keys.find(&bob).unwrap().attempts_per_minute, Some(0));
         assert_eq!(keys.by_digest(&found.id()), Some(found));
         for wrong in ["", "lk_", &alice[..45], &format!("{alice}A"), &alice.to_lowercase(), &hex(&found.digest)] {
@@ -244,6 +255,8 @@ mod tests {
             assert_eq!(super::super::error::line_and_column(&text, offset).0, line, "{text}: {said}");
             assert!(said.contains(problem) && !said.contains("lk_secret"), "{text}: {said}");
         }
+        let keys = ApiKeys::parse(&format!("{good}rate = 7\n")).unwrap();
+        assert_eq!(keys.by_digest(&[0; 32]).unwrap().rate, Some(7));
         assert!(ApiKeys::parse("").unwrap().keys.is_empty());
         assert!(!format!("{:?}", ApiKeys::parse(&good).unwrap()).contains("sha256"));
     }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{read::Section, value};
+use super::{
+    read::{Item, Section},
+    value,
+};
 
 /// Largest message that may be allowed: the built-in application holds it in memory whole.
 const LARGEST_MESSAGE_BYTES: u64 = 1 << 30;
@@ -15,6 +18,8 @@ const GREATEST_SPEED: u64 = 1 << 40;
 pub struct Messages {
     /// Longest message, in bytes, summed over its fragments.
     pub max_size: usize,
+    /// Longest frame of a message, in bytes; 0: as long as a message may be.
+    pub max_frame_size: usize,
     /// Most fragments that a message may come in; 0: any number.
     pub max_fragments: u32,
     /// The kind of messages that is taken.
@@ -30,7 +35,15 @@ pub struct Messages {
     /// Payload per second per connection, in bytes; 0: any amount. A second's worth, or the longest message if that is more,
     /// may come at once.
     pub bytes_per_second: u64,
-    /// What becomes of a message that is over `rate` or `bytes_per_second`, or of the wrong kind.
+    /// Messages per window of one user, over all its connections; 0: any number. An API key may have a limit of its own.
+    pub rate_per_user: u32,
+    /// The same for a source. The connections of a user count as the user's, where there is a limit for users.
+    pub rate_per_source: u32,
+    /// Payload per second of one user, over all its connections, in bytes; 0: any amount.
+    pub bytes_per_second_per_user: u64,
+    /// The same for a source. The connections of a user count as the user's, where there is a limit for users.
+    pub bytes_per_second_per_source: u64,
+    /// What becomes of a message that is over a rate of messages or bytes, or of the wrong kind.
     pub on_violation: OnViolation,
     /// So many violations deny the source for `deny_for`; 0: none ever does.
     pub deny_after: u32,
@@ -42,6 +55,7 @@ impl Default for Messages {
     fn default() -> Self {
         Self {
             max_size: 64 * 1024,
+            max_frame_size: 0,
             max_fragments: 1024,
             allow: Kinds::Any,
             rate: 60,
@@ -49,6 +63,10 @@ impl Default for Messages {
             algorithm: Algorithm::SlidingWindow,
             burst: 0,
             bytes_per_second: 0,
+            rate_per_user: 0,
+            rate_per_source: 0,
+            bytes_per_second_per_user: 0,
+            bytes_per_second_per_source: 0,
             on_violation: OnViolation::Close,
             deny_after: 0,
             deny_for: Duration::from_mins(10),
@@ -68,7 +86,7 @@ pub enum Kinds {
 }
 
 /// How messages are counted against a rate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Algorithm {
     /// No window, wherever it begins, holds more than the rate.
     SlidingWindow,
@@ -87,6 +105,7 @@ pub enum OnViolation {
 
 pub(super) fn parse(mut section: Section, messages: &mut Messages) {
     section.read("max_size", &mut messages.max_size, |item| value::size(item, 1..=LARGEST_MESSAGE_BYTES));
+    section.read("max_frame_size", &mut messages.max_frame_size, |item| value::size(item, 0..=LARGEST_MESSAGE_BYTES));
     section.read("max_fragments", &mut messages.max_fragments, |item| {
         value::integer(item, 0..=u32::MAX, "fragments; 0: any number")
     });
@@ -101,9 +120,16 @@ pub(super) fn parse(mut section: Section, messages: &mut Messages) {
     let burst = section.read("burst", &mut messages.burst, |item| {
         value::integer(item, 0..=u32::MAX, "messages at once; 0: as many as in a window")
     });
-    section.read("bytes_per_second", &mut messages.bytes_per_second, |item| {
-        value::size(item, 0..=GREATEST_SPEED).map(|bytes| bytes as u64)
+    let speed = |item: &Item| value::size(item, 0..=GREATEST_SPEED).map(|bytes| bytes as u64);
+    section.read("bytes_per_second", &mut messages.bytes_per_second, speed);
+    section.read("rate_per_user", &mut messages.rate_per_user, |item| {
+        value::integer(item, 0..=u32::MAX, "messages per window of a user; 0: any number")
     });
+    section.read("rate_per_source", &mut messages.rate_per_source, |item| {
+        value::integer(item, 0..=u32::MAX, "messages per window of a source; 0: any number")
+    });
+    section.read("bytes_per_second_per_user", &mut messages.bytes_per_second_per_user, speed);
+    section.read("bytes_per_second_per_source", &mut messages.bytes_per_second_per_source, speed);
     section.read("on_violation", &mut messages.on_violation, value::choice);
     section.read("deny_after", &mut messages.deny_after, |item| {
         value::integer(item, 0..=u32::MAX, "violations; 0: never")

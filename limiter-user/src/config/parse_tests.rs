@@ -94,10 +94,15 @@ fn every_key_is_read() {
         rate = 0
         window = "10s"
         max_fragments = 0
+        max_frame_size = "2KiB"
         allow = "text"
         algorithm = "token-bucket"
         burst = 5
         bytes_per_second = "1MiB"
+        rate_per_user = 11
+        rate_per_source = 12
+        bytes_per_second_per_user = "3KiB"
+        bytes_per_second_per_source = "4KiB"
         on_violation = "drop"
         deny_after = 3
         deny_for = "1h"
@@ -200,11 +205,16 @@ fn every_key_is_read() {
                 max_size: 1 << 20,
                 rate: 0,
                 max_fragments: 0,
+                max_frame_size: 2048,
                 allow: Kinds::Text,
                 window: Duration::from_secs(10),
                 algorithm: Algorithm::TokenBucket,
                 burst: 5,
                 bytes_per_second: 1 << 20,
+                rate_per_user: 11,
+                rate_per_source: 12,
+                bytes_per_second_per_user: 3072,
+                bytes_per_second_per_source: 4096,
                 on_violation: OnViolation::Drop,
                 deny_after: 3,
                 deny_for: Duration::from_hours(1),

@@ -108,7 +108,7 @@ impl End {
     /// Whether the reader stopped where no frame begins, or before one that will not be read: there is no Close frame to be
     /// found in what follows.
     pub(super) fn loses_frames(&self) -> bool {
-        matches!(self, Self::Malformed(..) | Self::Violation(Violation::TooBig))
+        matches!(self, Self::Malformed(..) | Self::Violation(Violation::TooBig | Violation::FrameTooBig))
     }
 
     /// The Close frame for the upstream.

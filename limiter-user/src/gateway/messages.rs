@@ -7,9 +7,12 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use super::{
-    Shared, forwarded,
-    rate::MessageRate,
+    Shared,
+    auth::Member,
+    forwarded,
+    rate::{ByteRate, MessageRate},
     relay::{Judge, Verdict},
+    together::{Limit, Share, Whose},
 };
 use crate::config::{self, Kinds, OnViolation};
 
@@ -21,10 +24,16 @@ const CONTROL_RATE: Rate = Rate::new(20, 200);
 pub(super) enum Violation {
     /// A message over `max_size`.
     TooBig,
+    /// A frame over `max_frame_size`.
+    FrameTooBig,
     /// A message over `rate`.
     TooMany,
     /// More bytes than `bytes_per_second`.
     TooFast,
+    /// A message over the rate of its user or source.
+    TooManyTogether,
+    /// More bytes than its user or source may send.
+    TooFastTogether,
     /// A message in more than `max_fragments`.
     Fragments,
     /// A message that `allow` does not have.
@@ -38,8 +47,11 @@ impl Violation {
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::TooBig => "too_big",
+            Self::FrameTooBig => "frame_too_big",
             Self::TooMany => "over_rate",
             Self::TooFast => "over_bytes",
+            Self::TooManyTogether => "over_shared_rate",
+            Self::TooFastTogether => "over_shared_bytes",
             Self::Fragments => "fragments",
             Self::WrongKind => "wrong_kind",
             Self::ControlFlood => "control_flood",
@@ -50,8 +62,11 @@ impl Violation {
     pub(super) fn close(self) -> (CloseCode, &'static str) {
         match self {
             Self::TooBig => (CloseCode::Size, "message too big"),
+            Self::FrameTooBig => (CloseCode::Size, "frame too big"),
             Self::TooMany => (CloseCode::Policy, "too many messages"),
             Self::TooFast => (CloseCode::Policy, "too many bytes"),
+            Self::TooManyTogether => (CloseCode::Policy, "too many messages over all connections"),
+            Self::TooFastTogether => (CloseCode::Policy, "too many bytes over all connections"),
             Self::Fragments => (CloseCode::Policy, "too many fragments"),
             Self::WrongKind => (CloseCode::Unsupported, "this kind of message is not taken"),
             Self::ControlFlood => (CloseCode::Policy, "too many pings or pongs"),
@@ -65,8 +80,9 @@ pub(super) struct Inbound<'a> {
     limits: &'a config::Messages,
     client: IpAddr,
     rate: Option<MessageRate>,
-    /// When the second's worth of bytes will be there again in full, in nanoseconds since `began`.
-    bytes_full_at: u64,
+    bytes: Option<Box<ByteRate>>,
+    /// What is counted together with others; boxed, because most have nothing of the kind.
+    together: Option<Box<Together>>,
     /// The word of the token bucket of control frames, in nanoseconds since `began`.
     control: u64,
     began: Instant,
@@ -75,12 +91,61 @@ pub(super) struct Inbound<'a> {
     denied: bool,
 }
 
+/// What the client sends together with others, of its user or its source.
+struct Together {
+    messages: Option<Share>,
+    bytes: Option<Share>,
+}
+
+impl Together {
+    /// A client counts as its user's where there is a limit for users, and as its source's where there is none: users behind one
+    /// address leave each other room, and nobody is without a limit by logging in.
+    fn new(
+        shared: &Shared,
+        limits: &config::Messages,
+        client: IpAddr,
+        user: Option<&Member>,
+        now: Instant,
+    ) -> Option<Box<Self>> {
+        let of_user = |limit: u64| user.filter(|_| limit != 0).map(|user| (user.whose(), limit));
+        let of_source =
+            |limit: u64| (limit != 0).then(|| (Whose::Source(shared.policy.limits().source(client)), limit));
+        let rate_per_user = user.map_or(limits.rate_per_user, |user| user.rate(limits));
+        let messages = of_user(rate_per_user.into()).or_else(|| of_source(limits.rate_per_source.into()));
+        let bytes = of_user(limits.bytes_per_second_per_user).or_else(|| of_source(limits.bytes_per_second_per_source));
+        if messages.is_none() && bytes.is_none() {
+            return None;
+        }
+        let messages = messages.map(|(whose, rate)| {
+            let rate = u32::try_from(rate).unwrap_or(u32::MAX);
+            let limit = Limit::Messages { rate, window: limits.window, algorithm: limits.algorithm };
+            shared.counters.join(whose, limit, now)
+        });
+        let bytes = bytes.map(|(whose, per_second)| {
+            shared.counters.join(whose, Limit::Bytes { per_second, longest: limits.max_size }, now)
+        });
+        Some(Box::new(Self { messages, bytes }))
+    }
+}
+
 impl<'a> Inbound<'a> {
-    /// For a client at that address, whose route has these limits.
-    pub(super) fn new(shared: &'a Shared, limits: &'a config::Messages, client: IpAddr) -> Self {
+    /// For a client at that address, who is that `user` if it has shown it, and whose route has these limits.
+    pub(super) fn new(shared: &'a Shared, limits: &'a config::Messages, client: IpAddr, user: Option<&Member>) -> Self {
         let now = Instant::now();
-        let rate = MessageRate::new(limits, now);
-        Self { shared, limits, client, rate, bytes_full_at: 0, control: 0, began: now, last: now, denied: false }
+        let bytes = (limits.bytes_per_second != 0)
+            .then(|| Box::new(ByteRate::new(limits.bytes_per_second, limits.max_size, now)));
+        Self {
+            shared,
+            limits,
+            client,
+            rate: MessageRate::new(limits, now),
+            bytes,
+            together: Together::new(shared, limits, client, user, now),
+            control: 0,
+            began: now,
+            last: now,
+            denied: false,
+        }
     }
 
     /// A quiet client costs no more memory than it must.
@@ -131,24 +196,42 @@ impl<'a> Inbound<'a> {
         }
     }
 
-    /// Whether so many bytes more are within `bytes_per_second`; if so, they count.
-    fn admit_bytes(&mut self, length: u64, now: Instant) -> bool {
-        let messages = self.limits;
-        if messages.bytes_per_second == 0 {
-            return true;
+    /// Whether so many bytes more, of a message that `begins` with them or has begun, are within every rate; if so, they count for
+    /// each, and if not for none.
+    fn admit(&mut self, begins: bool, length: u64, now: Instant) -> Result<(), Violation> {
+        let Self { rate, bytes, together, .. } = self;
+        let mut rate = rate.as_mut().filter(|_| begins);
+        if !rate.as_mut().is_none_or(|rate| rate.has_room(now)) {
+            return Err(Violation::TooMany);
         }
-        let takes = |bytes: u64| {
-            let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(messages.bytes_per_second);
-            u64::try_from(nanoseconds).unwrap_or(u64::MAX)
-        };
-        let full = takes(messages.max_size as u64).max(1_000_000_000);
-        let now = self.nanoseconds(now);
-        let full_at = self.bytes_full_at.max(now).saturating_add(takes(length));
-        if full_at - now > full {
-            return false;
+        if !bytes.as_ref().is_none_or(|bytes| bytes.has_room(length, now)) {
+            return Err(Violation::TooFast);
         }
-        self.bytes_full_at = full_at;
-        true
+        if let Some(together) = together {
+            // Held until all is decided, in the same order by everybody.
+            let mut messages = together.messages.as_ref().filter(|_| begins).map(Share::hold);
+            if !messages.as_mut().is_none_or(|messages| messages.has_room(length, now)) {
+                return Err(Violation::TooManyTogether);
+            }
+            let mut bytes = together.bytes.as_ref().map(Share::hold);
+            if !bytes.as_mut().is_none_or(|bytes| bytes.has_room(length, now)) {
+                return Err(Violation::TooFastTogether);
+            }
+            for count in [&mut messages, &mut bytes].into_iter().flatten() {
+                count.count(length, now);
+            }
+        }
+        if let Some(rate) = rate {
+            rate.count(now);
+        }
+        if let Some(bytes) = bytes {
+            bytes.count(length, now);
+        }
+        Ok(())
+    }
+
+    fn is_over_frame_size(&self, length: u64) -> bool {
+        self.limits.max_frame_size != 0 && length > self.limits.max_frame_size as u64
     }
 
     fn nanoseconds(&self, now: Instant) -> u64 {
@@ -163,6 +246,9 @@ impl Judge for Inbound<'_> {
         if length > messages.max_size as u64 {
             return Verdict::Close(self.violated(Violation::TooBig));
         }
+        if self.is_over_frame_size(length) {
+            return Verdict::Close(self.violated(Violation::FrameTooBig));
+        }
         let allowed = match messages.allow {
             Kinds::Any => true,
             Kinds::Text => is_text,
@@ -171,13 +257,10 @@ impl Judge for Inbound<'_> {
         if !allowed {
             return self.lenient(Violation::WrongKind);
         }
-        if !self.rate.as_mut().is_none_or(|rate| rate.admit(now)) {
-            return self.lenient(Violation::TooMany);
+        match self.admit(true, length, now) {
+            Ok(()) => Verdict::Pass,
+            Err(violation) => self.lenient(violation),
         }
-        if !self.admit_bytes(length, now) {
-            return self.lenient(Violation::TooFast);
-        }
-        Verdict::Pass
     }
 
     fn goes_on(&mut self, length: u64, total: u64, fragments: u32, now: Instant) -> Result<(), Violation> {
@@ -186,11 +269,14 @@ impl Judge for Inbound<'_> {
         if total > messages.max_size as u64 {
             return Err(self.violated(Violation::TooBig));
         }
+        if self.is_over_frame_size(length) {
+            return Err(self.violated(Violation::FrameTooBig));
+        }
         if messages.max_fragments != 0 && fragments > messages.max_fragments {
             return Err(self.violated(Violation::Fragments));
         }
         // A part of the message has passed, so there is no leaving it out.
-        if self.admit_bytes(length, now) { Ok(()) } else { Err(self.violated(Violation::TooFast)) }
+        self.admit(false, length, now).map_err(|violation| self.violated(violation))
     }
 
     fn passed(&mut self, total: u64, now: Instant) {

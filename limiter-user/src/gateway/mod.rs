@@ -34,6 +34,7 @@ mod session;
 mod settings;
 mod socket;
 mod tls;
+mod together;
 mod turns;
 mod upstream;
 pub(crate) mod watch;
@@ -64,6 +65,7 @@ use route::Routes;
 use sampler::Sampler;
 use settings::Parts;
 use tls::Tls;
+use together::Counters;
 use tokio::{sync::watch::Sender, task::JoinSet};
 
 /// A gateway whose addresses are bound and that [`run`](Self::run) sets going.
@@ -86,6 +88,8 @@ struct Shared {
     log: Arc<Sampler>,
     drain: Arc<Drain>,
     offenders: Arc<Offenders>,
+    /// Of what sessions send together.
+    counters: Arc<Counters>,
     hub: Arc<Hub>,
 }
 
@@ -122,6 +126,7 @@ impl Reserved {
             log: Arc::default(),
             drain: Arc::default(),
             offenders: Arc::default(),
+            counters: Arc::default(),
             hub,
         };
         Ok(Gateway { listeners, current: Arc::new(Sender::new(Arc::new(shared))) })

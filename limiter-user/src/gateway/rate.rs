@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::config::{Algorithm, Messages};
 
-/// The rate of one connection.
+/// A rate of messages, with what came.
 pub(super) enum MessageRate {
     Window(WindowLimiter),
     Bucket(Bucket),
@@ -16,20 +16,41 @@ pub(super) enum MessageRate {
 impl MessageRate {
     /// `None`: there is no limit.
     pub(super) fn new(limits: &Messages, now: Instant) -> Option<Self> {
-        if limits.rate == 0 {
-            return None;
-        }
-        Some(match limits.algorithm {
-            Algorithm::SlidingWindow => Self::Window(WindowLimiter::new(limits.rate, limits.window, now)),
-            Algorithm::TokenBucket => Self::Bucket(Bucket::new(limits.rate, limits.window, limits.burst, now)),
-        })
+        (limits.rate != 0).then(|| Self::of(limits.rate, limits.window, limits.algorithm, limits.burst, now))
     }
 
-    /// Whether a message that came `now` is within the rate; if so, it counts.
-    pub(super) fn admit(&mut self, now: Instant) -> bool {
+    /// `rate` (not 0) per `window`; for a bucket with `burst` at once, or a window's worth if that is 0.
+    pub(super) fn of(rate: u32, window: Duration, algorithm: Algorithm, burst: u32, now: Instant) -> Self {
+        match algorithm {
+            Algorithm::SlidingWindow => Self::Window(WindowLimiter::new(rate, window, now)),
+            Algorithm::TokenBucket => Self::Bucket(Bucket::new(rate, window, burst, now)),
+        }
+    }
+
+    /// Whether a message that comes `now` is within the rate.
+    pub(super) fn has_room(&mut self, now: Instant) -> bool {
         match self {
-            Self::Window(window) => window.admit(now),
-            Self::Bucket(bucket) => bucket.admit(now),
+            Self::Window(window) => window.has_room(now),
+            Self::Bucket(bucket) => bucket.has_room(now),
+        }
+    }
+
+    /// A message came `now` that there was room for.
+    pub(super) fn count(&mut self, now: Instant) {
+        match self {
+            Self::Window(window) => window.count(now),
+            Self::Bucket(bucket) => bucket.count(now),
+        }
+    }
+
+    /// Whether nothing that came counts any more.
+    pub(super) fn is_clear(&mut self, now: Instant) -> bool {
+        match self {
+            Self::Window(window) => {
+                window.settle(now);
+                window.total == 0
+            }
+            Self::Bucket(bucket) => bucket.full_at <= bucket.nanoseconds(now),
         }
     }
 
@@ -61,14 +82,65 @@ impl Bucket {
         Self { rate, full_at: 0, began: now }
     }
 
-    fn admit(&mut self, now: Instant) -> bool {
-        let now = u64::try_from(now.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX);
-        let there = self.rate.has_token(self.full_at, now);
-        if there {
-            self.full_at = self.rate.spent(self.full_at, now);
-        }
-        there
+    fn has_room(&self, now: Instant) -> bool {
+        self.rate.has_token(self.full_at, self.nanoseconds(now))
     }
+
+    fn count(&mut self, now: Instant) {
+        self.full_at = self.rate.spent(self.full_at, self.nanoseconds(now));
+    }
+
+    fn nanoseconds(&self, now: Instant) -> u64 {
+        nanoseconds_since(self.began, now)
+    }
+}
+
+fn nanoseconds_since(began: Instant, now: Instant) -> u64 {
+    u64::try_from(now.saturating_duration_since(began).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// So many bytes a second, and a second's worth at once, or the longest message if that is more.
+pub(super) struct ByteRate {
+    per_second: u64,
+    /// How many nanoseconds' worth may come at once.
+    full: u64,
+    /// When all of it will be there again, in nanoseconds since `began`.
+    full_at: u64,
+    began: Instant,
+}
+
+impl ByteRate {
+    /// `per_second` is not 0.
+    pub(super) fn new(per_second: u64, longest: usize, now: Instant) -> Self {
+        let full = takes(longest as u64, per_second).max(1_000_000_000);
+        Self { per_second, full, full_at: 0, began: now }
+    }
+
+    /// Whether so many bytes that come `now` are within the rate.
+    pub(super) fn has_room(&self, bytes: u64, now: Instant) -> bool {
+        let now = nanoseconds_since(self.began, now);
+        self.after(bytes, now) - now <= self.full
+    }
+
+    /// So many bytes came `now` that there was room for.
+    pub(super) fn count(&mut self, bytes: u64, now: Instant) {
+        self.full_at = self.after(bytes, nanoseconds_since(self.began, now));
+    }
+
+    /// Whether nothing that came counts any more.
+    pub(super) fn is_clear(&self, now: Instant) -> bool {
+        self.full_at <= nanoseconds_since(self.began, now)
+    }
+
+    fn after(&self, bytes: u64, now: u64) -> u64 {
+        self.full_at.max(now).saturating_add(takes(bytes, self.per_second))
+    }
+}
+
+/// How long so many bytes take, in nanoseconds.
+fn takes(bytes: u64, per_second: u64) -> u64 {
+    let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(per_second);
+    u64::try_from(nanoseconds).unwrap_or(u64::MAX)
 }
 
 /// The window is told in this many steps, which bounds the memory whatever the rate.
@@ -96,19 +168,20 @@ impl WindowLimiter {
         Self { rate, origin: now, step, admitted: VecDeque::new(), total: 0 }
     }
 
-    /// Whether a message that came `now` is within the rate; if so, it counts.
-    pub(super) fn admit(&mut self, now: Instant) -> bool {
+    /// Whether a message that comes `now` is within the rate.
+    pub(super) fn has_room(&mut self, now: Instant) -> bool {
+        self.forget(self.step_of(now));
+        self.total < self.rate
+    }
+
+    /// A message came `now` that there was room for.
+    pub(super) fn count(&mut self, now: Instant) {
         let step = self.step_of(now);
-        self.forget(step);
-        if self.total >= self.rate {
-            return false;
-        }
         match self.admitted.back_mut() {
             Some((last, count)) if *last >= step => *count += 1,
             _ => self.admitted.push_back((step, 1)),
         }
         self.total += 1;
-        true
     }
 
     /// Gives the memory back if there is nothing to remember.
@@ -141,6 +214,26 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    impl WindowLimiter {
+        fn admit(&mut self, now: Instant) -> bool {
+            let has_room = self.has_room(now);
+            if has_room {
+                self.count(now);
+            }
+            has_room
+        }
+    }
+
+    impl Bucket {
+        fn admit(&mut self, now: Instant) -> bool {
+            let has_room = self.has_room(now);
+            if has_room {
+                self.count(now);
+            }
+            has_room
+        }
+    }
 
     /// Counts by looking at every message that was ever admitted, rounded as documented.
     struct Naive {

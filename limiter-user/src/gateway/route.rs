@@ -82,6 +82,10 @@ impl Route {
         if route.exempt {
             config.messages.rate = 0;
             config.messages.bytes_per_second = 0;
+            config.messages.rate_per_user = 0;
+            config.messages.rate_per_source = 0;
+            config.messages.bytes_per_second_per_user = 0;
+            config.messages.bytes_per_second_per_source = 0;
         }
         Ok(Self {
             matches,

@@ -17,6 +17,7 @@ use super::{
     close::End,
     connection::Accepted,
     drain::Witness,
+    messages::Inbound,
     metrics::OpenSession,
     relay::{self, Relay},
     route::OnRoute,
@@ -95,17 +96,18 @@ fn begin(established: Box<Established>, shared: &Shared) -> Begun<'_> {
     let Accepted { client: address, permit, user, application, mail, place } = accepted;
     let config = shared.routes.settings_of(&place);
     let open = shared.metrics.session_opened(since.elapsed());
+    let inbound = Inbound::new(shared, &config.messages, address, user.as_deref());
     let who = Who { address, remote: socket.connection().remote, user };
     let held = Held { who, permit, open, witness: shared.drain.session(), place };
     let built_in = match application {
         Opened::Relay(upstream) => {
-            let turns = Relay::new(socket, early, upstream, mail, address, config, shared);
+            let turns = Relay::new(socket, early, upstream, mail, inbound, config, shared);
             return Begun::Relay(Box::new(Session { turns, held }));
         }
         Opened::Echo => builtin::Application::Echo,
         Opened::Broadcast(_) => builtin::Application::Room,
     };
-    let turns = BuiltIn::new(built_in, socket, early, mail, address, config, shared);
+    let turns = BuiltIn::new(built_in, socket, early, mail, inbound, config, shared);
     Begun::BuiltIn(Box::new(Session { turns, held }))
 }
 

@@ -95,6 +95,7 @@ impl Shared {
             log: Arc::clone(&self.log),
             drain: Arc::clone(&self.drain),
             offenders: Arc::clone(&self.offenders),
+            counters: Arc::clone(&self.counters),
             hub: Arc::clone(&self.hub),
         }
     }

@@ -16,7 +16,7 @@ use std::{
 use hyper::http::{HeaderValue, request::Parts};
 use tokio::time::{Instant, sleep};
 
-use super::{answer::Refusal, close::End, handshake::Handshake, metrics::Metrics};
+use super::{answer::Refusal, close::End, handshake::Handshake, metrics::Metrics, together::Whose};
 use crate::config::{self, API_KEY_PREFIX, AuthError, user_name};
 use api_keys::KeyFile;
 use credential::Credential;
@@ -43,6 +43,8 @@ pub(super) struct Auth {
 pub(super) struct Authenticated {
     account: Account,
     limits: config::UserLimits,
+    /// Messages per window, where that differs from other users'.
+    rate: Option<u32>,
     basis: Basis,
 }
 
@@ -163,7 +165,8 @@ impl Auth {
                 Verdict::Unavailable(why) => return Err(Refusal::ForwardUnavailable(why)),
             };
             let account = Account { user, key: None };
-            return Ok(Authenticated { account, limits: self.config.users, basis: Basis::Forward(question) });
+            let basis = Basis::Forward(question);
+            return Ok(Authenticated { account, limits: self.config.users, rate: None, basis });
         }
         let shown = credential::find(head, handshake, &self.config.places)?;
         let checked = shown.ok_or(Rejection::Missing).and_then(|shown| self.check(&shown));
@@ -184,12 +187,13 @@ impl Auth {
                 ..limits
             };
             let account = Account { user: Arc::clone(&key.user), key: Some(key.id()) };
-            return Ok(Authenticated { account, limits, basis: Basis::Key(key.id()) });
+            return Ok(Authenticated { account, limits, rate: key.rate, basis: Basis::Key(key.id()) });
         }
         let tokens = self.tokens.as_ref().ok_or(Rejection::Malformed)?;
         let token = tokens.verify(shown.text(), SystemTime::now())?;
         let account = Account { user: token.user, key: None };
-        Ok(Authenticated { account, limits, basis: Basis::Token { key: token.key, expires: token.expires } })
+        let basis = Basis::Token { key: token.key, expires: token.expires };
+        Ok(Authenticated { account, limits, rate: None, basis })
     }
 
     /// Takes a place for the client among the sessions of its user.
@@ -202,6 +206,8 @@ impl Auth {
         metrics: &Metrics,
     ) -> Result<Member, Refusal> {
         let limits = authenticated.limits;
+        let rate = authenticated.rate.map(|rate| if exempt { 0 } else { rate });
+        let authenticated = Authenticated { rate, ..authenticated };
         let limits =
             if exempt { config::UserLimits { connections: 0, attempts_per_minute: 0, ..limits } } else { limits };
         let seat = self
@@ -303,6 +309,17 @@ impl Member {
     /// The user's name.
     pub(super) fn user(&self) -> &str {
         &self.authenticated.account.user
+    }
+
+    /// Whose messages are counted together with its own.
+    pub(super) fn whose(&self) -> Whose {
+        let Account { user, key } = &self.authenticated.account;
+        Whose::User(Arc::clone(user), *key)
+    }
+
+    /// How many messages per window its user may send over all connections; 0: any number.
+    pub(super) fn rate(&self, limits: &config::Messages) -> u32 {
+        self.authenticated.rate.unwrap_or(limits.rate_per_user)
     }
 
     /// Has those of the user's older sessions leave that are too many. Called when this one is sure to begin.

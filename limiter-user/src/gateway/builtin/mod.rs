@@ -8,7 +8,6 @@ mod assembly;
 
 use std::{
     collections::VecDeque,
-    net::IpAddr,
     pin::pin,
     task::{Context, Poll},
     time::Duration,
@@ -61,13 +60,13 @@ pub(super) struct BuiltIn<'a> {
 }
 
 impl<'a> BuiltIn<'a> {
-    /// `early`: what the client, which is at `address`, sent right after its handshake. `config`: that of its route.
+    /// `early`: what the client sent right after its handshake. `config`: that of its route.
     pub(super) fn new(
         application: Application,
         client: Socket,
         early: Vec<u8>,
         mail: Option<Box<Mailbox>>,
-        address: IpAddr,
+        inbound: Inbound<'a>,
         config: &'a config::Gateway,
         shared: &'a Shared,
     ) -> Self {
@@ -76,7 +75,7 @@ impl<'a> BuiltIn<'a> {
             client,
             intake: Intake::new(Sender::Client, early),
             outlet: Outlet::new(config.pong_timeout),
-            inbound: Inbound::new(shared, &config.messages, address),
+            inbound,
             assembly: Assembly::default(),
             unpublished: VecDeque::new(),
             mail,

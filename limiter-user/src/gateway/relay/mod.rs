@@ -20,7 +20,6 @@ pub(super) use inspect::{Judge, Stop, Verdict};
 pub(super) use pipe::{BUFFER, Ended, Intake, Outlet, ping_frame};
 
 use std::{
-    net::IpAddr,
     pin::pin,
     task::{Context, Poll},
 };
@@ -59,13 +58,13 @@ pub(super) struct Relay<'a> {
 }
 
 impl<'a> Relay<'a> {
-    /// `early`: what the client, which is at `address`, sent right after its handshake. `config`: that of its route.
+    /// `early`: what the client sent right after its handshake. `config`: that of its route.
     pub(super) fn new(
         client: Socket,
         early: Vec<u8>,
         upstream: Connected,
         mail: Option<Box<Mailbox>>,
-        address: IpAddr,
+        inbound: Inbound<'a>,
         config: &'a config::Gateway,
         shared: &'a Shared,
     ) -> Self {
@@ -74,7 +73,7 @@ impl<'a> Relay<'a> {
             upstream: upstream.stream,
             up: Pipe::new(Sender::Client, early, config.pong_timeout),
             down: Pipe::new(Sender::Server, upstream.early, config.pong_timeout),
-            inbound: Inbound::new(shared, &config.messages, address),
+            inbound,
             outbound: Outbound { metrics: &shared.metrics, last: Instant::now() },
             liveness: Liveness::new(config.max_lifetime),
             mail,

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::StreamExt;
+use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -257,8 +257,8 @@ async fn an_api_key_has_its_own_limit_and_is_closed_when_it_goes() {
     let mut setup = Setup::new();
     setup.auth.users = users(1, OnExcess::Refuse, 0);
     setup.auth.reauth_interval = Duration::from_secs(1);
-    let (key, entry) = new_api_key("robot", Some(2), None).unwrap();
-    let (other, other_entry) = new_api_key("robot", None, None).unwrap();
+    let (key, entry) = new_api_key("robot", Some(2), None, None).unwrap();
+    let (other, other_entry) = new_api_key("robot", None, None, None).unwrap();
     let path = setup.folder.path().join("keys.toml");
     let write = |text: &str| {
         let new = setup.folder.path().join("keys.new");
@@ -305,14 +305,14 @@ async fn no_token_gets_into_the_log_at_any_level() {
         tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
     let guard = tracing::subscriber::set_default(subscriber);
     let mut setup = Setup::new();
-    let (key, entry) = new_api_key("robot", None, None).unwrap();
+    let (key, entry) = new_api_key("robot", None, None, None).unwrap();
     let path = setup.folder.path().join("keys.toml");
     std::fs::write(&path, entry).unwrap();
     setup.auth.api_keys = Some(path);
     let gateway = start(&setup.config());
     let good = setup.signer.token_of("alice", 60);
     let bad = Signer::hs256().token_of("alice", 60);
-    let unknown = new_api_key("robot", None, None).unwrap().0;
+    let unknown = new_api_key("robot", None, None, None).unwrap().0;
     for token in [&good, &bad, &key, &unknown] {
         for (path, headers) in [
             ("/".to_owned(), bearer(token).into()),
@@ -378,4 +378,53 @@ async fn a_user_is_reached_wherever_it_is_connected_and_closed_on_request() {
     // Both have metrics of their own.
     let kicked = "limiter_sessions_closed_total{reason=\"kicked\"}";
     assert_eq!((relay.metric(kicked), rooms.metric(kicked)), (1, 1));
+}
+
+#[tokio::test]
+async fn a_user_has_so_many_messages_over_all_its_connections_and_counts_for_no_source() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(0, OnExcess::Refuse, 0);
+    let (key, entry) = new_api_key("alice", None, None, Some(3)).unwrap();
+    let path = setup.folder.path().join("keys.toml");
+    std::fs::write(&path, entry).unwrap();
+    setup.auth.api_keys = Some(path);
+    let messages = config::Messages { rate: 0, rate_per_user: 2, rate_per_source: 1, ..config::Messages::default() };
+    let open = config::Route { auth: false, ..route("/open", messages) };
+    let exempt = config::Route { exempt: true, ..route("/exempt", messages) };
+    let gateway = start(&config::Gateway { messages, routes: vec![open, exempt], ..setup.config() });
+    let [alice, bob] = ["alice", "bob"].map(|user| bearer(&setup.signer.token_of(user, 60)));
+    let closed = (1008, "too many messages over all connections".to_owned());
+    for (shown, allowed) in [(&alice, 2), (&bob, 2), (&bearer(&key), 3)] {
+        let mut one = connect(&gateway, "/", shown).await.unwrap();
+        let mut other = connect(&gateway, "/", shown).await.unwrap();
+        for n in 0..allowed {
+            echoes(if n % 2 == 0 { &mut one } else { &mut other }, "x").await;
+        }
+        for client in [&mut one, &mut other] {
+            client.send(Message::text("x")).await.unwrap();
+            assert_eq!(next_close(client).await, closed);
+        }
+    }
+    // Nothing of that counts for the source, which has one.
+    let mut anonymous = connect(&gateway, "/open", &[]).await.unwrap();
+    echoes(&mut anonymous, "x").await;
+    anonymous.send(Message::text("x")).await.unwrap();
+    assert_eq!(next_close(&mut anonymous).await, closed);
+    let mut free = connect(&gateway, "/exempt", &bearer(&key)).await.unwrap();
+    for _ in 0..5 {
+        echoes(&mut free, "x").await;
+    }
+}
+
+fn route(path: &str, messages: config::Messages) -> config::Route {
+    config::Route {
+        path: path.into(),
+        exact: false,
+        host: None,
+        upstream: None,
+        auth: true,
+        exempt: false,
+        connections: 0,
+        messages,
+    }
 }

@@ -183,3 +183,56 @@ async fn a_connection_that_is_too_old_is_closed_however_busy() {
     assert!(began.elapsed() >= Duration::from_millis(270), "{:?}", began.elapsed());
     gateway.policy.wait_closed(1).await;
 }
+
+#[tokio::test]
+async fn a_source_has_so_many_messages_over_all_its_connections() {
+    let messages =
+        Messages { rate_per_source: 3, window: Duration::from_hours(1), on_violation: OnViolation::Close, ..none() };
+    for gateway in both(messages).await {
+        let (mut first, mut second) = (gateway.connect().await, gateway.connect().await);
+        echoes(&mut first, "1").await;
+        echoes(&mut second, "2").await;
+        echoes(&mut first, "3").await;
+        closes_with(&mut second, Message::text("4"), 1008, "too many messages over all connections").await;
+        drop((first, second));
+        gateway.policy.wait_closed(2).await;
+        // Coming back does not help.
+        let mut third = gateway.connect().await;
+        closes_with(&mut third, Message::text("5"), 1008, "too many messages over all connections").await;
+        assert_eq!(gateway.metric("limiter_messages_total{direction=\"in\",verdict=\"over_shared_rate\"}"), 2);
+    }
+}
+
+#[tokio::test]
+async fn what_a_source_is_denied_for_is_what_it_sends_together_too() {
+    let messages = Messages {
+        bytes_per_second_per_source: 1,
+        max_size: 1000,
+        on_violation: OnViolation::Drop,
+        deny_after: 2,
+        ..none()
+    };
+    for gateway in both(messages).await {
+        let (mut first, mut second) = (gateway.connect().await, gateway.connect().await);
+        echoes(&mut first, &"x".repeat(600)).await;
+        second.send(Message::text("x".repeat(600))).await.unwrap();
+        // What was left out counts for nothing.
+        echoes(&mut second, &"x".repeat(390)).await;
+        closes_with(&mut first, Message::text("x".repeat(600)), 1008, "too many bytes over all connections").await;
+        assert_eq!(gateway.policy.convicted.lock().unwrap().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_frame_longer_than_one_may_be_closes() {
+    for gateway in both(Messages { max_frame_size: 3, ..none() }).await {
+        let mut stream = shaken(&gateway).await;
+        // The first message is longer than a frame, and none of its frames is.
+        stream.write_all(&[frame(0x01, b"abc"), frame(0x80, b"def"), frame(0x01, b"g")].concat()).await.unwrap();
+        stream.write_all(&frame(0x80, b"hijk")).await.unwrap();
+        let mut rest = Vec::new();
+        timeout(PATIENCE, stream.read_to_end(&mut rest)).await.unwrap().unwrap();
+        assert!(rest.ends_with(b"\x88\x0f\x03\xf1frame too big"), "{rest:?}");
+        assert_eq!(gateway.metric("limiter_messages_total{direction=\"in\",verdict=\"frame_too_big\"}"), 1);
+    }
+}

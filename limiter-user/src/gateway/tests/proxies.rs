@@ -6,7 +6,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use tokio_tungstenite::tungstenite::{Error, client::IntoClientRequest};
+use futures_util::SinkExt;
+use tokio_tungstenite::tungstenite::{Error, Message, client::IntoClientRequest};
 
 use super::support::*;
 use crate::{config, policy::Limits};
@@ -148,4 +149,18 @@ async fn a_proxy_at_the_limit_is_warned_of_and_a_trusted_one_or_a_plain_client_i
 
     assert_eq!(connect(&plain, "x-forwarded-for", "192.0.2.1").await.err(), Some(429));
     assert_eq!(log.warnings().len(), 1);
+}
+
+#[tokio::test]
+async fn behind_a_trusted_proxy_messages_count_by_the_true_address_and_prefix() {
+    let messages = config::Messages { rate: 0, rate_per_source: 1, ..config::Messages::default() };
+    let limits = Limits { ipv4_prefix: 24, ..unlimited() };
+    let gateway = start_with(&config::Gateway { messages, ..trusting(&["127.0.0.0/8"]) }, limits);
+    let mut one = connect(&gateway, "x-forwarded-for", "192.0.2.1").await.unwrap();
+    let mut neighbour = connect(&gateway, "x-forwarded-for", "192.0.2.9").await.unwrap();
+    let mut other = connect(&gateway, "x-forwarded-for", "198.51.100.1").await.unwrap();
+    echoes(&mut one, "a").await;
+    echoes(&mut other, "b").await;
+    neighbour.send(Message::text("c")).await.unwrap();
+    assert_eq!(next_close(&mut neighbour).await, (1008, "too many messages over all connections".to_owned()));
 }
