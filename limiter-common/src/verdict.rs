@@ -157,7 +157,7 @@ pub enum Counter {
     ResetSuppressed = 32,
     /// Connections that count against a user from then on, and no longer against their source.
     CountedForUser = 33,
-    /// SYNs that were answered by a SYN cookie in XDP.
+    /// SYNs that were answered by a SYN cookie before the stack saw them.
     SynChallenged = 34,
     /// SYNs refused: the source of the wider tier was at its limit.
     SynWideSourceLimit = 35,

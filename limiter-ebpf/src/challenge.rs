@@ -1,4 +1,4 @@
-//! SYN cookies made in XDP, while a service is flooded with SYNs.
+//! SYN cookies made before the stack sees a SYN, while a service is flooded with SYNs.
 //!
 //! A SYN is answered before the stack sees it, and nothing is stored. The cookie is the kernel's own
 //! (`bpf_tcp_gen_syncookie`, kernel 5.2), so the stack takes the ACK that brings it back for the end of a handshake, and so do

@@ -8,7 +8,7 @@
 //!   to it know.
 //! - It may be several segments of one connection, which GRO has put together.
 
-use core::{hint, mem};
+use core::{arch::asm, hint, mem};
 
 use aya_ebpf::{
     EbpfContext,
@@ -23,11 +23,12 @@ use aya_ebpf::{
 use limiter_common::policy::InForce;
 
 use crate::{
-    admission, completion,
+    admission, challenge, completion,
     headers::TcpHeader,
     locate,
     options::{self, OPTION_UNKNOWN},
     packet::{self, Cursor, Segment},
+    reply,
 };
 
 /// A TCP header with all the options that it has room for.
@@ -222,17 +223,39 @@ impl EbpfContext for Skb {
     }
 }
 
+// Both ends are read by instructions that say so: the fields have 32 bits, and pointers that the compiler keeps as such are none to
+// the verifier.
 impl Packet for Skb {
     #[inline(always)]
     fn data(&self) -> usize {
+        let data;
         // SAFETY: a field of the context, which the kernel keeps valid.
-        unsafe { (*self.skb).data as usize }
+        unsafe {
+            asm!(
+                "{data} = *(u32 *)({skb} + {offset})",
+                data = out(reg) data,
+                skb = in(reg) self.skb,
+                offset = const mem::offset_of!(__sk_buff, data),
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        data
     }
 
     #[inline(always)]
     fn data_end(&self) -> usize {
+        let end;
         // SAFETY: as above.
-        unsafe { (*self.skb).data_end as usize }
+        unsafe {
+            asm!(
+                "{end} = *(u32 *)({skb} + {offset})",
+                end = out(reg) end,
+                skb = in(reg) self.skb,
+                offset = const mem::offset_of!(__sk_buff, data_end),
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        end
     }
 
     #[inline(always)]
@@ -375,6 +398,18 @@ impl Packet for Skb {
 }
 
 impl Skb {
+    /// [`reply::limiter_reset_skb`]
+    #[inline(always)]
+    pub fn reset(&self, service: u16) -> i32 {
+        reply::limiter_reset_skb(self.skb, u32::from(self.has_ethernet), service.into())
+    }
+
+    /// [`challenge::limiter_challenge_skb`]
+    #[inline(always)]
+    pub fn challenge(&self, service: u16) -> i32 {
+        challenge::limiter_challenge_skb(self.skb, u32::from(self.has_ethernet), service.into())
+    }
+
     /// Has it leave by the device that it came in by. Returns the action: `TC_ACT_REDIRECT`.
     #[inline(always)]
     pub fn send(&self) -> i32 {

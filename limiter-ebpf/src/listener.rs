@@ -1,5 +1,5 @@
 //! What a listener grants the connections that it opens, read from its socket and from its network namespace, at each SYN: what
-//! XDP promises in its name, the stack has to keep when the cookie comes back, by what is set then.
+//! a program promises in its name, the stack has to keep when the cookie comes back, by what is set then.
 //!
 //! Where the kernel has no BTF to tell where these fields are, nothing is known of a listener.
 

@@ -50,7 +50,6 @@ use aya_ebpf::{
     programs::{SockOpsContext, TcContext, XdpContext},
 };
 use context::Skb;
-use limiter_common::Counter;
 
 #[xdp]
 pub fn limiter_xdp(ctx: XdpContext) -> u32 {
@@ -65,29 +64,23 @@ pub fn limiter_xdp(ctx: XdpContext) -> u32 {
 
 #[classifier]
 pub fn limiter_tc(ctx: TcContext) -> i32 {
-    tc_action(admission::admit(&Skb::new(ctx.skb.skb, true)))
+    tc_action(&Skb::new(ctx.skb.skb, true))
 }
 
 #[classifier]
 pub fn limiter_tc_l3(ctx: TcContext) -> i32 {
-    tc_action(admission::admit(&Skb::new(ctx.skb.skb, false)))
+    tc_action(&Skb::new(ctx.skb.skb, false))
 }
 
 /// To pass is to leave the decision to whoever comes next (`TCX_NEXT`).
 #[inline(always)]
-fn tc_action((verdict, service): (Verdict, u16)) -> i32 {
+fn tc_action(ctx: &Skb) -> i32 {
+    let (verdict, service) = admission::admit(ctx);
     match verdict {
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop => TC_ACT_SHOT,
-        // Answers are made by XDP alone.
-        Verdict::Reset => {
-            counters::count(service, Counter::ResetSuppressed);
-            TC_ACT_SHOT
-        }
-        Verdict::Challenge => {
-            counters::count(service, Counter::SynAdmitted);
-            TC_ACT_UNSPEC
-        }
+        Verdict::Reset => ctx.reset(service),
+        Verdict::Challenge => ctx.challenge(service),
     }
 }
 

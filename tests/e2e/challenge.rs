@@ -18,6 +18,7 @@ use limiter_tests::{
     netns::Namespace,
     raw::RawClient,
     tcp::{Crowd, PlainServer, connect_served, listener},
+    tun::{TUN, TunLab},
     wait::{SOON, eventually, eventually_equal},
 };
 
@@ -25,6 +26,8 @@ both_families!(
     a_flood_is_answered_by_cookies_and_ends,
     cookies_keep_to_the_limits,
     cookies_work_in_generic_mode,
+    cookies_work_on_tc,
+    cookies_work_on_a_tun,
     cookies_keep_the_options,
     cookies_keep_what_both_ends_want,
     segments_fit_the_device,
@@ -136,6 +139,46 @@ fn cookies_work_in_generic_mode(family: Family) -> Result<()> {
     attach(&lab, &limiter, "challenge = \"always\"\nattach_mode = \"generic\"")?;
     let _connection = connect_served(&client.namespace, client.service(family), SOON)?;
     assert_eq!((limiter.counter("syn_challenged")?, limiter.counter("syn_admitted")?), (1, 0));
+    Ok(())
+}
+
+/// By a link and by a filter; on a device that computes checksums and on one that does not. What XDP needs at the other end, TC
+/// does not.
+fn cookies_work_on_tc(family: Family) -> Result<()> {
+    for (without, offload) in [("", true), ("tcx", true), ("", false)] {
+        let lab = Lab::new(2)?;
+        let listener = listen(&lab, family)?;
+        let limiter = Limiter::new(&lab.server)?.without(without);
+        attach(&lab, &limiter, "challenge = \"always\"\nchallenge_timestamps = true\nattach_mode = \"tc\"")?;
+        let client = &lab.clients[0];
+        lab.server.set_checksum_offload(&client.server_interface(), offload)?;
+        let connection = connect(&lab, &listener, family)?;
+        assert_eq!((limiter.counter("syn_challenged")?, limiter.counter("syn_admitted")?), (1, 0));
+        let infos = agreed(&connection, 4 * MEGABYTE)?;
+        assert!(infos.iter().all(|info| info.timestamps && info.sack && info.window_scales.is_some()), "{infos:?}");
+        limiter.wait_held(client.address(family), 1)?;
+
+        // No half-open connection is left of who never answers.
+        RawClient::new(&lab.clients[1], family)?.send_syns(100)?;
+        eventually_equal(SOON, "they are answered", &101, || limiter.counter("syn_challenged"))?;
+        assert_eq!(requests(&lab.server)?, 0);
+    }
+    Ok(())
+}
+
+/// Where there is no Ethernet header, and every checksum is looked at.
+fn cookies_work_on_a_tun(family: Family) -> Result<()> {
+    let lab = TunLab::new()?;
+    let service = lab.service(family);
+    let listener = listener(&lab.server, SocketAddr::new(family.unspecified(), PORT), 16)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let config = Limiter::config_file("[kernel]\nchallenge = \"always\"\nchallenge_timestamps = true\n")?;
+    limiter.attach(["--interface", TUN, "--port", "8080", "--config", &config.path().display().to_string()])?;
+    let connected = lab.client.enter(|| TcpStream::connect_timeout(&service, SOON))?;
+    let (served, _) = listener.accept()?;
+    assert_eq!((limiter.counter("syn_challenged")?, limiter.counter("syn_admitted")?), (1, 0));
+    let infos = agreed(&[connected, served], MEGABYTE)?;
+    assert!(infos.iter().all(|info| info.timestamps && info.sack && info.window_scales.is_some()), "{infos:?}");
     Ok(())
 }
 

@@ -1,21 +1,33 @@
 //! `on_deny = "reset"`: a client past the limit is told so at once.
 
-use std::{fs, io, net::TcpStream, time::Duration};
+use std::{
+    fs, io,
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use limiter_tests::{
     bare::{Answer, BareXdp},
     both_families,
-    lab::{CLIENT_INTERFACE, Client, Family, Lab, PORT},
+    lab::{CLIENT_INTERFACE, Family, Lab, PORT},
     limiter::Limiter,
     netns::Namespace,
+    raw::{RawClient, TagSocket},
+    segment::flags,
     tcp::{Crowd, PlainServer, connect_served},
-    wait::SOON,
+    tun::{TUN, TunLab},
+    wait::{SOON, eventually_equal},
 };
 
 both_families!(
     a_refused_connect_fails_at_once,
     a_refused_connect_fails_at_once_in_generic_mode,
+    a_refused_connect_fails_at_once_on_tc,
+    a_refused_connect_fails_at_once_by_a_filter,
+    a_refused_connect_fails_at_once_where_the_stack_computes_checksums,
+    a_refused_connect_fails_at_once_on_a_tun,
+    a_reset_has_the_tag_of_what_it_answers,
     what_a_refused_connect_gets_changes_at_once,
 );
 
@@ -27,8 +39,65 @@ fn a_refused_connect_fails_at_once_in_generic_mode(family: Family) -> Result<()>
     refused_connect_fails(family, "generic")
 }
 
+fn a_refused_connect_fails_at_once_on_tc(family: Family) -> Result<()> {
+    refused_connect_fails(family, "tc")
+}
+
+fn a_refused_connect_fails_at_once_by_a_filter(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    refused_connect_fails_in(&lab, &Limiter::new(&lab.server)?.without("tcx"), family, "tc")
+}
+
+/// A SYN over a veth has no checksum yet, and nor has what answers it: whoever computes it then has to find what it begins with.
+fn a_refused_connect_fails_at_once_where_the_stack_computes_checksums(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    lab.server.set_checksum_offload(&lab.clients[0].server_interface(), false)?;
+    refused_connect_fails_in(&lab, &Limiter::new(&lab.server)?, family, "tc")
+}
+
+fn a_refused_connect_fails_at_once_on_a_tun(family: Family) -> Result<()> {
+    let lab = TunLab::new()?;
+    let service = lab.service(family);
+    let _server = PlainServer::start(&lab.server, family)?;
+    for without in ["", "tcx"] {
+        let limiter = Limiter::new(&lab.server)?.without(without);
+        let arguments = ["--interface", TUN, "--port", "8080", "--connections-per-source", "1", "--on-deny", "reset"];
+        limiter.attach(arguments)?;
+        let _held = connect_served(&lab.client, service, SOON)?;
+        eventually_equal(SOON, "it is held", &1, || Ok(limiter.ledger()?.len()))?;
+        refused(&lab.client, service)?;
+        assert_eq!((limiter.counter("reset_sent")?, limiter.counter("syn_source_limit")?), (1, 1), "{without}");
+    }
+    Ok(())
+}
+
+/// On TC, the outer tag of a frame is not in the frame.
+fn a_reset_has_the_tag_of_what_it_answers(family: Family) -> Result<()> {
+    const PRIORITY: u16 = 5 << 13;
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    limiter.protect(&lab, 2, &["--attach-mode", "tc", "--on-deny", "reset"])?;
+    limiter.output(["deny", &Family::source(client.silent_address(family))])?;
+    let mut raw = RawClient::new(client, family)?;
+    let tags = TagSocket::new(client)?;
+    let [syn] = &raw.syns(1)[..] else { panic!("one SYN") };
+    let mut frame = raw.frame(syn);
+    frame.splice(12..12, [[0x81, 0x00], PRIORITY.to_be_bytes()].concat());
+    raw.send_frames(vec![frame])?;
+    let reset = raw.receive(Instant::now() + SOON)?.context("an answer")?;
+    assert_eq!((reset.flags, reset.acknowledgement), (flags::RST | flags::ACK, syn.sequence.wrapping_add(1)));
+    assert_eq!(tags.tag_of(&reset)?, Some(PRIORITY));
+    Ok(())
+}
+
 fn refused_connect_fails(family: Family, mode: &str) -> Result<()> {
     let lab = Lab::new(1)?;
+    refused_connect_fails_in(&lab, &Limiter::new(&lab.server)?, family, mode)
+}
+
+fn refused_connect_fails_in(lab: &Lab, limiter: &Limiter<'_>, family: Family, mode: &str) -> Result<()> {
     let client = &lab.clients[0];
     // What XDP sends out of one end of a veth is only received if there is a program at the other end.
     let _peer = match mode {
@@ -36,15 +105,14 @@ fn refused_connect_fails(family: Family, mode: &str) -> Result<()> {
         _ => None,
     };
     let _server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, 2, &["--attach-mode", mode, "--on-deny", "reset"])?;
+    limiter.protect(lab, 2, &["--attach-mode", mode, "--on-deny", "reset"])?;
     let status = limiter.json("status")?;
     assert_eq!((&status["services"][0]["on_deny"], &status["interfaces"][0]["mode"]), (&"reset".into(), &mode.into()));
 
     let held = Crowd::connect(&client.namespace, client.service(family), 2, SOON)?;
     assert_eq!(held.served.len(), 2);
     limiter.wait_held(client.address(family), 2)?;
-    refused(client, family)?;
+    refused(&client.namespace, client.service(family))?;
     assert_eq!(limiter.counter("reset_sent")?, 1);
     assert_eq!(limiter.counter("syn_source_limit")?, 1, "it was told at its first SYN, and did not try again");
 
@@ -56,9 +124,8 @@ fn refused_connect_fails(family: Family, mode: &str) -> Result<()> {
 }
 
 /// That `connect` is answered by `ECONNREFUSED`. A stack that gets no answer sends its SYN again for much longer.
-fn refused(client: &Client, family: Family) -> Result<()> {
-    let outcome =
-        client.namespace.enter(|| TcpStream::connect_timeout(&client.service(family), Duration::from_secs(30)));
+fn refused(client: &Namespace, service: SocketAddr) -> Result<()> {
+    let outcome = client.enter(|| TcpStream::connect_timeout(&service, Duration::from_secs(30)));
     let error = outcome.err().context("it is connected")?;
     ensure!(error.kind() == io::ErrorKind::ConnectionRefused, "{error}");
     Ok(())
@@ -88,7 +155,7 @@ fn what_a_refused_connect_gets_changes_at_once(family: Family) -> Result<()> {
     drop(dropped);
     let said = set(&["on_deny=reset", "--service", "chat", "--config", &path, "--save"])?;
     assert_eq!(said, "chat: on_deny drop → reset\n");
-    refused(client, family)?;
+    refused(&client.namespace, client.service(family))?;
     assert!(limiter.counter("reset_sent")? >= 1);
     let saved = fs::read_to_string(&path)?;
     assert_eq!(saved, text.replace("port = 8080\n", "port = 8080\non_deny = \"reset\"\n"));
@@ -117,14 +184,16 @@ fn what_a_refused_connect_gets_changes_at_once(family: Family) -> Result<()> {
 
 #[test]
 fn a_refused_connect_on_loopback_fails_at_once() -> Result<()> {
-    let host = Namespace::new()?;
-    let service = "127.0.0.1:8080".parse()?;
-    let _server = PlainServer::start(&host, Family::V4)?;
-    let limiter = Limiter::new(&host)?;
-    limiter.attach(["--interface", "lo", "--port", "8080", "--connections-per-source", "1", "--on-deny", "reset"])?;
-    let _held = connect_served(&host, service, SOON)?;
-    limiter.wait_held(service.ip(), 1)?;
-    let error = host.enter(|| TcpStream::connect_timeout(&service, Duration::from_secs(30)));
-    assert_eq!(error.map_err(|error| error.kind()).err(), Some(io::ErrorKind::ConnectionRefused));
+    for mode in ["auto", "tc"] {
+        let host = Namespace::new()?;
+        let service = "127.0.0.1:8080".parse()?;
+        let _server = PlainServer::start(&host, Family::V4)?;
+        let limiter = Limiter::new(&host)?;
+        let arguments = ["--interface", "lo", "--port", "8080", "--connections-per-source", "1", "--on-deny", "reset"];
+        limiter.attach(arguments.into_iter().chain(["--attach-mode", mode]))?;
+        let _held = connect_served(&host, service, SOON)?;
+        limiter.wait_held(service.ip(), 1)?;
+        refused(&host, service).context(mode)?;
+    }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! SYN cookies of the XDP program, byte by byte; with listeners of its own, since the kernel makes the cookie for them.
+//! SYN cookies of the programs for XDP and TC, byte by byte; with listeners of its own, since the kernel makes the cookie for them.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
 use std::{
@@ -7,6 +7,7 @@ use std::{
     os::fd::AsRawFd,
 };
 
+use limiter::kernel::Hook;
 use limiter_common::{
     Counter, ServicePolicy,
     challenge::Challenge,
@@ -23,6 +24,7 @@ use limiter_tests::{
 use socket2::Socket;
 
 const PORT: u16 = 8080;
+const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
 
 fn v4() -> Frame {
     let frame = Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap());
@@ -49,7 +51,11 @@ fn host() -> (Namespace, TcpListener) {
 }
 
 fn program(threshold: u32) -> Program {
-    let mut program = Program::load().unwrap();
+    program_for(Hook::Xdp, threshold)
+}
+
+fn program_for(hook: Hook, threshold: u32) -> Program {
+    let mut program = Program::load_for(hook).unwrap();
     let policy = ServicePolicy { ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() };
     program.set_service(0, PORT, &policy).unwrap();
     program.set_challenge(0, threshold).unwrap();
@@ -89,9 +95,13 @@ fn answered(host: &Namespace, program: &mut Program, description: &str, question
 
 #[test]
 fn a_syn_is_answered_by_a_cookie_byte_by_byte() {
+    HOOKS.into_iter().for_each(a_syn_is_answered_by_a_cookie_byte_by_byte_on);
+}
+
+fn a_syn_is_answered_by_a_cookie_byte_by_byte_on(hook: Hook) {
     let (host, listener) = host();
     let scale = stack_scale(&host, &listener);
-    let mut program = program(1);
+    let mut program = program_for(hook, 1);
     let tagged = vec![0x88a8, 0x8100];
     let rows = [
         ("IPv4", v4()),
@@ -222,8 +232,12 @@ fn force_receive_buffer(socket: &Socket, bytes: c_int) -> std::io::Result<()> {
 
 #[test]
 fn what_the_stack_has_to_see_to_passes_as_it_is() {
+    HOOKS.into_iter().for_each(what_the_stack_has_to_see_to_passes_as_it_is_on);
+}
+
+fn what_the_stack_has_to_see_to_passes_as_it_is_on(hook: Hook) {
     let (host, listener) = host();
-    let mut program = program(1);
+    let mut program = program_for(hook, 1);
     let pass = |program: &mut Program, description: &str, frame: &[u8]| {
         let (action, out) = host.enter(|| program.run(frame).map(|(action, out)| (action, out.to_vec()))).unwrap();
         assert_eq!((action, &out[..]), (Action::Pass, frame), "{description}");

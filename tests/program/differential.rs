@@ -225,8 +225,7 @@ fn program_and_model_agree(hook: Hook) {
         std::env::var("LIMITER_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     let mut random = fastrand::Rng::with_seed(seed);
     let mut program = Program::load_for(hook).unwrap();
-    let answering = hook == Hook::Xdp;
-    let mut model = Admission { ledger_size: 1024, answers: answering, now_ns: now_ns(), ..Admission::default() };
+    let mut model = Admission { ledger_size: 1024, now_ns: now_ns(), ..Admission::default() };
     for (index, port, policy) in services() {
         program.set_service(index, port, &policy).unwrap();
         model.ports.insert(port, index);
@@ -302,6 +301,6 @@ fn program_and_model_agree(hook: Hook) {
     }
     assert!(voided > packets / 1000, "{voided} Fast Open options");
     assert!((packets / 100..packets / 2).contains(&drops), "{drops} drops: the packets don't try the limits");
-    assert_eq!(answers > packets / 200, answering, "{answers} answers");
+    assert!(answers > packets / 200, "{answers} answers");
     assert!(model.counters.contains_key(&(3, Counter::ResetSuppressed)), "no packet was without a right answer");
 }

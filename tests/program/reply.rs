@@ -1,6 +1,7 @@
-//! What the XDP program makes of the packets that it answers, byte by byte.
+//! What the programs for XDP and TC make of the packets that they answer, byte by byte.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
+use limiter::kernel::Hook;
 use limiter_common::{
     Counter, ServicePolicy, model,
     policy::{OnDeny, RESET_RATE},
@@ -13,6 +14,7 @@ use limiter_tests::{
 };
 
 const PORT: u16 = 8080;
+const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
 
 fn v4() -> Frame {
     Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap())
@@ -28,8 +30,8 @@ fn options() -> Vec<u8> {
 }
 
 /// A program whose one service denies everybody, by a RST.
-fn program() -> Program {
-    let mut program = Program::load().unwrap();
+fn program(hook: Hook) -> Program {
+    let mut program = Program::load_for(hook).unwrap();
     let policy =
         ServicePolicy { ipv4_prefix: 32, ipv6_prefix: 64, on_deny: OnDeny::Reset as u8, ..ServicePolicy::default() };
     program.set_service(0, PORT, &policy).unwrap();
@@ -70,7 +72,11 @@ fn v6_header() -> Vec<u8> {
 
 #[test]
 fn a_refused_syn_is_answered_by_a_reset_byte_by_byte() {
-    let mut program = program();
+    HOOKS.into_iter().for_each(a_refused_syn_is_answered_by_a_reset_byte_by_byte_on);
+}
+
+fn a_refused_syn_is_answered_by_a_reset_byte_by_byte_on(hook: Hook) {
+    let mut program = program(hook);
     let v6_header = v6_header();
     let rows: Vec<(&str, Frame, Vec<u8>)> = vec![
         ("IPv4, bare", v4(), rst(&v4(), &V4_HEADER, 2, 0x6ff5, 0)),
@@ -126,7 +132,11 @@ fn a_refused_syn_is_answered_by_a_reset_byte_by_byte() {
 
 #[test]
 fn the_class_of_traffic_is_kept_without_its_congestion_bits() {
-    let mut program = program();
+    HOOKS.into_iter().for_each(the_class_of_traffic_is_kept_without_its_congestion_bits_on);
+}
+
+fn the_class_of_traffic_is_kept_without_its_congestion_bits_on(hook: Hook) {
+    let mut program = program(hook);
     for (frame, at, set, kept) in [(v4(), 15, 0xbb, 0xb8), (v6(), 15, 0xff, 0xc0)] {
         let mut bytes = frame.to_bytes();
         bytes[at] = set;
@@ -138,7 +148,11 @@ fn the_class_of_traffic_is_kept_without_its_congestion_bits() {
 
 #[test]
 fn what_has_no_right_answer_is_dropped_without_one() {
-    let mut program = program();
+    HOOKS.into_iter().for_each(what_has_no_right_answer_is_dropped_without_one_on);
+}
+
+fn what_has_no_right_answer_is_dropped_without_one_on(hook: Hook) {
+    let mut program = program(hook);
     let changed = |frame: Frame, change: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = frame.to_bytes();
         change(&mut bytes);
@@ -176,7 +190,11 @@ fn what_has_no_right_answer_is_dropped_without_one() {
 /// RFC 9293: to a RST nothing is answered. And what is not a SYN alone is the stack's own business.
 #[test]
 fn nothing_but_a_syn_is_answered() {
-    let mut program = program();
+    HOOKS.into_iter().for_each(nothing_but_a_syn_is_answered_on);
+}
+
+fn nothing_but_a_syn_is_answered_on(hook: Hook) {
+    let mut program = program(hook);
     for flags in 0..=u8::MAX {
         let (action, _) = program.run(&v4().with_flags(flags).to_bytes()).unwrap();
         let is_syn = flags & (SYN | ACK | RST | 0x01) == SYN;
@@ -186,7 +204,11 @@ fn nothing_but_a_syn_is_answered() {
 
 #[test]
 fn past_so_many_resets_a_refused_syn_is_dropped() {
-    let mut program = program();
+    HOOKS.into_iter().for_each(past_so_many_resets_a_refused_syn_is_dropped_on);
+}
+
+fn past_so_many_resets_a_refused_syn_is_dropped_on(hook: Hook) {
+    let mut program = program(hook);
     let hour_ns = 3_600_000_000_000;
     program.set_state(0, |state| state.resets_ns = now_ns() + hour_ns).unwrap();
     assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Drop);

@@ -3,6 +3,8 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
+    mem,
+    net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsRawFd, RawFd},
         unix::process::CommandExt,
@@ -156,6 +158,11 @@ impl Namespace {
         })
     }
 
+    /// Has an interface compute checksums of what it sends, or, off, leaves that to the stack.
+    pub fn set_checksum_offload(&self, interface: &str, on: bool) -> Result<()> {
+        self.enter(|| set_checksum_offload(interface, on)).context("cannot set the offload of checksums")
+    }
+
     /// Index of an interface.
     pub fn interface_index(&self, interface: &str) -> Result<u32> {
         let index = self.link(interface)?.get("ifindex").and_then(serde_json::Value::as_u64);
@@ -182,6 +189,30 @@ impl Namespace {
 /// Size of a namespace's own table of TCP sockets. Who lists the sockets of a namespace walks the whole table, and the
 /// host's has hundreds of thousands of slots. It is the namespace's parent that says how large it is to be.
 const TCP_TABLE_SIZE: &str = "1024";
+
+fn set_checksum_offload(interface: &str, on: bool) -> io::Result<()> {
+    /// `struct ethtool_value` of linux/ethtool.h.
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut value = Value { command: ETHTOOL_STXCSUM, data: on.into() };
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(interface.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: the request holds a name that ends with a zero, and points to a value that outlives the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
 
 /// Moves the calling thread to a new namespace.
 fn unshare_network() -> io::Result<()> {

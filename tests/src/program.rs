@@ -36,7 +36,7 @@ pub enum Action {
     Drop,
     /// `XDP_PASS`, `TC_ACT_UNSPEC`
     Pass,
-    /// `XDP_TX`
+    /// `XDP_TX`, `TC_ACT_REDIRECT`
     Transmit,
 }
 
@@ -109,7 +109,7 @@ impl Program {
         let action = match (self.hook, result.return_value.cast_signed()) {
             (Hook::Xdp, 1) | (Hook::Tc | Hook::TcL3, 2) => Action::Drop,
             (Hook::Xdp, 2) | (Hook::Tc | Hook::TcL3, -1) => Action::Pass,
-            (Hook::Xdp, 3) => Action::Transmit,
+            (Hook::Xdp, 3) | (Hook::Tc | Hook::TcL3, 7) => Action::Transmit,
             (_, other) => bail!("the program answered {other}"),
         };
         Ok((action, &self.out[..result.data_size_out as usize]))

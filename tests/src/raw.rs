@@ -322,18 +322,7 @@ impl VnetSocket {
     pub fn new(client: &Client) -> Result<Self> {
         let index = client.namespace.interface_index(CLIENT_INTERFACE)?;
         let socket = client.namespace.enter(|| packet_socket(index)).context("cannot open a packet socket")?;
-        let on: libc::c_int = 1;
-        // SAFETY: the descriptor is open, and the length is that of the value.
-        let outcome = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_PACKET,
-                PACKET_VNET_HDR,
-                (&raw const on).cast(),
-                libc::socklen_t::try_from(size_of_val(&on))?,
-            )
-        };
-        ensure!(outcome == 0, "PACKET_VNET_HDR: {}", io::Error::last_os_error());
+        set_packet_option(&socket, PACKET_VNET_HDR).context("PACKET_VNET_HDR")?;
         Ok(Self(socket))
     }
 
@@ -349,8 +338,62 @@ impl VnetSocket {
     }
 }
 
+/// Sees what comes over a client's link, with the VLAN tags, which the kernel takes out of frames.
+#[derive(Debug)]
+pub struct TagSocket(Socket);
+
+impl TagSocket {
+    /// On the client's link. It sees what comes from now on.
+    pub fn new(client: &Client) -> Result<Self> {
+        let index = client.namespace.interface_index(CLIENT_INTERFACE)?;
+        let socket = client.namespace.enter(|| packet_socket(index)).context("cannot open a packet socket")?;
+        set_packet_option(&socket, PACKET_AUXDATA).context("PACKET_AUXDATA")?;
+        socket.set_read_timeout(Some(SOON))?;
+        Ok(Self(socket))
+    }
+
+    /// The control field of the tag that a segment has come with, if it had one. What came before it is skipped.
+    pub fn tag_of(&self, segment: &Segment) -> Result<Option<u16>> {
+        loop {
+            let mut frame = [0; 2048];
+            // More than the header and a tpacket_auxdata take, and as aligned as they want it.
+            let mut control = [0_u64; 16];
+            let mut part = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+            // SAFETY: all zero is a valid msghdr.
+            let mut message: libc::msghdr = unsafe { mem::zeroed() };
+            message.msg_iov = &raw mut part;
+            message.msg_iovlen = 1;
+            message.msg_control = control.as_mut_ptr().cast();
+            message.msg_controllen = mem::size_of_val(&control);
+            // SAFETY: every pointer in the message is to what lives until the call has returned, with its length.
+            let length = unsafe { libc::recvmsg(self.0.as_raw_fd(), &raw mut message, 0) };
+            let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+            if Segment::parse(&frame[..length]).as_ref() != Some(segment) {
+                continue;
+            }
+            // SAFETY: the kernel has filled the control data that the message points to.
+            let data = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+            ensure!(!data.is_null(), "the kernel tells of no tag");
+            // SAFETY: the socket has no other control data than this.
+            let data = unsafe { libc::CMSG_DATA(data).cast::<libc::tpacket_auxdata>().read_unaligned() };
+            return Ok((data.tp_status & libc::TP_STATUS_VLAN_VALID != 0).then_some(data.tp_vlan_tci));
+        }
+    }
+}
+
+/// Switches an option of packet sockets on.
+fn set_packet_option(socket: &Socket, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let length = libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open, and the length is that of the value.
+    let outcome =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, option, (&raw const on).cast(), length) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Of `linux/if_packet.h`.
 const PACKET_VNET_HDR: libc::c_int = 15;
+const PACKET_AUXDATA: libc::c_int = 8;
 
 /// `libc::ETH_P_ALL` and `libc::AF_PACKET` in the width that `sockaddr_ll` has them in.
 const ETH_P_ALL: u16 = 3;

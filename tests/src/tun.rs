@@ -4,6 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     mem,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::{
         fd::{AsRawFd, RawFd},
         unix::{fs::OpenOptionsExt, net::UnixStream},
@@ -13,7 +14,46 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::netns::Namespace;
+use crate::{
+    lab::{Family, PORT},
+    netns::Namespace,
+};
+
+/// A server and a client with nothing but such a link between them.
+#[derive(Debug)]
+pub struct TunLab {
+    /// Where the service and limiter run.
+    pub server: Namespace,
+    /// The client.
+    pub client: Namespace,
+    _link: TunLink,
+}
+
+/// The name of the device in both.
+pub const TUN: &str = "tun0";
+
+impl TunLab {
+    /// Both up, with an address of each family.
+    pub fn new() -> Result<Self> {
+        let (server, client) = (Namespace::new()?, Namespace::new()?);
+        let link = TunLink::new(TUN, [&server, &client])?;
+        for (namespace, host) in [(&server, 1), (&client, 2)] {
+            namespace.ip(&format!(
+                "link set {TUN} up\naddr add 198.19.0.{host}/24 dev {TUN}\naddr add 2001:db8:19::{host}/64 dev {TUN} nodad\n"
+            ))?;
+        }
+        Ok(Self { server, client, _link: link })
+    }
+
+    /// The service.
+    pub fn service(&self, family: Family) -> SocketAddr {
+        let address = match family {
+            Family::V4 => Ipv4Addr::new(198, 19, 0, 1).into(),
+            Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0x19, 0, 0, 0, 0, 1).into(),
+        };
+        SocketAddr::new(address, PORT)
+    }
+}
 
 /// Two tun devices of the same name. They go when this is dropped.
 #[derive(Debug)]

@@ -65,8 +65,6 @@ pub struct Admission {
     pub service_rates: HashMap<u16, u64>,
     /// Rules by prefix: an address and how many bits of it count, in its own family.
     pub rules: HashMap<(IpAddr, u8), RuleEntry>,
-    /// Whether refused SYNs can be answered; only XDP does.
-    pub answers: bool,
     /// The time, in nanoseconds.
     pub now_ns: u64,
     /// What was counted.
@@ -152,7 +150,7 @@ impl Admission {
             Verdict::Pass
         } else if policy.on_deny != OnDeny::Reset as u8 {
             Verdict::Drop
-        } else if self.answers && reset(frame).is_some() {
+        } else if reset(frame).is_some() {
             self.count(service, Counter::ResetSent);
             Verdict::Answer
         } else {

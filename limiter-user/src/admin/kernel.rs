@@ -166,12 +166,12 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
     )?;
     writer.gauge(
         "challenging",
-        "Whether SYNs are answered by SYN cookies in XDP now",
+        "Whether SYNs are answered by SYN cookies now, before the stack sees them",
         services().map(|row| ([("service", row.name.as_str())], row.challenge.challenging.into())),
     )?;
     writer.counter(
         "syn_challenged",
-        "SYNs answered by SYN cookies in XDP",
+        "SYNs answered by SYN cookies, before the stack saw them",
         services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::SynChallenged))),
     )?;
     writer.counter(

@@ -106,7 +106,7 @@ impl OnDeny {
     }
 }
 
-/// Whether SYNs are answered by cookies, in XDP.
+/// Whether SYNs are answered by cookies, before the stack sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum ChallengeMode {
     /// They are not, and nothing of the host is changed for it.
