@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(config.kernel.attach_mode, AttachMode::Generic);
         assert_eq!(config.kernel.pin_path, Path::new("/p"));
         assert_eq!(config.gateway.listen, ["127.0.0.1:81".parse().unwrap()]);
-        assert_eq!(config.gateway.upstream, Upstream::Relay("ws://127.0.0.1:9000".into()));
+        assert_eq!(config.gateway.upstream, "ws://127.0.0.1:9000".parse().unwrap());
         assert_eq!(config.admin.listen, None);
     }
 

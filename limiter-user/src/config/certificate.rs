@@ -6,13 +6,14 @@ use std::{
 };
 
 use rustls::{
+    RootCertStore,
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     server::ParsedCertificate,
     sign::CertifiedKey,
 };
 
-use super::bounded;
+use super::{UpstreamTls, bounded};
 
 /// Longest file that is read; a chain has a few KiB.
 const LONGEST_FILE_BYTES: u64 = 1 << 20;
@@ -103,6 +104,28 @@ impl Tls {
     pub fn files(&self) -> impl Iterator<Item = (&CertificateFiles, Option<&str>)> {
         let hosts = self.hosts.iter().map(|host| (&host.files, Some(host.name.as_str())));
         std::iter::once((&self.default, None)).chain(hosts)
+    }
+}
+
+impl UpstreamTls {
+    /// The certificates in the file of authorities, if one is named.
+    ///
+    /// # Errors
+    /// When it can't be read, or has none that can be used.
+    pub(crate) fn load_authorities(&self) -> Result<Option<RootCertStore>, CertificateError> {
+        let Some(path) = &self.ca else { return Ok(None) };
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(&read(path)?) {
+            let certificate = certificate.map_err(|_| CertificateError::NoCertificate(path.clone()))?;
+            roots.add(certificate).map_err(|reason| CertificateError::BadCertificate { path: path.clone(), reason })?;
+        }
+        if roots.is_empty() { Err(CertificateError::NoCertificate(path.clone())) } else { Ok(Some(roots)) }
+    }
+
+    /// Whether every file can be used.
+    pub(super) fn check_files(&self) -> Result<(), CertificateError> {
+        self.load_authorities()?;
+        self.certificate.iter().try_for_each(|files| files.load(None).map(drop))
     }
 }
 

@@ -22,6 +22,7 @@ mod setting;
 mod tls;
 mod token_keys;
 mod upstream;
+mod upstream_parse;
 mod value;
 
 pub use admin_token::{AdminToken, AdminTokenError};
@@ -37,7 +38,8 @@ pub use route::Route;
 pub use schema::*;
 pub use setting::{LimitKey, Setting};
 pub use token_keys::{TokenKey, TokenKeyError, TokenKeys};
-pub use upstream::InvalidUpstream;
+pub(crate) use upstream::Place;
+pub use upstream::{InvalidUpstream, Target};
 
 /// A commented file with every key at its default.
 pub const EXAMPLE: &str = include_str!("example.toml");

@@ -13,7 +13,7 @@ use super::{
     resolve::uncovered_listen,
     route,
     setting::GREATEST_CONNECTION_RATE,
-    tls, value,
+    tls, upstream_parse, value,
 };
 use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 
@@ -40,6 +40,8 @@ pub(super) struct File {
     pub(super) listen_given: bool,
     /// Where the file names each certificate, in the order of [`Tls::files`](super::Tls::files).
     pub(super) certificates: Vec<Range<usize>>,
+    /// Where it has `[gateway.upstream_tls]`.
+    pub(super) upstream_tls: Range<usize>,
     /// Where it names the files of `[gateway.auth]`.
     pub(super) auth: AuthSpans,
     /// Where it names `admin.token_file`.
@@ -71,6 +73,9 @@ pub(super) fn parse_with_files(path: &Path, text: &str) -> Result<File, ConfigEr
             report.add(span, format!("gateway.tls: {error}"));
         }
     }
+    if let Err(error) = file.config.gateway.upstream_tls.check_files() {
+        report.add(&file.upstream_tls, format!("gateway.upstream_tls: {error}"));
+    }
     for (span, problem) in file.config.gateway.auth.iter().flat_map(|auth| auth_parse::check_files(auth, &file.auth)) {
         report.add(&span, problem);
     }
@@ -97,7 +102,8 @@ fn file(report: &Report, table: &DeTable) -> File {
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
-    let (listen, certificates, auth) = gateway(report, root.section("gateway"), &mut config.gateway);
+    let Places { listen, certificates, upstream_tls, auth } =
+        gateway(report, root.section("gateway"), &mut config.gateway);
     let (admin_listen, token) = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
     root.finish();
@@ -111,7 +117,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     {
         report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
     }
-    File { config, listen_given: listen.is_some(), certificates, auth, token }
+    File { config, listen_given: listen.is_some(), certificates, upstream_tls, auth, token }
 }
 
 fn kernel(mut section: Section, kernel: &mut Kernel) {
@@ -279,17 +285,23 @@ fn service_name(item: &Item) -> Result<String, Fault> {
     Ok(name.to_owned())
 }
 
-/// Gives the place of a good `listen`, those of the certificates and those of the files of `auth`.
-fn gateway(
-    report: &Report,
-    mut section: Section,
-    gateway: &mut Gateway,
-) -> (Option<Range<usize>>, Vec<Range<usize>>, AuthSpans) {
+/// Where `[gateway]` has what is looked at once more.
+struct Places {
+    /// A good `listen`.
+    listen: Option<Range<usize>>,
+    certificates: Vec<Range<usize>>,
+    upstream_tls: Range<usize>,
+    auth: AuthSpans,
+}
+
+fn gateway(report: &Report, mut section: Section, gateway: &mut Gateway) -> Places {
     let listen = section.read("listen", &mut gateway.listen, |item| {
         let addresses = value::list(item, value::listen, "addresses")?;
         if addresses.is_empty() { Err(Fault::new(item, "expected at least one address")) } else { Ok(addresses) }
     });
-    section.read("upstream", &mut gateway.upstream, value::upstream);
+    section.read("upstream", &mut gateway.upstream, upstream_parse::upstream);
+    let upstream_tls = upstream_parse::tls(&mut section, &mut gateway.upstream_tls);
+    upstream_parse::health(section.section("health"), &mut gateway.health);
     section.read("trusted_proxies", &mut gateway.trusted_proxies, |item| {
         value::list(item, value::network, "addresses and networks")
     });
@@ -319,7 +331,7 @@ fn gateway(
     let has_auth = gateway.auth.is_some();
     gateway.routes = route::parse(report, &mut section, &gateway.messages, has_auth, messages::parse);
     section.finish();
-    (listen, certificates, auth)
+    Places { listen, certificates, upstream_tls, auth }
 }
 
 fn push(mut section: Section, push: &mut Push) {

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{
-    Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Kinds, LogFormat, Messages, OnDeny, OnFull,
-    OnViolation, Overrides, Purpose, Tls, TlsHost, Upstream,
+    Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Health, Kinds, LogFormat, Messages, OnDeny,
+    OnFull, OnViolation, Overrides, Purpose, Tls, TlsHost, UpstreamTls,
 };
 use crate::policy::{Action, OwnLimits, Rule};
 
@@ -178,7 +178,9 @@ fn every_key_is_read() {
         ],
         gateway: Gateway {
             listen: vec!["[::]:8080".parse().unwrap()],
-            upstream: Upstream::Relay("ws://127.0.0.1:9000".into()),
+            upstream: "ws://127.0.0.1:9000".parse().unwrap(),
+            upstream_tls: UpstreamTls::default(),
+            health: Health::default(),
             trusted_proxies: ["10.0.0.0/8", "192.0.2.7/32", "2001:db8::/32"]
                 .map(|network| network.parse().unwrap())
                 .into(),

@@ -28,7 +28,7 @@ fn flags_take_the_place_of_the_file_in_every_service() {
         interfaces: Some(vec!["lo".into()]),
         ports: Some(vec![81]),
         listen: Some(vec!["127.0.0.1:81".parse().unwrap()]),
-        upstream: Some(Upstream::Relay("ws://h".into())),
+        upstream: Some("ws://h".parse().unwrap()),
         connections_per_source: Some(1),
         connection_rate: Some(8),
         connections_total: Some(2),
@@ -42,7 +42,7 @@ fn flags_take_the_place_of_the_file_in_every_service() {
     assert_eq!(config.kernel.attach_mode, AttachMode::Native);
     assert_eq!(config.kernel.pin_path, Path::new("/p"));
     assert_eq!(config.gateway.listen, ["127.0.0.1:81".parse().unwrap()]);
-    assert_eq!(config.gateway.upstream, Upstream::Relay("ws://h".into()));
+    assert_eq!(config.gateway.upstream, "ws://h".parse().unwrap());
     assert_eq!(config.admin.listen, None);
     let service = &config.services[0];
     assert_eq!((service.name.as_str(), service.ports.as_slice()), ("a", &[81][..]));

@@ -5,7 +5,7 @@ use std::{collections::HashMap, ops::Range};
 use super::{
     Messages, Upstream,
     read::{Fault, Item, Report, Section},
-    value,
+    upstream_parse, value,
 };
 
 /// Most routes: each handshake is held against them one by one.
@@ -60,9 +60,9 @@ pub(super) fn parse(
         section.read("path", &mut route.path, path);
         section.read("exact", &mut route.exact, value::boolean);
         section.read("host", &mut route.host, host);
-        section.read("upstream", &mut route.upstream, |item| match value::text(item, "an upstream")? {
-            "" => Ok(None),
-            _ => value::upstream(item).map(Some),
+        section.read("upstream", &mut route.upstream, |item| match item.get_ref().as_str() {
+            Some("") => Ok(None),
+            _ => upstream_parse::upstream(item).map(Some),
         });
         let auth_at = section.read("auth", &mut route.auth, value::boolean);
         section.read("exempt", &mut route.exempt, value::boolean);

@@ -2,9 +2,11 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use hyper::http::uri::PathAndQuery;
 use ipnet::IpNet;
+use rustls::pki_types::ServerName;
 
-use super::{AllowedOrigin, Auth, Messages, Route, Tls};
+use super::{AllowedOrigin, Auth, CertificateFiles, Messages, Route, Target, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -162,6 +164,10 @@ pub struct Gateway {
     pub listen: Vec<SocketAddr>,
     /// What stands behind it.
     pub upstream: Upstream,
+    /// `[gateway.upstream_tls]`
+    pub upstream_tls: UpstreamTls,
+    /// `[gateway.health]`
+    pub health: Health,
     /// Proxies whose word on the client's address is taken (X-Forwarded-For, Forwarded); none: nobody's.
     pub trusted_proxies: Vec<IpNet>,
     /// Whether trusted proxies begin each connection with a PROXY header (version 1 or 2).
@@ -211,6 +217,8 @@ impl Default for Gateway {
         Self {
             listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
             upstream: Upstream::Echo,
+            upstream_tls: UpstreamTls::default(),
+            health: Health::default(),
             trusted_proxies: Vec::new(),
             proxy_protocol: false,
             allowed_origins: Vec::new(),
@@ -236,9 +244,50 @@ pub enum Upstream {
     Echo,
     /// The built-in application that sends each message to all other clients in the same room, which is the path.
     Broadcast,
-    /// A WebSocket server (`ws://host:port/path`). The client's path and query are appended to a URL without a path of
-    /// its own, and replaced by the URL's otherwise.
-    Relay(String),
+    /// WebSocket servers, of which each session gets one.
+    Relay(Vec<Target>),
+}
+
+impl Upstream {
+    /// The servers, if there are any.
+    pub fn targets(&self) -> &[Target] {
+        match self {
+            Self::Echo | Self::Broadcast => &[],
+            Self::Relay(targets) => targets,
+        }
+    }
+}
+
+/// `[gateway.upstream_tls]`: how TLS is spoken to upstreams at `wss://`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UpstreamTls {
+    /// A file of certificates in PEM, of those who may sign an upstream's; `None`: those that the system trusts.
+    pub ca: Option<PathBuf>,
+    /// Whom an upstream's certificate must be for; `None`: for the host in its URL.
+    pub server_name: Option<ServerName<'static>>,
+    /// What upstreams are shown that ask who we are.
+    pub certificate: Option<CertificateFiles>,
+}
+
+/// `[gateway.health]`: how it is found out whether upstreams are there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// What is asked for by GET, and must be answered by 2xx; `None`: it is only connected to.
+    pub path: Option<PathAndQuery>,
+    /// How often; zero: never.
+    pub interval: Duration,
+    /// How long the answer may take.
+    pub timeout: Duration,
+    /// Good checks in a row that put a server into use.
+    pub rise: u32,
+    /// Bad checks in a row that put it out of use.
+    pub fall: u32,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { path: None, interval: Duration::ZERO, timeout: Duration::from_secs(2), rise: 2, fall: 3 }
+    }
 }
 
 /// `[admin]`: metrics, health and control over HTTP.

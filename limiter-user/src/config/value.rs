@@ -18,7 +18,6 @@ use toml::de::DeValue;
 use super::{
     AllowedOrigin,
     read::{Fault, Item, nearest},
-    schema::Upstream,
 };
 use crate::policy::{Cidr, InvalidCidr};
 
@@ -213,12 +212,6 @@ pub(super) fn optional_address(item: &Item) -> Result<Option<SocketAddr>, Fault>
         "" => Ok(None),
         address => address.parse().map(Some).map_err(|_| expected(item, what)),
     }
-}
-
-pub(super) fn upstream(item: &Item) -> Result<Upstream, Fault> {
-    text(item, r#""echo", "broadcast" or a URL such as "ws://127.0.0.1:9000""#)?
-        .parse()
-        .map_err(|why: super::InvalidUpstream| Fault::new(item, why.to_string()))
 }
 
 pub(super) fn origin(item: &Item) -> Result<AllowedOrigin, Fault> {

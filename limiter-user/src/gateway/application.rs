@@ -6,10 +6,9 @@ use tokio::time::Instant;
 use super::{
     answer::Refusal,
     handshake::Handshake,
-    listen::BindError,
     push::LONGEST_ROOM,
     route::{self, Route},
-    upstream::{Client, Connected, Upstream},
+    upstream::{Client, Connected, Reach, Upstreams},
 };
 use crate::config;
 
@@ -19,8 +18,8 @@ pub(super) enum Application {
     Echo,
     /// The gateway itself, which sends each message to the others in the room.
     Broadcast,
-    /// A WebSocket server.
-    Relay(Upstream),
+    /// One of some WebSocket servers.
+    Relay(Upstreams),
 }
 
 /// The application's side of one session.
@@ -32,14 +31,11 @@ pub(super) enum Opened {
 }
 
 impl Application {
-    pub(super) fn new(upstream: &config::Upstream) -> Result<Self, BindError> {
+    pub(super) fn new(upstream: &config::Upstream, reach: &Reach) -> Self {
         match upstream {
-            config::Upstream::Echo => Ok(Self::Echo),
-            config::Upstream::Broadcast => Ok(Self::Broadcast),
-            config::Upstream::Relay(url) => match Upstream::new(url) {
-                Ok(upstream) => Ok(Self::Relay(upstream)),
-                Err(problem) => Err(BindError::Upstream { url: url.clone(), problem }),
-            },
+            config::Upstream::Echo => Self::Echo,
+            config::Upstream::Broadcast => Self::Broadcast,
+            config::Upstream::Relay(targets) => Self::Relay(Upstreams::new(targets, reach)),
         }
     }
 
@@ -57,8 +53,8 @@ impl Application {
         match self {
             Self::Echo => Ok((Opened::Echo, None)),
             Self::Broadcast => Ok((Opened::Broadcast(room(route, head.uri.path())?), None)),
-            Self::Relay(upstream) => {
-                let (connected, protocol) = upstream.connect(head, handshake, client, deadline).await?;
+            Self::Relay(upstreams) => {
+                let (connected, protocol) = upstreams.connect(head, handshake, client, deadline).await?;
                 Ok((Opened::Relay(connected), protocol))
             }
         }

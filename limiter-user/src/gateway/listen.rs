@@ -47,17 +47,9 @@ pub enum BindError {
     /// The keys of `gateway.auth` can't be used.
     #[error("{0}; `limiter config check` says so before the start")]
     Auth(AuthError),
-    /// `gateway.upstream` is no URL that can be relayed to.
-    #[error(
-        "gateway.upstream = \"{url}\": {problem}; give the address of a WebSocket server, for example \
-         \"ws://127.0.0.1:9000\", or \"echo\""
-    )]
-    Upstream {
-        /// The URL, as configured.
-        url: String,
-        /// What is wrong with it.
-        problem: &'static str,
-    },
+    /// A certificate of `gateway.upstream_tls` can't be used.
+    #[error("gateway.upstream_tls: {0}; `limiter config check` says so before the start")]
+    UpstreamTls(CertificateError),
 }
 
 impl From<CertificateError> for BindError {

@@ -9,6 +9,8 @@ use prometheus_client::{
 };
 use tokio::time::Instant;
 
+use super::upstream::ServerMetrics;
+
 /// From a millisecond to the usual deadline.
 const HANDSHAKE_SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
 
@@ -28,6 +30,7 @@ pub struct Metrics {
     pub(super) users: Gauge,
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
+    pub(super) upstreams: ServerMetrics,
     pub(super) accept_errors: Counter,
     pub(super) sources_denied: Counter,
     /// Rooms of the application `broadcast` that have members.
@@ -120,6 +123,7 @@ impl Default for Metrics {
             certificate_reloads: Family::default(),
             key_reloads: Family::default(),
             users: Gauge::default(),
+            upstreams: ServerMetrics::default(),
             accept_errors: Counter::default(),
             sources_denied: Counter::default(),
             rooms: Gauge::default(),
@@ -137,6 +141,7 @@ impl Default for Metrics {
 impl Metrics {
     /// Adds them to `registry`, whose prefix should be `limiter`. Done once; a second time would write each twice.
     pub fn register(&self, registry: &mut Registry) {
+        registry.register_collector(Box::new(self.upstreams.clone()));
         registry.register("handshakes", "WebSocket handshakes, by what came of them", self.handshakes.clone());
         registry.register(
             "handshake_seconds",

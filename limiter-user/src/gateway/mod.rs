@@ -113,6 +113,7 @@ impl Reserved {
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
         let Self { addresses, parts: Parts { config, routes, tls, auth } } = self;
         let listeners = addresses.listen()?;
+        metrics.upstreams.observe(routes.reach().servers());
         let hub = Hub::new(config.push.queue, Arc::clone(&metrics));
         let shared = Shared {
             config,
@@ -179,6 +180,7 @@ impl Gateway {
         // Ends when it is dropped.
         let mut watching = JoinSet::new();
         watching.spawn(settings::watch_files(current.subscribe()));
+        watching.spawn(upstream::probe(current.subscribe()));
         let mut connections = listen::serve(listeners, &current.subscribe(), shutdown).await;
         let shared = Arc::clone(&current.borrow());
         drain::finish(&mut connections, &shared).await

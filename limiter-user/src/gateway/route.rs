@@ -10,14 +10,15 @@ use std::sync::{
 
 use hyper::{header::HOST, http::request::Parts};
 
-use super::{answer::Refusal, application::Application, listen::BindError};
+use super::{answer::Refusal, application::Application, listen::BindError, upstream::Reach};
 use crate::config;
 
 /// Every route, those that are for less first.
 pub(super) struct Routes {
-    routes: Vec<Arc<Route>>,
+    listed: Vec<Arc<Route>>,
     /// What requests take that none of them is for.
     default: Arc<Route>,
+    reach: Reach,
 }
 
 /// What holds for some requests.
@@ -50,33 +51,45 @@ impl Routes {
     pub(super) fn new(gateway: &config::Gateway, before: Option<&Self>) -> Result<Self, BindError> {
         let mut ordered: Vec<&config::Route> = gateway.routes.iter().collect();
         ordered.sort_by_key(|route| (route.host.is_none(), std::cmp::Reverse(route.path.len()), !route.exact));
-        let routes = ordered.into_iter().map(|route| Route::new(gateway, route, before).map(Arc::new));
-        Ok(Self { routes: routes.collect::<Result<_, _>>()?, default: Arc::new(Route::default_of(gateway)?) })
+        let servers = before.map(|before| Arc::clone(before.reach.servers())).unwrap_or_default();
+        let reach = Reach::new(gateway, servers).map_err(BindError::UpstreamTls)?;
+        let routes = ordered.into_iter().map(|route| Arc::new(Route::new(gateway, route, &reach, before))).collect();
+        Ok(Self { listed: routes, default: Arc::new(Route::default_of(gateway, &reach)), reach })
+    }
+
+    /// How the upstreams of all of them are reached.
+    pub(super) fn reach(&self) -> &Reach {
+        &self.reach
+    }
+
+    /// What stands behind each.
+    pub(super) fn applications(&self) -> impl Iterator<Item = &Application> {
+        self.listed.iter().chain([&self.default]).map(|route| &route.application)
     }
 
     /// The route that a request takes.
     pub(super) fn of(&self, head: &Parts) -> Result<&Arc<Route>, Refusal> {
-        if self.routes.is_empty() {
+        if self.listed.is_empty() {
             return Ok(&self.default);
         }
         let path = plain(head.uri.path()).ok_or(Refusal::Bad("the path can be read in more than one way"))?;
         let host = head.headers.get(HOST).and_then(|host| host.to_str().ok()).map(host_name).unwrap_or_default();
-        Ok(self.routes.iter().find(|route| route.is_for(&path, &host)).unwrap_or(&self.default))
+        Ok(self.listed.iter().find(|route| route.is_for(&path, &host)).unwrap_or(&self.default))
     }
 }
 
 impl Routes {
     /// The settings of the route that a session is on.
     pub(super) fn settings_of(&self, place: &OnRoute) -> &config::Gateway {
-        let route = self.routes.iter().find(|route| Arc::ptr_eq(route, &place.0)).unwrap_or(&self.default);
+        let route = self.listed.iter().find(|route| Arc::ptr_eq(route, &place.0)).unwrap_or(&self.default);
         &route.config
     }
 }
 
 impl Route {
-    fn new(gateway: &config::Gateway, route: &config::Route, before: Option<&Routes>) -> Result<Self, BindError> {
+    fn new(gateway: &config::Gateway, route: &config::Route, reach: &Reach, before: Option<&Routes>) -> Self {
         let matches = Some(Pattern { path: route.path.clone(), exact: route.exact, host: route.host.clone() });
-        let same = before.and_then(|before| before.routes.iter().find(|old| old.matches == matches));
+        let same = before.and_then(|before| before.listed.iter().find(|old| old.matches == matches));
         let mut config = gateway.clone();
         config.messages = route.messages;
         if route.exempt {
@@ -87,27 +100,27 @@ impl Route {
             config.messages.bytes_per_second_per_user = 0;
             config.messages.bytes_per_second_per_source = 0;
         }
-        Ok(Self {
+        Self {
             matches,
-            application: Application::new(route.upstream.as_ref().unwrap_or(&gateway.upstream))?,
+            application: Application::new(route.upstream.as_ref().unwrap_or(&gateway.upstream), reach),
             config,
             auth: route.auth,
             exempt: route.exempt,
             limit: route.connections,
             sessions: same.map(|old| Arc::clone(&old.sessions)).unwrap_or_default(),
-        })
+        }
     }
 
-    fn default_of(gateway: &config::Gateway) -> Result<Self, BindError> {
-        Ok(Self {
+    fn default_of(gateway: &config::Gateway, reach: &Reach) -> Self {
+        Self {
             matches: None,
-            application: Application::new(&gateway.upstream)?,
+            application: Application::new(&gateway.upstream, reach),
             config: gateway.clone(),
             auth: true,
             exempt: false,
             limit: 0,
             sessions: Arc::default(),
-        })
+        }
     }
 
     /// The host that it is for, if it is not for any.

@@ -182,6 +182,7 @@ impl Closing {
         if told && said && !matches!(end, End::Client(_) | End::Upstream(_)) {
             self.is_answered(&mut stream, CLOSE_TIMEOUT).await;
         }
+        _ = timeout(FLUSH_TIMEOUT, stream.end_tls()).await;
     }
 
     /// Sends what is held, and the Close frame. False: it could not leave.

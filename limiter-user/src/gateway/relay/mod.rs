@@ -36,7 +36,7 @@ use super::{
     push::Mailbox,
     socket::Socket,
     turns::{TURN, Turns},
-    upstream::{Connected, Stream},
+    upstream::{Connected, Seat, Stream},
 };
 use crate::config;
 use pipe::Pipe;
@@ -55,6 +55,8 @@ pub(super) struct Relay<'a> {
     /// What others have for the client, where they can have something.
     mail: Option<Box<Mailbox>>,
     config: &'a config::Gateway,
+    /// Among the sessions of the upstream, to the end.
+    _seat: Seat,
 }
 
 impl<'a> Relay<'a> {
@@ -78,6 +80,7 @@ impl<'a> Relay<'a> {
             liveness: Liveness::new(config.max_lifetime),
             mail,
             config,
+            _seat: upstream.seat,
         }
     }
 }

@@ -181,8 +181,9 @@ async fn both_wildcards_can_have_one_port_and_a_taken_port_is_said_clearly() {
 
 #[tokio::test]
 async fn an_upstream_that_cannot_be_is_said_at_the_start() {
-    let config = config::Gateway { upstream: config::Upstream::Relay("http://x".into()), ..quiet() };
+    let upstream_tls = config::UpstreamTls { ca: Some("/no/such.pem".into()), ..config::UpstreamTls::default() };
+    let config = config::Gateway { upstream: "wss://x".parse().unwrap(), upstream_tls, ..quiet() };
     let bound = Gateway::bind(&config, std::sync::Arc::new(Fixed::new(unlimited(), &[])), std::sync::Arc::default());
     let Err(error) = bound else { panic!("it was taken") };
-    assert!(error.to_string().contains("gateway.upstream = \"http://x\": the scheme must be ws://"), "{error}");
+    assert!(error.to_string().contains("gateway.upstream_tls: cannot read /no/such.pem"), "{error}");
 }

@@ -19,7 +19,7 @@ use crate::{
 /// A gateway with those limits to each of the two: the built-in echo, and an upstream that echoes.
 async fn both(messages: Messages) -> [Running; 2] {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let upstream = Upstream::Relay(format!("ws://{}", listener.local_addr().unwrap()));
+    let upstream = format!("ws://{}", listener.local_addr().unwrap()).parse().unwrap();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             tokio::spawn(async move { echo(tokio_tungstenite::accept_async(stream).await.unwrap()).await });

@@ -20,3 +20,4 @@ mod settings;
 mod storm;
 mod support;
 mod tls;
+mod upstreams;

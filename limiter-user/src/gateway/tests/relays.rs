@@ -19,7 +19,7 @@ use tokio_tungstenite::{
 };
 
 use super::support::*;
-use crate::config::{self, Upstream};
+use crate::config;
 
 pub type Server = WebSocketStream<TcpStream>;
 
@@ -58,11 +58,11 @@ where
         };
         act(tokio_tungstenite::accept_hdr_async(stream, look).await.unwrap()).await;
     });
-    (start(&config::Gateway { upstream: Upstream::Relay(format!("ws://{addr}{path}")), ..config }), request)
+    (start(&config::Gateway { upstream: format!("ws://{addr}{path}").parse().unwrap(), ..config }), request)
 }
 
 fn gateway_to(addr: SocketAddr, path: &str) -> Running {
-    start(&config::Gateway { upstream: Upstream::Relay(format!("ws://{addr}{path}")), ..quiet() })
+    start(&config::Gateway { upstream: format!("ws://{addr}{path}").parse().unwrap(), ..quiet() })
 }
 
 pub async fn echo(mut server: Server) {
@@ -245,7 +245,7 @@ async fn no_upstream_is_502_and_a_mute_one_504_before_any_101() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let config = config::Gateway {
-        upstream: Upstream::Relay(format!("ws://{addr}")),
+        upstream: format!("ws://{addr}").parse().unwrap(),
         handshake_timeout: Duration::from_millis(300),
         ..quiet()
     };

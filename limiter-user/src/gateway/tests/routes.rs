@@ -8,7 +8,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::support::*;
 use crate::{
-    config::{self, Auth, Forward, Messages, Route, Upstream},
+    config::{self, Auth, Forward, Messages, Route},
     policy::Limits,
 };
 
@@ -48,7 +48,7 @@ async fn a_route_has_its_own_upstream_and_limits() {
     });
     let small = Messages { max_size: 10, ..route("/").messages };
     let routes = vec![
-        Route { upstream: Some(Upstream::Relay(url)), ..route("/app") },
+        Route { upstream: Some(url.parse().unwrap()), ..route("/app") },
         Route { connections: 1, messages: small, ..route("/small") },
     ];
     let gateway = start(&config::Gateway { routes, ..quiet() });

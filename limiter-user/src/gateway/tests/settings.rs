@@ -6,7 +6,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::support::*;
 use crate::{
-    config::{self, CertificateFiles, Messages, Tls, Upstream},
+    config::{self, CertificateFiles, Messages, Tls, UpstreamTls},
     gateway::Settings,
 };
 
@@ -71,8 +71,9 @@ async fn new_settings_hold_for_new_connections_and_the_old_ones_keep_theirs() {
 async fn what_is_no_good_changes_nothing() {
     let gateway = start(&narrow());
     let missing = CertificateFiles { certificate: "/no/such.pem".into(), key: "/no/such.key".into() };
+    let upstream_tls = UpstreamTls { ca: Some("/no/such.pem".into()), ..UpstreamTls::default() };
     let bad = [
-        config::Gateway { upstream: Upstream::Relay("ws://".into()), ..quiet() },
+        config::Gateway { upstream: "wss://x".parse().unwrap(), upstream_tls, ..quiet() },
         config::Gateway { tls: Some(Tls { default: missing, hosts: Vec::new() }), ..quiet() },
     ];
     for bad in bad {

@@ -86,7 +86,7 @@ async fn unreliable_upstream(seed: u64) -> Upstream {
             tokio::spawn(behave(stream, seed << 32 | n));
         }
     });
-    Upstream::Relay(format!("ws://{addr}"))
+    format!("ws://{addr}").parse().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

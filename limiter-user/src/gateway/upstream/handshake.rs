@@ -1,6 +1,6 @@
-//! The way to an upstream WebSocket server.
+//! The handshake with an upstream: what it is told of the client, and what it must answer.
 
-use std::{future::poll_fn, net::IpAddr, pin::pin, task::Poll, time::Duration};
+use std::{future::poll_fn, net::IpAddr, pin::pin, task::Poll};
 
 use bytes::Bytes;
 use http_body_util::Empty;
@@ -16,22 +16,17 @@ use hyper::{
     http::{request::Parts, uri::PathAndQuery},
 };
 use hyper_util::rt::TokioIo;
-use socket2::{SockRef, TcpKeepalive};
-use tokio::{
-    net::TcpStream,
-    time::{Instant, timeout_at},
-};
 use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
 use super::{
-    answer::Refusal,
-    arrival::Endpoints,
-    forwarded::{Identity, Scheme, X_FORWARDED_FOR, X_FORWARDED_PROTO},
-    handshake::Handshake,
+    super::{
+        answer::Refusal,
+        arrival::Endpoints,
+        forwarded::{Identity, Scheme, X_FORWARDED_FOR, X_FORWARDED_PROTO},
+        handshake::Handshake,
+    },
+    Stream,
 };
-
-/// After how much silence the kernel asks whether the upstream's host is still there.
-const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// Headers of a request that hold for one hop, or that only the gateway may set.
 const NOT_PASSED_ON: [HeaderName; 14] = [
@@ -61,28 +56,9 @@ const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest head of an upstream's answer, in bytes, and the most that is read beyond it.
 const MAX_HEAD: usize = 16 * 1024;
 
-/// What an upstream is spoken to through.
-pub(super) type Stream = TcpStream;
-
-/// An upstream's side of a session.
-pub(super) struct Connected {
-    pub(super) stream: Stream,
-    /// What it sent right after its answer.
-    pub(super) early: Vec<u8>,
-}
-
-/// An upstream WebSocket server.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Upstream {
-    host: String,
-    port: u16,
-    /// Where every client is led, whatever it asked for; `None`: where it asked for.
-    path: Option<PathAndQuery>,
-}
-
 /// Whom the gateway connects for.
 #[derive(Clone, Debug)]
-pub(super) struct Client {
+pub(in crate::gateway) struct Client {
     ip: IpAddr,
     scheme: Scheme,
     /// The port that it connected to, if we know.
@@ -94,7 +70,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(identity: Identity, endpoints: Endpoints, user: Option<&str>) -> Self {
+    pub(in crate::gateway) fn new(identity: Identity, endpoints: Endpoints, user: Option<&str>) -> Self {
         // Through an HTTP proxy, it is the proxy that connected to us.
         let is_direct = identity.ip == endpoints.remote.ip();
         Self {
@@ -108,98 +84,66 @@ impl Client {
     }
 }
 
-impl Upstream {
-    /// Of a URL as the configuration has it; an error says what is wrong with it.
-    pub(super) fn new(url: &str) -> Result<Self, &'static str> {
-        let uri: Uri = url.parse().map_err(|_| "not a URL")?;
-        match uri.scheme_str() {
-            Some("ws") => {}
-            Some("wss") => return Err("TLS to the upstream is not supported"),
-            _ => return Err("the scheme must be ws://"),
-        }
-        if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-            return Err("a user or a password in it would go nowhere");
-        }
-        let host = uri.host().filter(|host| !host.is_empty()).ok_or("it names no host")?;
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let path = uri.path_and_query().filter(|path| !matches!(path.as_str(), "" | "/")).cloned();
-        Ok(Self { host, port: uri.port_u16().unwrap_or(80), path })
-    }
+/// Asks for a WebSocket, at `path` if there is one and else where the client asked for: the connection, what came right after the
+/// answer, and the subprotocol that the upstream chose.
+pub(super) async fn shake_hands(
+    path: Option<&PathAndQuery>,
+    stream: Stream,
+    head: &Parts,
+    handshake: &Handshake,
+    client: Client,
+) -> Result<(Stream, Vec<u8>, Option<HeaderValue>), Refusal> {
+    let key = generate_key();
+    let request = request(path, head, handshake, client, &key).ok_or(Refusal::Bad("a header cannot be passed on"))?;
+    let exchanged = exchange(stream, request)
+        .await
+        .map_err(|error| Refusal::UpstreamUnreachable(format!("the upstream's answer: {error}")))?;
+    let (response, stream, read) = match exchanged {
+        Exchanged::Upgraded { response, stream, read } => (response, stream, read),
+        Exchanged::Refused { status, headers } => return Err(Refusal::UpstreamRefused(status, headers)),
+    };
+    let protocol = chosen_protocol(&response, handshake, &key)
+        .map_err(|problem| Refusal::UpstreamUnreachable(format!("the upstream's answer: {problem}")))?;
+    Ok((stream, read.to_vec(), protocol))
+}
 
-    /// Opens the upstream's side for a client's request: its side, and the subprotocol that the upstream chose.
-    pub(super) async fn connect(
-        &self,
-        head: &Parts,
-        handshake: &Handshake,
-        client: Client,
-        deadline: Instant,
-    ) -> Result<(Connected, Option<HeaderValue>), Refusal> {
-        let connecting = async {
-            let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(|error| {
-                Refusal::UpstreamUnreachable(format!("cannot connect to {}:{}: {error}", self.host, self.port))
-            })?;
-            // Neither is worth a session.
-            _ = stream.set_nodelay(true);
-            _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE));
-            self.shake_hands(stream, head, handshake, client).await
-        };
-        timeout_at(deadline, connecting).await.unwrap_or(Err(Refusal::UpstreamTimeout))
+/// The request for the upstream. `None` only for what is no header value, which the parser would not have let in.
+fn request(
+    path: Option<&PathAndQuery>,
+    head: &Parts,
+    handshake: &Handshake,
+    client: Client,
+    key: &str,
+) -> Option<Request<Empty<Bytes>>> {
+    let path = path.or(head.uri.path_and_query());
+    let mut request = Request::new(Empty::new());
+    *request.uri_mut() = Uri::from(path.cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
+    let headers = request.headers_mut();
+    // As the client sent it: applications compare it with the Origin.
+    headers.insert(HOST, head.headers.get(HOST)?.clone());
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    headers.insert(SEC_WEBSOCKET_KEY, HeaderValue::from_str(key).ok()?);
+    if let Some(protocols) = &handshake.protocols {
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, protocols.clone());
     }
-
-    async fn shake_hands(
-        &self,
-        stream: TcpStream,
-        head: &Parts,
-        handshake: &Handshake,
-        client: Client,
-    ) -> Result<(Connected, Option<HeaderValue>), Refusal> {
-        let key = generate_key();
-        let request =
-            self.request(head, handshake, client, &key).ok_or(Refusal::Bad("a header cannot be passed on"))?;
-        let exchanged = exchange(stream, request)
-            .await
-            .map_err(|error| Refusal::UpstreamUnreachable(format!("the upstream's answer: {error}")))?;
-        let (response, stream, read) = match exchanged {
-            Exchanged::Upgraded { response, stream, read } => (response, stream, read),
-            Exchanged::Refused { status, headers } => return Err(Refusal::UpstreamRefused(status, headers)),
-        };
-        let protocol = chosen_protocol(&response, handshake, &key)
-            .map_err(|problem| Refusal::UpstreamUnreachable(format!("the upstream's answer: {problem}")))?;
-        Ok((Connected { stream, early: read.to_vec() }, protocol))
+    let hop = named_by_connection(&head.headers);
+    for (name, value) in &head.headers {
+        if *name != HOST && is_passed_on(name) && !hop.contains(name) {
+            headers.append(name, value.clone());
+        }
     }
-
-    /// The request for the upstream. `None` only for what is no header value, which the parser would not have let in.
-    fn request(&self, head: &Parts, handshake: &Handshake, client: Client, key: &str) -> Option<Request<Empty<Bytes>>> {
-        let path = self.path.as_ref().or(head.uri.path_and_query());
-        let mut request = Request::new(Empty::new());
-        *request.uri_mut() = Uri::from(path.cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
-        let headers = request.headers_mut();
-        // As the client sent it: applications compare it with the Origin.
-        headers.insert(HOST, head.headers.get(HOST)?.clone());
-        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-        headers.insert(SEC_WEBSOCKET_KEY, HeaderValue::from_str(key).ok()?);
-        if let Some(protocols) = &handshake.protocols {
-            headers.insert(SEC_WEBSOCKET_PROTOCOL, protocols.clone());
-        }
-        let hop = named_by_connection(&head.headers);
-        for (name, value) in &head.headers {
-            if *name != HOST && is_passed_on(name) && !hop.contains(name) {
-                headers.append(name, value.clone());
-            }
-        }
-        headers.insert(X_FORWARDED_FOR, HeaderValue::from_str(&client.ip.to_string()).ok()?);
-        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.scheme.name()));
-        if let Some(port) = client.port {
-            headers.insert(X_FORWARDED_PORT, port.into());
-        }
-        headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
-        if let Some(user) = client.user {
-            headers.insert(X_LIMITER_USER, user);
-        }
-        Some(request)
+    headers.insert(X_FORWARDED_FOR, HeaderValue::from_str(&client.ip.to_string()).ok()?);
+    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.scheme.name()));
+    if let Some(port) = client.port {
+        headers.insert(X_FORWARDED_PORT, port.into());
     }
+    headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
+    if let Some(user) = client.user {
+        headers.insert(X_LIMITER_USER, user);
+    }
+    Some(request)
 }
 
 fn is_passed_on(name: &HeaderName) -> bool {
@@ -218,13 +162,13 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
 }
 
 /// What came of a handshake with the upstream.
-enum Exchanged {
-    Upgraded { response: Response<Incoming>, stream: TcpStream, read: Bytes },
+pub(super) enum Exchanged {
+    Upgraded { response: Response<Incoming>, stream: Stream, read: Bytes },
     Refused { status: StatusCode, headers: HeaderMap },
 }
 
 /// Sends a request and, if the answer is 101, takes the socket back with what was read beyond it.
-async fn exchange(stream: TcpStream, request: Request<Empty<Bytes>>) -> hyper::Result<Exchanged> {
+pub(super) async fn exchange(stream: Stream, request: Request<Empty<Bytes>>) -> hyper::Result<Exchanged> {
     let (mut sender, mut connection) =
         http1::Builder::new().title_case_headers(true).max_buf_size(MAX_HEAD).handshake(TokioIo::new(stream)).await?;
     let mut done = false;
@@ -276,26 +220,6 @@ fn chosen_protocol(
 mod tests {
     use super::*;
 
-    fn upstream(url: &str) -> Upstream {
-        Upstream::new(url).unwrap()
-    }
-
-    #[test]
-    fn urls_are_taken_apart() {
-        let plain = upstream("ws://127.0.0.1:9000");
-        assert_eq!((plain.host.as_str(), plain.port, plain.path), ("127.0.0.1", 9000, None));
-        assert_eq!(upstream("ws://[::1]:9000/").host, "::1");
-        assert_eq!(upstream("ws://app").port, 80);
-        assert_eq!(upstream("ws://app/x?y=1").path.unwrap(), "/x?y=1");
-    }
-
-    #[test]
-    fn urls_that_lead_nowhere_are_refused() {
-        for url in ["", "app:9000", "http://app", "wss://app", "ws://", "ws://u:p@app", "ws://a b"] {
-            assert!(Upstream::new(url).is_err(), "{url}");
-        }
-    }
-
     #[test]
     fn spoofed_and_hop_headers_are_not_passed_on() {
         let (head, ()) = Request::get("/chat?token=t")
@@ -320,7 +244,7 @@ mod tests {
         };
         let client =
             Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: Some(8080), request_id: 1, user: None };
-        let request = upstream("ws://app").request(&head, &handshake, client, "key").unwrap();
+        let request = request(None, &head, &handshake, client, "key").unwrap();
 
         assert_eq!(request.uri(), "/chat?token=t");
         let header =
@@ -342,7 +266,7 @@ mod tests {
         let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
         let handshake = Handshake { accept: String::new(), protocols: None, fallback_protocol: None };
         let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: None, request_id: 1, user: None };
-        let request = upstream("ws://app/fixed").request(&head, &handshake, client, "key").unwrap();
+        let request = request(Some(&PathAndQuery::from_static("/fixed")), &head, &handshake, client, "key").unwrap();
         assert_eq!(request.uri(), "/fixed");
     }
 }
