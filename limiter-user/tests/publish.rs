@@ -40,7 +40,7 @@ impl Running {
     fn start() -> Self {
         let runtime = Runtime::new().unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let (key, entry) = new_api_key("alice", Some(0), Some(0)).unwrap();
+        let (key, entry) = new_api_key("alice", Some(0), Some(0), None).unwrap();
         let (keys, secret) = (folder.path().join("keys.toml"), folder.path().join("secret"));
         fs::write(&keys, entry).unwrap();
         fs::write(&secret, "0123456789abcdef0123456789abcdef\n").unwrap();
