@@ -16,7 +16,11 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{netns::Namespace, process::Process, wait::eventually};
+use crate::{
+    netns::Namespace,
+    process::Process,
+    wait::{SOON, eventually},
+};
 
 /// Longest that a client takes, its start included: a browser on a busy machine needs half of it.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -104,7 +108,8 @@ fn browse(namespace: &Namespace, what: &str, url: &str, argument: Option<&str>) 
             _ = outcomes.send(posted);
         }
     });
-    let profile = TempDir::new()?;
+    // Before the browser, so that it goes after it.
+    let profile = Profile(TempDir::new()?);
     let address =
         format!("{PAGE_ORIGIN}/?what={what}&url={}&argument={}", encoded(url), encoded(argument.unwrap_or_default()));
     let mut command = namespace.command(browser()?);
@@ -122,8 +127,10 @@ fn browse(namespace: &Namespace, what: &str, url: &str, argument: Option<&str>) 
         // Certificates are checked by another test.
         "--ignore-certificate-errors",
     ]);
-    command.arg(format!("--user-data-dir={}", profile.path().display())).arg(address);
-    command.env("HOME", profile.path()).env("XDG_RUNTIME_DIR", profile.path());
+    command.arg(format!("--user-data-dir={}", profile.0.path().display())).arg(address);
+    for variable in ["HOME", "TMPDIR", "XDG_RUNTIME_DIR"] {
+        command.env(variable, profile.0.path());
+    }
     let mut browser = Process::start(&mut command)?;
     let mut posted = None;
     eventually(PATIENCE, "the page in the browser has come to an end", || {
@@ -133,6 +140,20 @@ fn browse(namespace: &Namespace, what: &str, url: &str, argument: Option<&str>) 
     })?;
     let posted = posted.context("it was posted")?;
     serde_json::from_slice(&posted).with_context(|| format!("no JSON: {}", String::from_utf8_lossy(&posted)))
+}
+
+/// The folder of a browser. Its helper processes end a moment after it, and may still write there.
+struct Profile(TempDir);
+
+impl Drop for Profile {
+    fn drop(&mut self) {
+        let path = self.0.path();
+        // What can't be removed is only a folder of a test.
+        _ = eventually(SOON, "the browser's folder is gone", || {
+            _ = std::fs::remove_dir_all(path);
+            Ok(!path.exists())
+        });
+    }
 }
 
 fn browser() -> Result<PathBuf> {
