@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::Path};
 
 use super::Global;
-use crate::config::{AttachMode, Config, ConfigError, OnDeny, Overrides, Purpose, Upstream};
+use crate::config::{AttachMode, Config, ConfigError, Listen, OnDeny, Overrides, Purpose, Upstream};
 
 /// Flags of the kernel's side.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -47,9 +47,9 @@ pub(super) struct KernelSettings {
 /// Flags of the gateway's side.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct GatewaySettings {
-    /// An address that the gateway listens on (repeatable) [default: 0.0.0.0:8080]
+    /// Where the gateway listens: an address, unix:PATH, systemd or fd:NAME (repeatable) [default: 0.0.0.0:8080]
     #[arg(long, value_name = "ADDRESS", env = "LIMITER_LISTEN", value_delimiter = ',')]
-    listen: Option<Vec<SocketAddr>>,
+    listen: Option<Vec<Listen>>,
     #[arg(
         long,
         value_name = "URL|echo|broadcast",

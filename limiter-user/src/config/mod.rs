@@ -11,6 +11,7 @@ mod bounded;
 mod certificate;
 mod edit;
 mod error;
+mod listen;
 mod messages;
 mod origin;
 mod parse;
@@ -31,6 +32,7 @@ pub use auth::{Auth, AuthError, Forward, HttpUrl, Jwt, OnExcess, Places, UserLim
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{PreparedFile, prepare_settings};
 pub use error::{ConfigError, Problem};
+pub use listen::{InvalidListen, Listen};
 pub use messages::{Algorithm, Kinds, Messages, OnViolation};
 pub use origin::{AllowedOrigin, InvalidOrigin, Origin};
 pub use resolve::{DEFAULT_SERVICE, Overrides, Purpose};

@@ -13,7 +13,8 @@ use super::{
     resolve::uncovered_listen,
     route,
     setting::GREATEST_CONNECTION_RATE,
-    tls, upstream_parse, value,
+    tls, upstream_parse,
+    value::{self, TrustedProxy},
 };
 use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 
@@ -113,7 +114,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     }
     if let (Some(span), Some(address)) = (admin_listen.or(listen.clone()), config.admin.listen)
         && address.port() != 0
-        && config.gateway.listen.contains(&address)
+        && config.gateway.listen.contains(&address.into())
     {
         report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
     }
@@ -302,9 +303,18 @@ fn gateway(report: &Report, mut section: Section, gateway: &mut Gateway) -> Plac
     section.read("upstream", &mut gateway.upstream, upstream_parse::upstream);
     let upstream_tls = upstream_parse::tls(&mut section, &mut gateway.upstream_tls);
     upstream_parse::health(section.section("health"), &mut gateway.health);
-    section.read("trusted_proxies", &mut gateway.trusted_proxies, |item| {
-        value::list(item, value::network, "addresses and networks")
+    section.read("unix_mode", &mut gateway.unix_mode, value::mode);
+    section.read("reuse_port", &mut gateway.reuse_port, value::boolean);
+    let mut proxies = Vec::new();
+    section.read("trusted_proxies", &mut proxies, |item| {
+        value::list(item, value::trusted_proxy, "addresses and networks")
     });
+    for proxy in proxies {
+        match proxy {
+            TrustedProxy::Network(network) => gateway.trusted_proxies.push(network),
+            TrustedProxy::Unix => gateway.trusts_unix = true,
+        }
+    }
     let proxy_protocol = section.read("proxy_protocol", &mut gateway.proxy_protocol, value::boolean);
     if let Some(span) = proxy_protocol
         && gateway.proxy_protocol

@@ -78,9 +78,11 @@ fn every_key_is_read() {
         connections_per_wide_source = 900
         connection_rate = 9
         [gateway]
-        listen = ["[::]:8080"]
+        listen = ["[::]:8080", "unix:/run/ws.sock", "systemd", "fd:ws"]
+        unix_mode = "600"
+        reuse_port = true
         upstream = "ws://127.0.0.1:9000"
-        trusted_proxies = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32"]
+        trusted_proxies = ["10.0.0.0/8", "unix", "192.0.2.7", "2001:db8::/32"]
         proxy_protocol = true
         allowed_origins = ["https://example.com", "*.example.com", "null"]
         handshake_timeout = "1s"
@@ -177,7 +179,10 @@ fn every_key_is_read() {
             },
         ],
         gateway: Gateway {
-            listen: vec!["[::]:8080".parse().unwrap()],
+            listen: ["[::]:8080", "unix:/run/ws.sock", "systemd", "fd:ws"].map(|text| text.parse().unwrap()).into(),
+            unix_mode: 0o600,
+            reuse_port: true,
+            trusts_unix: true,
             upstream: "ws://127.0.0.1:9000".parse().unwrap(),
             upstream_tls: UpstreamTls::default(),
             health: Health::default(),
@@ -343,6 +348,11 @@ fn each_problem_is_told_with_its_place() {
         ("[gateway]\nlisten = \"0.0.0.0:8080\"", "2:10", "expected an array of addresses"),
         ("[gateway]\nlisten = []", "2:10", "expected at least one address"),
         ("[gateway]\nlisten = [\"8080\"]", "2:11", "expected an address and a port"),
+        ("[gateway]\nlisten = [\"unix:ws.sock\"]", "2:11", "its path is not an absolute one"),
+        ("[gateway]\nunix_mode = \"rw\"", "2:13", "octal digits"),
+        ("[gateway]\nunix_mode = \"1777\"", "2:13", "octal digits"),
+        ("[gateway]\nunix_mode = 660", "2:13", "octal digits"),
+        ("[gateway]\nreuse_port = 1", "2:14", "true or false"),
         ("[gateway]\nlisten = [\"0.0.0.0:0\"]", "2:11", "a port other than 0"),
         ("[gateway]\nlisten = [\"[::]:1\", \"[::]:1\"]", "2:21", "given twice"),
         ("[gateway]\nupstream = \"http://x\"", "2:12", "it does not begin with ws://"),

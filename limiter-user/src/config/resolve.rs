@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    AttachMode, Config, ConfigError, OnDeny, Service, Upstream,
+    AttachMode, Config, ConfigError, Listen, OnDeny, Service, Upstream,
     parse::{self, File},
     value,
 };
@@ -28,7 +28,7 @@ pub struct Overrides {
     /// In place of the ports of the service, see [`Config::resolve`].
     pub ports: Option<Vec<u16>>,
     /// In place of `gateway.listen`.
-    pub listen: Option<Vec<SocketAddr>>,
+    pub listen: Option<Vec<Listen>>,
     /// In place of `gateway.upstream`.
     pub upstream: Option<Upstream>,
     /// In place of `connections_per_source` in `[limits]` and in every `[[service]]`.
@@ -83,14 +83,26 @@ impl Config {
         merge(file, overrides, purpose)
     }
 
+    /// Adds the ports of sockets that were handed over to the service that stands for all that the gateway listens on, if
+    /// there is that one.
+    pub fn cover(&mut self, ports: &[u16]) {
+        if let [service] = self.services.as_mut_slice()
+            && service.name == DEFAULT_SERVICE
+            && service.ports.is_empty()
+        {
+            let ports: BTreeSet<u16> = ports.iter().copied().collect();
+            service.ports.extend(ports);
+        }
+    }
+
     /// What is legal, and probably not meant.
     pub fn warnings(&self) -> Vec<String> {
-        let is_public = |address: &&SocketAddr| match address.ip().to_canonical() {
+        let is_public = |address: &SocketAddr| match address.ip().to_canonical() {
             IpAddr::V4(ip) => !(ip.is_loopback() || ip.is_private() || ip.is_link_local()),
             IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local()),
         };
         let gateway = &self.gateway;
-        let public = gateway.listen.iter().find(is_public);
+        let public = gateway.listen.iter().filter_map(Listen::tcp).find(is_public);
         match (public, &gateway.upstream) {
             (Some(address), Upstream::Relay(_)) if gateway.auth.is_none() => vec![format!(
                 "gateway.listen: whoever reaches {address} is led to the upstream, since clients need not show who they \
@@ -155,7 +167,7 @@ fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, 
     if let Some(listen) = given.listen {
         config.gateway.listen = listen;
     } else if let (Some(ports), false) = (&given.ports, listen_given) {
-        config.gateway.listen = ports.iter().map(|&port| (Ipv4Addr::UNSPECIFIED, port).into()).collect();
+        config.gateway.listen = ports.iter().map(|&port| Listen::Tcp((Ipv4Addr::UNSPECIFIED, port).into())).collect();
     }
     config.gateway.upstream = given.upstream.unwrap_or_else(|| config.gateway.upstream.clone());
     config.admin.listen = given.admin.unwrap_or(config.admin.listen);
@@ -177,7 +189,8 @@ fn choose_services(
             let ports = match ports {
                 Some(ports) => ports,
                 None if listen_named || purpose == Purpose::Run => {
-                    let ports: BTreeSet<u16> = config.gateway.listen.iter().map(SocketAddr::port).collect();
+                    let ports: BTreeSet<u16> =
+                        config.gateway.listen.iter().filter_map(Listen::tcp).map(|address| address.port()).collect();
                     ports.into_iter().collect()
                 }
                 None => {
@@ -226,8 +239,18 @@ fn check(config: &Config, purpose: Purpose) -> Result<(), ConfigError> {
         return Ok(());
     }
     refuse_twice(&config.gateway.listen, "the gateway's address")?;
-    if let Some(address) = config.gateway.listen.iter().find(|address| address.port() == 0) {
+    if let Some(address) = config.gateway.listen.iter().filter_map(Listen::tcp).find(|address| address.port() == 0) {
         return Err(ConfigError::invalid(format!("the gateway can't listen on {address}: limits need a known port")));
+    }
+    let is_handed_over = |listen: &Listen| matches!(listen, Listen::Systemd | Listen::Named(_));
+    if !config.kernel.interfaces.is_empty()
+        && config.services.iter().all(|service| service.ports.is_empty())
+        && !config.gateway.listen.iter().any(is_handed_over)
+    {
+        return Err(ConfigError::invalid(
+            "kernel.interfaces: the gateway listens on unix sockets alone, of which the kernel's programs see nothing: leave the \
+             interfaces out, or give the file a [[service]] with a port",
+        ));
     }
     if let Some(message) = uncovered_listen(config) {
         return Err(ConfigError::invalid(message));
@@ -238,7 +261,7 @@ fn check(config: &Config, purpose: Purpose) -> Result<(), ConfigError> {
         ));
     }
     match config.admin.listen {
-        Some(admin) if admin.port() != 0 && config.gateway.listen.contains(&admin) => {
+        Some(admin) if admin.port() != 0 && config.gateway.listen.contains(&admin.into()) => {
             Err(ConfigError::invalid(format!("the gateway and the admin server can't both listen on {admin}")))
         }
         _ => Ok(()),
@@ -262,10 +285,10 @@ fn refuse_twice<T: Ord + ToString>(values: &[T], what: &str) -> Result<(), Confi
 
 /// What to say if the gateway listens on a port that no service has.
 pub(super) fn uncovered_listen(config: &Config) -> Option<String> {
-    let covered = |address: &&SocketAddr| {
+    let covered = |address: &SocketAddr| {
         config.services.is_empty() || config.services.iter().any(|service| service.ports.contains(&address.port()))
     };
-    config.gateway.listen.iter().find(|address| !covered(address)).map(|address| {
+    config.gateway.listen.iter().filter_map(Listen::tcp).find(|address| !covered(address)).map(|address| {
         let port = address.port();
         format!(
             "gateway.listen: no [[service]] has port {port}, so {address} would have no limits: \

@@ -104,6 +104,21 @@ fn a_port_for_several_services_is_refused() {
 }
 
 #[test]
+fn sockets_without_a_port_belong_to_the_default_service() {
+    let listen = |listen: &str| format!("[gateway]\nlisten = [{listen}]");
+    let config = run(&listen("\"unix:/run/a.sock\""), &Overrides::default());
+    assert_eq!((config.services.len(), config.services[0].ports.as_slice()), (1, [].as_slice()));
+    let message = refused(&listen("\"unix:/run/a.sock\""), &on_lo(), Purpose::Run);
+    assert!(message.contains("kernel.interfaces") && message.contains("unix sockets alone"), "{message}");
+    let mut config = run(&listen("\"systemd\""), &on_lo());
+    config.cover(&[443, 80, 443]);
+    assert_eq!(config.services[0].ports, [80, 443]);
+    let mut config = run("", &Overrides::default());
+    config.cover(&[443]);
+    assert_eq!(config.services[0].ports, [8080], "the file says which");
+}
+
+#[test]
 fn a_gateway_without_limits_is_refused() {
     let nginx = "[[service]]\nname = \"nginx\"\nport = 80";
     let message = refused(nginx, &Overrides::default(), Purpose::Run);
@@ -118,8 +133,8 @@ fn what_a_flag_gets_wrong_is_refused_like_in_the_file() {
         (Overrides { interfaces: Some(vec!["lo".into(), "lo".into()]), ..on_lo() }, "the interface lo is given twice"),
         (Overrides { ports: Some(vec![80, 80]), ..on_lo() }, "the port 80 is given twice"),
         (Overrides { ports: Some(vec![0]), ..on_lo() }, "port 0"),
-        (Overrides { listen: Some(vec![address("[::]:0")]), ..on_lo() }, "port 0"),
-        (Overrides { listen: Some(vec![address("[::]:8080"); 2]), ..on_lo() }, "[::]:8080 is given twice"),
+        (Overrides { listen: Some(vec![address("[::]:0").into()]), ..on_lo() }, "port 0"),
+        (Overrides { listen: Some(vec![address("[::]:8080").into(); 2]), ..on_lo() }, "[::]:8080 is given twice"),
         (Overrides { pin_path: Some("bpf".into()), ..on_lo() }, "not an absolute path"),
         (Overrides { admin: Some(Some(address("0.0.0.0:8080"))), ..on_lo() }, "both listen on 0.0.0.0:8080"),
     ];

@@ -6,7 +6,7 @@ use hyper::http::uri::PathAndQuery;
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
-use super::{AllowedOrigin, Auth, CertificateFiles, Messages, Route, Target, Tls};
+use super::{AllowedOrigin, Auth, CertificateFiles, Listen, Messages, Route, Target, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -160,8 +160,12 @@ pub enum RuleAction {
 /// `[gateway]`: the WebSocket server in front of the application.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gateway {
-    /// Addresses to listen on.
-    pub listen: Vec<SocketAddr>,
+    /// Where to listen.
+    pub listen: Vec<Listen>,
+    /// Who may connect to its unix sockets: the bits of their mode.
+    pub unix_mode: u32,
+    /// Whether other processes may listen on the same TCP addresses (`SO_REUSEPORT`).
+    pub reuse_port: bool,
     /// What stands behind it.
     pub upstream: Upstream,
     /// `[gateway.upstream_tls]`
@@ -170,6 +174,8 @@ pub struct Gateway {
     pub health: Health,
     /// Proxies whose word on the client's address is taken (X-Forwarded-For, Forwarded); none: nobody's.
     pub trusted_proxies: Vec<IpNet>,
+    /// Whether whoever connects to a unix socket is such a proxy (`"unix"` among them).
+    pub trusts_unix: bool,
     /// Whether trusted proxies begin each connection with a PROXY header (version 1 or 2).
     pub proxy_protocol: bool,
     /// Origins whose pages may connect; none: any.
@@ -215,11 +221,14 @@ impl Default for Push {
 impl Default for Gateway {
     fn default() -> Self {
         Self {
-            listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080))],
+            listen: vec![SocketAddr::from(([0, 0, 0, 0], 8080)).into()],
+            unix_mode: 0o660,
+            reuse_port: false,
             upstream: Upstream::Echo,
             upstream_tls: UpstreamTls::default(),
             health: Health::default(),
             trusted_proxies: Vec::new(),
+            trusts_unix: false,
             proxy_protocol: false,
             allowed_origins: Vec::new(),
             handshake_timeout: Duration::from_secs(10),

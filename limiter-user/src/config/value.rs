@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use toml::de::DeValue;
 
 use super::{
-    AllowedOrigin,
+    AllowedOrigin, Listen,
     read::{Fault, Item, nearest},
 };
 use crate::policy::{Cidr, InvalidCidr};
@@ -176,13 +176,37 @@ pub(super) fn optional_path(item: &Item) -> Result<Option<PathBuf>, Fault> {
     }
 }
 
-pub(super) fn listen(item: &Item) -> Result<SocketAddr, Fault> {
-    let what = r#"an address and a port, such as "0.0.0.0:8080" or "[::]:8080""#;
-    let address: SocketAddr = text(item, what)?.parse().map_err(|_| expected(item, what))?;
-    if address.port() == 0 {
+pub(super) fn listen(item: &Item) -> Result<Listen, Fault> {
+    let listen: Listen = text(item, r#"an address and a port, such as "0.0.0.0:8080" or "[::]:8080""#)?
+        .parse()
+        .map_err(|why: super::InvalidListen| Fault::new(item, why.to_string()))?;
+    if listen.tcp().is_some_and(|address| address.port() == 0) {
         return Err(expected(item, "a port other than 0: limits hold for a port that is known"));
     }
-    Ok(address)
+    Ok(listen)
+}
+
+/// Permissions of a file, in octal.
+pub(super) fn mode(item: &Item) -> Result<u32, Fault> {
+    let what = r#"permissions in octal digits, such as "0660""#;
+    let digits = text(item, what)?;
+    let is_octal = (3..=4).contains(&digits.len()) && digits.bytes().all(|b| (b'0'..=b'7').contains(&b));
+    // The kernel gives no other bits a meaning on a socket.
+    u32::from_str_radix(digits, 8).ok().filter(|mode| is_octal && *mode <= 0o777).ok_or_else(|| expected(item, what))
+}
+
+/// A network, or whoever connects to a unix socket.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) enum TrustedProxy {
+    Network(IpNet),
+    Unix,
+}
+
+pub(super) fn trusted_proxy(item: &Item) -> Result<TrustedProxy, Fault> {
+    if item.get_ref().as_str() == Some("unix") {
+        return Ok(TrustedProxy::Unix);
+    }
+    network(item).map(TrustedProxy::Network)
 }
 
 /// A network, or one address, which stands for a network of its own.

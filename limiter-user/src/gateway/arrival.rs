@@ -19,8 +19,9 @@ use super::{
     proxy_protocol::{self, Header, HeaderError},
     socket::Socket,
     tls::Tls,
+    wire::Wire,
 };
-use crate::policy::Connection;
+use crate::{config, policy::Connection};
 
 /// How long a client may take to read why it is refused.
 const LINGER: Duration = Duration::from_secs(1);
@@ -38,6 +39,24 @@ pub(super) struct Endpoints {
     pub(super) scheme: Scheme,
     /// The connection as the kernel knows it.
     pub(super) connection: Connection,
+    /// Whether `remote` only stands for whoever connects to a unix socket.
+    pub(super) is_local: bool,
+}
+
+impl Endpoints {
+    /// Whether the other end is a proxy whose word is taken.
+    pub(super) fn is_trusted(&self, config: &config::Gateway) -> bool {
+        if self.is_local {
+            config.trusts_unix
+        } else {
+            forwarded::is_trusted(self.remote.ip(), &config.trusted_proxies)
+        }
+    }
+
+    /// Whether the kernel's programs have seen the connection.
+    pub(super) fn are_seen_below(&self) -> bool {
+        self.connection.remote.port() != 0
+    }
 }
 
 /// A connection whose next bytes are those of its HTTP request.
@@ -56,12 +75,14 @@ enum Failure {
 /// Takes what comes ahead of the request. `None`: the connection is over, and was counted.
 pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instant) -> Option<Arrived> {
     let connection = *socket.connection();
+    let is_local = matches!(socket.wire(), Wire::Unix(_));
     let mut endpoints = Endpoints {
         peer: connection.remote.ip(),
         remote: connection.remote,
         local: connection.local,
         scheme: Scheme::Http,
         connection,
+        is_local,
     };
     let prepared = tokio::select! {
         prepared = prepare(&mut socket, &mut endpoints, shared) => prepared,
@@ -95,11 +116,12 @@ pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instan
 
 async fn prepare(socket: &mut Socket, endpoints: &mut Endpoints, shared: &Shared) -> Result<(), Failure> {
     // From others there is no header to wait for: what they send instead is not HTTP, and refused as such.
-    if shared.config.proxy_protocol && forwarded::is_trusted(endpoints.remote.ip(), &shared.config.trusted_proxies) {
-        match proxy_protocol::read(socket.tcp()).await? {
+    if shared.config.proxy_protocol && endpoints.is_trusted(&shared.config) {
+        match proxy_protocol::read(socket.wire()).await? {
             Header::Proxied { source, destination } => {
                 endpoints.remote = source;
                 endpoints.local = destination;
+                endpoints.is_local = false;
             }
             Header::Local => {}
         }
@@ -114,7 +136,7 @@ async fn prepare(socket: &mut Socket, endpoints: &mut Endpoints, shared: &Shared
 /// Makes the TLS handshake.
 async fn secure(socket: &mut Socket, tls: &Tls, shared: &Shared) -> Result<(), Failure> {
     let mut first = [0];
-    match socket.tcp().peek(&mut first).await {
+    match socket.wire().peek(&mut first).await {
         Ok(0) | Err(_) => return Err(Failure::Left),
         // The first letter of a method; a TLS record begins with 22.
         Ok(_) if first[0].is_ascii_uppercase() => {

@@ -167,7 +167,8 @@ fn answer(
     Box::pin(async move {
         let (mut head, _) = request.into_parts();
         let peer = endpoints.remote.ip();
-        let identity = forwarded::identify(peer, &head.headers, &shared.config.trusted_proxies);
+        let is_proxy = endpoints.is_trusted(&shared.config);
+        let identity = forwarded::identify(peer, is_proxy, &head.headers, &shared.config.trusted_proxies);
         let client = identity.as_ref().map_or(peer, |identity| identity.ip);
         let decided = match identity {
             Ok(identity) => decide(&mut head, endpoints, identity, deadline, &shared).await,
@@ -200,7 +201,7 @@ async fn decide(
         return Err(Refusal::Draining);
     }
     // The kernel has seen to those that it sees.
-    let is_seen_below = shared.policy.is_kept_below() && identity.ip == endpoints.peer;
+    let is_seen_below = shared.policy.is_kept_below() && identity.ip == endpoints.peer && endpoints.are_seen_below();
     if !is_seen_below && shared.policy.denies(identity.ip) {
         return Err(Refusal::Denied);
     }
@@ -210,11 +211,7 @@ async fn decide(
         return Err(Refusal::Denied);
     }
     // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
-    let limits = if forwarded::is_trusted(identity.ip, &shared.config.trusted_proxies) {
-        shared.policy.limits()
-    } else {
-        shared.policy.limits_for(identity.ip)
-    };
+    let limits = if identity.is_proxy { shared.policy.limits() } else { shared.policy.limits_for(identity.ip) };
     let limits = if route.exempt {
         Limits { connections_per_source: 0, connections_total: 0, connection_rate: 0, ..limits }
     } else {
@@ -224,7 +221,7 @@ async fn decide(
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
     });
-    proxy_hint::warn(shared, endpoints.remote.ip(), &head.headers, &limits);
+    proxy_hint::warn(shared, &endpoints, &head.headers, &limits);
     let mut permit = admitted?;
     if !is_seen_below && !shared.rates.spend(limits.source(identity.ip), &limits) {
         return Err(Refusal::SourceRate);

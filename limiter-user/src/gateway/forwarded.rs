@@ -24,6 +24,8 @@ pub(super) struct Identity {
     pub(super) ip: IpAddr,
     /// How it speaks to the outermost proxy, where a trusted one says so.
     pub(super) scheme: Option<Scheme>,
+    /// Whether it is a trusted proxy, which does not say for whom it speaks.
+    pub(super) is_proxy: bool,
 }
 
 /// Whether a client speaks through TLS.
@@ -63,13 +65,20 @@ pub(super) fn proxy_header(headers: &HeaderMap) -> Option<&'static str> {
     known.into_iter().find(|(name, _)| headers.contains_key(name)).map(|(_, shown)| shown)
 }
 
-/// Whom a request with these headers comes from, if `peer` sent it. Headers of a peer that is not trusted say nothing.
+/// Whom a request with these headers comes from, if `peer` sent it. Headers of a peer that is no trusted proxy (`is_proxy`) say
+/// nothing.
 ///
 /// An error if the headers contradict each other or can't be read where it matters: to guess would be to let a client
 /// choose under which address it counts.
-pub(super) fn identify(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Result<Identity, Refusal> {
-    if !is_trusted(peer, trusted) {
-        return Ok(Identity { ip: peer, scheme: None });
+pub(super) fn identify(
+    peer: IpAddr,
+    is_proxy: bool,
+    headers: &HeaderMap,
+    trusted: &[IpNet],
+) -> Result<Identity, Refusal> {
+    let nobody_else = Identity { ip: peer, scheme: None, is_proxy };
+    if !is_proxy {
+        return Ok(nobody_else);
     }
     let by_list = headers.contains_key(X_FORWARDED_FOR).then(|| walk(peer, x_forwarded_for(headers), trusted));
     let by_rfc = headers.contains_key(FORWARDED).then(|| walk(peer, forwarded(headers), trusted));
@@ -80,7 +89,7 @@ pub(super) fn identify(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> 
         }
         (_, Some(rfc)) => rfc,
         (Some(list), None) => list,
-        (None, None) => Identity { ip: peer, scheme: None },
+        (None, None) => nobody_else,
     };
     Ok(Identity { scheme: identity.scheme.or_else(|| x_forwarded_proto(headers)), ..identity })
 }
@@ -98,10 +107,13 @@ fn walk(
     mut hops: impl Iterator<Item = Result<Hop, Refusal>>,
     trusted: &[IpNet],
 ) -> Result<Identity, Refusal> {
-    let mut identity = Identity { ip: peer, scheme: None };
-    while is_trusted(identity.ip, trusted) {
+    let mut identity = Identity { ip: peer, scheme: None, is_proxy: true };
+    while identity.is_proxy {
         match hops.next().transpose()? {
-            Some(Hop { ip: Some(ip), scheme }) => identity = Identity { ip, scheme: scheme.or(identity.scheme) },
+            Some(Hop { ip: Some(ip), scheme }) => {
+                let is_proxy = is_trusted(ip, trusted);
+                identity = Identity { ip, scheme: scheme.or(identity.scheme), is_proxy };
+            }
             // The proxy in hand does not tell for whom it speaks, so it counts itself.
             Some(Hop { ip: None, .. }) | None => break,
         }

@@ -20,7 +20,7 @@ fn headers(lines: &[(&str, &str)]) -> HeaderMap {
 /// Whom the lines of `name` lead to from a trusted proxy.
 fn found(name: &str, lines: &[&str]) -> Result<String, Refusal> {
     let lines: Vec<_> = lines.iter().map(|line| (name, *line)).collect();
-    identify(PROXY.parse().unwrap(), &headers(&lines), &trusted()).map(|identity| identity.ip.to_string())
+    identify(PROXY.parse().unwrap(), true, &headers(&lines), &trusted()).map(|identity| identity.ip.to_string())
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn what_breaks_the_grammar_of_forwarded_is_refused() {
 fn headers_that_contradict_each_other_are_refused() {
     let both = |list, rfc| {
         let headers = headers(&[("x-forwarded-for", list), ("forwarded", rfc)]);
-        identify(PROXY.parse().unwrap(), &headers, &trusted()).map(|identity| identity.ip.to_string())
+        identify(PROXY.parse().unwrap(), true, &headers, &trusted()).map(|identity| identity.ip.to_string())
     };
     assert_eq!(both("192.0.2.7", "for=192.0.2.7").unwrap(), "192.0.2.7");
     assert!(matches!(both("192.0.2.7", "for=203.0.113.1"), Err(Refusal::Bad(_))));
@@ -115,14 +115,18 @@ fn from_others_nothing_is_believed() {
     let stranger = "192.0.2.200".parse().unwrap();
     let lines =
         headers(&[("x-forwarded-for", "203.0.113.1"), ("forwarded", "for=\"broken"), ("x-forwarded-proto", "https")]);
-    assert_eq!(identify(stranger, &lines, &trusted()), Ok(Identity { ip: stranger, scheme: None }));
+    assert_eq!(
+        identify(stranger, false, &lines, &trusted()),
+        Ok(Identity { ip: stranger, scheme: None, is_proxy: false })
+    );
     let proxy = PROXY.parse().unwrap();
-    assert_eq!(identify(proxy, &lines, &[]), Ok(Identity { ip: proxy, scheme: None }));
+    assert_eq!(identify(proxy, false, &lines, &[]), Ok(Identity { ip: proxy, scheme: None, is_proxy: false }));
 }
 
 #[test]
 fn the_scheme_comes_from_the_proxy() {
-    let scheme = |lines: &[(&str, &str)]| identify(PROXY.parse().unwrap(), &headers(lines), &trusted()).unwrap().scheme;
+    let scheme =
+        |lines: &[(&str, &str)]| identify(PROXY.parse().unwrap(), true, &headers(lines), &trusted()).unwrap().scheme;
     assert_eq!(scheme(&[("x-forwarded-proto", "https")]), Some(Scheme::Https));
     assert_eq!(scheme(&[("x-forwarded-proto", "WS")]), Some(Scheme::Http));
     assert_eq!(scheme(&[("x-forwarded-proto", "gopher")]), None);

@@ -4,25 +4,28 @@ use std::{
     future::poll_fn,
     io,
     net::SocketAddr,
+    path::PathBuf,
     pin::pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, Type};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, UnixListener},
     sync::watch,
     task::{JoinError, JoinSet},
     time::sleep,
 };
 
-use super::{Shared, connection, socket::Socket};
-use crate::config::{AuthError, CertificateError};
-
-/// Connections that completed their handshake and wait for the accept. The kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
+use super::{
+    Shared,
+    address::{Bound, LOCAL_PEER, Place, SocketFile, Sockets, advice, unix_advice},
+    connection,
+    socket::Socket,
+    wire::Wire,
+};
+use crate::config::{AuthError, CertificateError, Listen};
 
 /// How long the loop rests when the host can give no more sockets; what is established meanwhile waits in the backlog.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
@@ -40,6 +43,40 @@ pub enum BindError {
         address: SocketAddr,
         /// What the kernel said; part of the text.
         error: io::Error,
+    },
+    /// A unix socket can't be made, or listened on.
+    #[error("cannot listen on unix:{}: {error}; {}", .path.display(), unix_advice(.error, .path))]
+    Unix {
+        /// Its path, as configured.
+        path: PathBuf,
+        /// What the kernel said; part of the text.
+        error: io::Error,
+    },
+    /// Something else is where a unix socket should be.
+    #[error("cannot listen on unix:{}: what is there is no socket, and is left alone; listen elsewhere", .path.display())]
+    NotSocket {
+        /// Its path, as configured.
+        path: PathBuf,
+    },
+    /// The environment of socket activation makes no sense.
+    #[error("what the service manager says of its sockets can't be read: {0} (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES)")]
+    Inherited(io::Error),
+    /// The service manager has handed nothing over.
+    #[error(
+        "gateway.listen: {listen}: no such socket was handed over (LISTEN_FDS and LISTEN_PID say which are for this process); \
+         start it by a .socket unit, whose FileDescriptorName= is the name after \"fd:\", or name an address"
+    )]
+    NotHandedOver {
+        /// What is configured.
+        listen: Listen,
+    },
+    /// What the service manager has handed over can't be accepted from.
+    #[error("gateway.listen: the descriptor {name:?} that was handed over can't be used: {why}")]
+    Unfit {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// A certificate of `gateway.tls` can't be used.
     #[error("gateway.tls: {0}; `limiter config check` says so before the start")]
@@ -64,87 +101,99 @@ impl From<AuthError> for BindError {
     }
 }
 
-fn advice(error: &io::Error, address: SocketAddr) -> String {
-    let port = address.port();
-    match error.raw_os_error() {
-        Some(libc::EADDRINUSE) => {
-            format!("`ss -ltnp 'sport = :{port}'` shows who holds the port: stop it, or listen elsewhere")
-        }
-        Some(libc::EACCES) => format!("port {port} takes root or CAP_NET_BIND_SERVICE; ports from 1024 on don't"),
-        Some(libc::EADDRNOTAVAIL) => "no interface has this address (`ip address` lists those there are)".to_owned(),
-        Some(libc::EAFNOSUPPORT) => "this host has that address family switched off".to_owned(),
-        _ => "listen elsewhere, or mend the cause and start again".to_owned(),
-    }
-}
-
-/// Sockets that have their addresses, and that nobody can connect to yet.
-pub(super) struct Addresses(Vec<(SocketAddr, socket2::Socket)>);
-
-impl Addresses {
-    pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Self, BindError> {
-        if addresses.is_empty() {
-            return Err(BindError::NoAddress);
-        }
-        let bound = addresses.iter().map(|&address| {
-            let socket = bind(address).map_err(|error| BindError::Address { address, error })?;
-            Ok((address, socket))
-        });
-        bound.collect::<Result<_, _>>().map(Self)
-    }
-
-    /// Lets clients connect. They wait in the backlog until somebody accepts.
-    pub(super) fn listen(self) -> Result<Listeners, BindError> {
-        let mut listeners = Listeners { sockets: Vec::new(), addrs: Vec::new(), next: 0 };
-        for (address, socket) in self.0 {
-            let (socket, addr) = listen(socket).map_err(|error| BindError::Address { address, error })?;
-            listeners.sockets.push(socket);
-            listeners.addrs.push(addr);
-        }
-        Ok(listeners)
-    }
-}
-
 /// Listening sockets.
 pub(super) struct Listeners {
-    sockets: Vec<TcpListener>,
+    sockets: Vec<Listener>,
+    /// Of those of TCP.
     addrs: Vec<SocketAddr>,
+    places: Vec<Place>,
     /// Which one is asked first next time, so that a busy one does not starve the others.
     next: usize,
 }
 
+/// One listening socket.
+enum Listener {
+    Tcp(TcpListener, SocketAddr),
+    Unix {
+        listener: UnixListener,
+        /// Goes when nobody listens any more.
+        _file: Option<SocketFile>,
+    },
+}
+
+/// What was accepted.
+struct Incoming {
+    wire: Wire,
+    remote: SocketAddr,
+    /// The address of the listener that it came in on.
+    local: SocketAddr,
+}
+
 impl Listeners {
+    /// Lets clients connect. They wait in the backlog until somebody accepts.
+    pub(super) fn open(sockets: Sockets) -> Result<Self, BindError> {
+        let mut listeners = Self { sockets: Vec::new(), addrs: Vec::new(), places: Vec::new(), next: 0 };
+        for bound in sockets.into_bound() {
+            bound.listen()?;
+            let Bound { place, socket, file } = bound;
+            let (listener, place) = match place {
+                Place::Tcp(address) => {
+                    let (listener, address) =
+                        tcp_listener(socket).map_err(|error| BindError::Address { address, error })?;
+                    listeners.addrs.push(address);
+                    (Listener::Tcp(listener, address), Place::Tcp(address))
+                }
+                Place::Unix(path) => {
+                    let listener = UnixListener::from_std(socket.into())
+                        .map_err(|error| BindError::Unix { path: path.clone(), error })?;
+                    (Listener::Unix { listener, _file: file }, Place::Unix(path))
+                }
+            };
+            listeners.sockets.push(listener);
+            listeners.places.push(place);
+        }
+        Ok(listeners)
+    }
+
     pub(super) fn local_addrs(&self) -> &[SocketAddr] {
         &self.addrs
     }
 
-    /// The next connection, with the address of the listener that it came in on.
-    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<(io::Result<(TcpStream, SocketAddr)>, SocketAddr)> {
+    pub(super) fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// The next connection.
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Incoming>> {
         for _ in 0..self.sockets.len() {
             let i = self.next;
             self.next = (self.next + 1) % self.sockets.len();
             if let Poll::Ready(accepted) = self.sockets[i].poll_accept(cx) {
-                return Poll::Ready((accepted, self.addrs[i]));
+                return Poll::Ready(accepted);
             }
         }
         Poll::Pending
     }
 }
 
-fn bind(address: SocketAddr) -> io::Result<socket2::Socket> {
-    let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    // A restart must not wait for the connections in TIME_WAIT that the last run left.
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // So that 0.0.0.0 and [::] can both be given with the same port.
-        socket.set_only_v6(true)?;
+impl Listener {
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Incoming>> {
+        match self {
+            Self::Tcp(listener, local) => listener.poll_accept(cx).map_ok(|(stream, remote)| Incoming {
+                wire: Wire::Tcp(stream),
+                remote,
+                local: *local,
+            }),
+            Self::Unix { listener, .. } => listener.poll_accept(cx).map_ok(|(stream, _)| Incoming {
+                wire: Wire::Unix(stream),
+                remote: LOCAL_PEER,
+                local: LOCAL_PEER,
+            }),
+        }
     }
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    Ok(socket)
 }
 
-fn listen(socket: socket2::Socket) -> io::Result<(TcpListener, SocketAddr)> {
-    socket.listen(BACKLOG)?;
+fn tcp_listener(socket: socket2::Socket) -> io::Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::from_std(socket.into())?;
     let addr = listener.local_addr()?;
     Ok((listener, addr))
@@ -164,10 +213,10 @@ pub(super) async fn serve(
             biased;
             () = &mut shutdown => return connections,
             Some(ended) = connections.join_next() => report_panic(&ended),
-            (accepted, local) = poll_fn(|cx| listeners.poll_accept(cx)) => match accepted {
-                Ok((stream, remote)) => {
+            accepted = poll_fn(|cx| listeners.poll_accept(cx)) => match accepted {
+                Ok(Incoming { wire, remote, local }) => {
                     let shared = Arc::clone(&current.borrow());
-                    let socket = Socket::new(stream, remote, local, Arc::clone(&shared.policy));
+                    let socket = Socket::new(wire, remote, local, Arc::clone(&shared.policy));
                     connections.spawn(connection::serve(socket, shared));
                 }
                 // The client went away while it waited in the backlog: its own affair.

@@ -6,6 +6,7 @@
 //! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
+mod address;
 pub(crate) mod admission;
 pub(crate) mod answer;
 mod application;
@@ -17,6 +18,7 @@ mod connection;
 mod drain;
 mod forwarded;
 mod handshake;
+mod inherited;
 pub(crate) mod listen;
 mod liveness;
 mod messages;
@@ -38,10 +40,12 @@ mod together;
 mod turns;
 mod upstream;
 pub(crate) mod watch;
+mod wire;
 
 #[cfg(test)]
 mod tests;
 
+pub use address::{Place, Sockets};
 pub use application::room_name;
 pub use drain::DrainReport;
 pub use listen::BindError;
@@ -58,7 +62,7 @@ use crate::{
 use admission::Admission;
 use auth::Auth;
 use drain::Drain;
-use listen::{Addresses, Listeners};
+use listen::Listeners;
 use offenders::Offenders;
 use push::Hub;
 use route::Routes;
@@ -98,7 +102,7 @@ struct Shared {
 /// Whether the addresses are to be had is known before anything else is done to the host, and no client gets in before the
 /// kernel's limits are in force.
 pub struct Reserved {
-    addresses: Addresses,
+    sockets: Sockets,
     parts: Parts,
 }
 
@@ -111,8 +115,8 @@ impl Reserved {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
-        let Self { addresses, parts: Parts { config, routes, tls, auth } } = self;
-        let listeners = addresses.listen()?;
+        let Self { sockets, parts: Parts { config, routes, tls, auth } } = self;
+        let listeners = Listeners::open(sockets)?;
         metrics.upstreams.observe(routes.reach().servers());
         let hub = Hub::new(config.push.queue, Arc::clone(&metrics));
         let shared = Shared {
@@ -140,9 +144,20 @@ impl Gateway {
     /// # Errors
     /// [`BindError`] names the address or key at fault and says what to do; nothing stays bound then.
     pub fn reserve(config: &config::Gateway) -> Result<Reserved, BindError> {
+        // The parts first: what is wrong with them is found before anything is bound.
         let parts = Parts::new(config, None)?;
-        let addresses = Addresses::bind(&config.listen)?;
-        Ok(Reserved { addresses, parts })
+        Ok(Reserved { sockets: Sockets::take(config)?, parts })
+    }
+
+    /// The same on sockets that are there already.
+    ///
+    /// # Errors
+    /// [`BindError`] names the key at fault and says what to do.
+    pub fn reserve_on(config: &config::Gateway, sockets: Sockets) -> Result<Reserved, BindError> {
+        if sockets.is_empty() {
+            return Err(BindError::NoAddress);
+        }
+        Ok(Reserved { sockets, parts: Parts::new(config, None)? })
     }
 
     /// [`Self::reserve`] and [`Reserved::open`] in one.
@@ -156,10 +171,15 @@ impl Gateway {
         Self::reserve(config)?.open(policy, metrics)
     }
 
-    /// The addresses that it listens on, in the order of the configuration; where that says port 0, the port that the
+    /// The TCP addresses that it listens on, in the order of the configuration; where that says port 0, the port that the
     /// kernel chose.
     pub fn local_addrs(&self) -> &[SocketAddr] {
         self.listeners.local_addrs()
+    }
+
+    /// Where it listens, unix sockets too.
+    pub fn places(&self) -> &[Place] {
+        self.listeners.places()
     }
 
     /// A hand on its settings, to change them while it runs.

@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use tokio::net::TcpStream;
+use super::wire::Wire;
 
 /// What every header of version 2 begins with.
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
@@ -46,7 +46,7 @@ pub(super) enum HeaderError {
 }
 
 /// Takes the header off the stream, and not a byte more.
-pub(super) async fn read(stream: &TcpStream) -> Result<Header, HeaderError> {
+pub(super) async fn read(stream: &Wire) -> Result<Header, HeaderError> {
     let mut header = Vec::new();
     let mut window = [0; 512];
     loop {
@@ -68,7 +68,7 @@ pub(super) async fn read(stream: &TcpStream) -> Result<Header, HeaderError> {
 }
 
 /// Reads what was seen by peeking, so it is there.
-fn take(stream: &TcpStream, mut seen: &mut [u8]) -> Result<(), HeaderError> {
+fn take(stream: &Wire, mut seen: &mut [u8]) -> Result<(), HeaderError> {
     while !seen.is_empty() {
         match stream.try_read(seen) {
             Ok(0) => return Err(HeaderError::Ended),

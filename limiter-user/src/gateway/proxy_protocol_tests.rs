@@ -3,7 +3,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
 };
 
 use super::*;
@@ -110,7 +110,8 @@ fn what_is_no_header_is_refused_without_waiting_for_more() {
 async fn served(chunks: Vec<Vec<u8>>) -> (Result<Header, HeaderError>, Vec<u8>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let (mut server, _) = listener.accept().await.unwrap();
+    let (server, _) = listener.accept().await.unwrap();
+    let mut server = Wire::Tcp(server);
     client.set_nodelay(true).unwrap();
     let sending = async move {
         for chunk in chunks {

@@ -14,7 +14,6 @@ use std::{
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
-    net::TcpStream,
     time::{Instant, timeout},
 };
 use tokio_rustls::{
@@ -22,6 +21,7 @@ use tokio_rustls::{
     server::{FallibleAccept, TlsStream},
 };
 
+use super::wire::Wire;
 use crate::policy::{Accepted, Connection, Policy};
 
 /// How much the kernel may hold of what was written but not yet sent, in bytes. Without it a slow client has megabytes
@@ -39,34 +39,39 @@ pub(super) struct Socket {
 
 /// What the bytes go through. Boxed where it is large: most of the room of a TLS session is elsewhere anyway.
 enum Transport {
-    Plain(TcpStream),
+    Plain(Wire),
     /// In the TLS handshake; nothing is read or written meanwhile.
-    Handshake(Box<FallibleAccept<TcpStream>>),
-    Tls(Box<TlsStream<TcpStream>>),
+    Handshake(Box<FallibleAccept<Wire>>),
+    Tls(Box<TlsStream<Wire>>),
     /// Between two of the others.
     Gone,
 }
 
 impl Socket {
     /// Takes over what was accepted from `remote` by the listener at `listener`.
-    pub(super) fn new(stream: TcpStream, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
-        let options = SockRef::from(&stream);
-        // Both only make things faster or finer; a socket whose client is already gone may refuse them.
-        _ = options.set_tcp_nodelay(true);
-        _ = options.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER);
-        let accepted = Accepted::new(&stream, remote, listener, policy);
-        Self { accepted, transport: Transport::Plain(stream), last_read: Instant::now() }
+    pub(super) fn new(wire: Wire, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
+        let accepted = match &wire {
+            Wire::Tcp(stream) => {
+                let options = SockRef::from(stream);
+                // Both only make things faster or finer; a socket whose client is already gone may refuse them.
+                _ = options.set_tcp_nodelay(true);
+                _ = options.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER);
+                Accepted::new(stream, remote, listener, policy)
+            }
+            Wire::Unix(stream) => Accepted::local(stream, listener, policy),
+        };
+        Self { accepted, transport: Transport::Plain(wire), last_read: Instant::now() }
     }
 
     pub(super) fn connection(&self) -> &Connection {
         self.accepted.connection()
     }
 
-    /// The TCP connection below whatever is spoken on it.
+    /// The connection below whatever is spoken on it.
     ///
     /// # Panics
     /// During the TLS handshake.
-    pub(super) fn tcp(&self) -> &TcpStream {
+    pub(super) fn wire(&self) -> &Wire {
         match &self.transport {
             Transport::Plain(stream) => stream,
             Transport::Tls(stream) => stream.get_ref().0,
@@ -136,7 +141,7 @@ impl Socket {
 
 /// Reads to the end and throws it away. The buffer is on the stack: in the future it would be there for each of thousands that are
 /// closed together.
-fn poll_discard(stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+fn poll_discard(stream: &mut Wire, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
     let mut buffer = [const { MaybeUninit::uninit() }; 4096];
     loop {
         let mut discarded = ReadBuf::uninit(&mut buffer);

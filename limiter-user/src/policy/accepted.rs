@@ -3,7 +3,7 @@
 use std::{fmt, net::SocketAddr, sync::Arc};
 
 use socket2::SockRef;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use super::{Connection, Policy};
 
@@ -23,12 +23,15 @@ impl fmt::Debug for Accepted {
 impl Accepted {
     /// What was accepted from `remote` by the listener at `listener`.
     pub(crate) fn new(stream: &TcpStream, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
-        let cookie = SockRef::from(stream).cookie().unwrap_or_else(|e| {
-            tracing::warn!(error = %e, "no SO_COOKIE: the ledger entry of this connection waits for the kernel to end it");
-            0
-        });
+        let cookie = cookie(&SockRef::from(stream));
         let local = stream.local_addr().unwrap_or(listener);
         Self { policy, connection: Connection { remote: canonical(remote), local: canonical(local), cookie } }
+    }
+
+    /// What was accepted by a unix socket: both ends have the address that stands for one.
+    pub(crate) fn local(stream: &UnixStream, address: SocketAddr, policy: Arc<dyn Policy>) -> Self {
+        let cookie = cookie(&SockRef::from(stream));
+        Self { policy, connection: Connection { remote: address, local: address, cookie } }
     }
 
     pub(crate) fn connection(&self) -> &Connection {
@@ -44,6 +47,13 @@ impl Drop for Accepted {
     fn drop(&mut self) {
         self.policy.closed(&self.connection);
     }
+}
+
+fn cookie(socket: &SockRef<'_>) -> u64 {
+    socket.cookie().unwrap_or_else(|e| {
+        tracing::warn!(error = %e, "no SO_COOKIE: the ledger entry of this connection waits for the kernel to end it");
+        0
+    })
 }
 
 fn canonical(addr: SocketAddr) -> SocketAddr {

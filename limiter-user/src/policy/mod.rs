@@ -65,7 +65,8 @@ pub trait Policy: Send + Sync + 'static {
 /// An accepted TCP connection, as the kernel knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Connection {
-    /// The client; IPv4-mapped addresses are given as IPv4.
+    /// The client; IPv4-mapped addresses are given as IPv4. Port 0: it came by a unix socket, of which the kernel's limits know
+    /// nothing.
     pub remote: SocketAddr,
     /// The address that it connected to; IPv4-mapped addresses are given as IPv4.
     pub local: SocketAddr,

@@ -13,16 +13,16 @@ pub(crate) use open_files::raise as raise_open_files;
 
 use std::{collections::HashMap, sync::Arc};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::{
-    Global, logging,
+    Global, Usage, logging,
     settings::{self, GatewaySettings, KernelSettings as KernelFlags},
 };
 use crate::{
     admin::{self, Admin, Control, Readiness},
     config::{Config, Service},
-    gateway::{self, Gateway},
+    gateway::{self, Gateway, Place, Sockets},
     kernel::{Attached, Pinned},
     policy::{Fixed, Policy},
 };
@@ -45,13 +45,18 @@ pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
     open_files::raise();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the threads")?;
-    runtime.block_on(serve(&config, Typed { global: global.clone(), args }))
+    runtime.block_on(serve(&config, Typed { global: global.clone(), args, ports: Vec::new() }))
 }
 
 async fn serve(config: &Config, typed: Typed) -> anyhow::Result<()> {
     // Before anything is attached, so that no signal can end the process half-way.
     let signals = Signals::new()?;
-    let addresses = Addresses::take(config).await?;
+    let sockets = Sockets::take(&config.gateway)?;
+    let ports: Vec<u16> = sockets.places().filter_map(Place::tcp).map(|address| address.port()).collect();
+    let mut config = config.clone();
+    config.cover(&ports);
+    let (config, typed) = (&config, Typed { ports, ..typed });
+    let addresses = Addresses::take(config, sockets).await?;
     for warning in config.warnings() {
         tracing::warn!("{warning}");
     }
@@ -125,15 +130,24 @@ struct Addresses {
 }
 
 impl Addresses {
-    async fn take(config: &Config) -> anyhow::Result<Self> {
+    async fn take(config: &Config, mut sockets: Sockets) -> anyhow::Result<Self> {
         let mut gateways = Vec::new();
-        for service in &config.services {
-            let mut of_service = config.gateway.clone();
-            of_service.listen.retain(|address| service.ports.contains(&address.port()));
+        for (i, service) in config.services.iter().enumerate() {
+            // A unix socket has no port that would say whose it is.
+            let of_service = sockets.split_off(|place| match place.tcp() {
+                Some(address) => service.ports.contains(&address.port()),
+                None => i == 0,
+            });
             // Without one, a server of its own listens there.
-            if !of_service.listen.is_empty() {
-                gateways.push((service.name.clone(), Gateway::reserve(&of_service)?));
+            if !of_service.is_empty() {
+                gateways.push((service.name.clone(), Gateway::reserve_on(&config.gateway, of_service)?));
             }
+        }
+        if let Some(place) = sockets.places().next() {
+            bail!(Usage(format!(
+                "gateway.listen: {place}, which was handed over, would have no limits, since no [[service]] has its port: add \
+                 it to one"
+            )));
         }
         let admin = match config.admin.listen {
             Some(address) => Some(Admin::bind(address).await?),
@@ -163,7 +177,7 @@ impl Addresses {
         for (service, reserved) in self.gateways {
             let policy = policies.remove(&service).with_context(|| format!("the service {service} has no policy"))?;
             let gateway = reserved.open(policy, Arc::clone(&gateway_metrics))?;
-            for address in gateway.local_addrs() {
+            for address in gateway.places() {
                 tracing::info!(%address, service, "listening");
             }
             let listen = gateway.local_addrs().to_vec();

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use super::{Args, fixed};
 use crate::{
     cli::{Global, Usage, exit, logging, settings},
-    config::{Config, Gateway},
+    config::Config,
     gateway,
     kernel::Pinned,
 };
@@ -32,6 +32,8 @@ pub(super) struct Reloader {
 pub(super) struct Typed {
     pub(super) global: Global,
     pub(super) args: Args,
+    /// Ports that the gateway listens on, by whatever hand.
+    pub(super) ports: Vec<u16>,
 }
 
 /// One gateway, and the addresses that it listens on.
@@ -99,8 +101,9 @@ impl Reloader {
 
     /// Gives the keys whose new values are not in force.
     fn try_reload(&mut self) -> anyhow::Result<Vec<&'static str>> {
-        let Typed { global, args } = &self.typed;
+        let Typed { global, args, ports } = &self.typed;
         let mut config = settings::for_run(global, args.kernel.clone(), args.gateway.clone())?;
+        config.cover(ports);
         let restart = keep_fixed(&self.config, &mut config);
         self.check_services(&config)?;
 
@@ -109,11 +112,10 @@ impl Reloader {
         let filter = logging::filter(&config.log.level)?;
         let mut prepared = Vec::new();
         for running in &self.gateways {
-            let of_gateway = Gateway { listen: running.listen.clone(), ..config.gateway.clone() };
             // With the kernel's part, the gateway reads its limits there.
             let service = config.services.iter().find(|service| service.name == running.service);
             let policy = service.filter(|_| self.kernel.is_none()).map(|service| fixed(service, &config));
-            prepared.push(running.settings.prepare(&of_gateway, policy)?);
+            prepared.push(running.settings.prepare(&config.gateway, policy)?);
         }
         if let Some(kernel) = &self.kernel {
             let placed = kernel.pinned.put(&config.services, &config.rules, config.kernel.on_full)?;
@@ -160,6 +162,8 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
     keep("kernel.challenge_timestamps", &old_kernel.challenge_timestamps, timestamps, &mut restart);
     keep("kernel.debug_log", &old_kernel.debug_log, &mut new_kernel.debug_log, &mut restart);
     keep("gateway.listen", &old.gateway.listen, &mut new.gateway.listen, &mut restart);
+    keep("gateway.unix_mode", &old.gateway.unix_mode, &mut new.gateway.unix_mode, &mut restart);
+    keep("gateway.reuse_port", &old.gateway.reuse_port, &mut new.gateway.reuse_port, &mut restart);
     keep("admin.listen", &old.admin.listen, &mut new.admin.listen, &mut restart);
     keep("admin.token_file", &old.admin.token_file, &mut new.admin.token_file, &mut restart);
     keep("log.format", &old.log.format, &mut new.log.format, &mut restart);

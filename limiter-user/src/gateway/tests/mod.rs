@@ -20,4 +20,5 @@ mod settings;
 mod storm;
 mod support;
 mod tls;
+mod unix;
 mod upstreams;

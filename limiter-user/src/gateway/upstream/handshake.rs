@@ -76,7 +76,7 @@ impl Client {
         Self {
             ip: identity.ip,
             scheme: identity.scheme.unwrap_or(endpoints.scheme),
-            port: is_direct.then_some(endpoints.local.port()),
+            port: Some(endpoints.local.port()).filter(|port| is_direct && *port != 0),
             request_id: fastrand::u128(..),
             // A name has no control characters, so it is a legal value.
             user: user.and_then(|name| HeaderValue::from_bytes(name.as_bytes()).ok()),

@@ -1,0 +1,134 @@
+//! The bytes' way to a client: TCP, or a unix socket.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::{TcpStream, UnixStream},
+};
+
+/// An accepted connection of either kind.
+#[derive(Debug)]
+pub(super) enum Wire {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Wire {
+    /// What comes next, without taking it; 0: the end.
+    pub(super) async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let unix = match self {
+            Self::Tcp(stream) => return stream.peek(buffer).await,
+            Self::Unix(unix) => unix,
+        };
+        // A read of the kernel writes initialised bytes only, so these stay what they are.
+        let mut seen = vec![MaybeUninit::uninit(); buffer.len()];
+        loop {
+            unix.readable().await?;
+            match unix.try_io(Interest::READABLE, || SockRef::from(unix).peek(&mut seen)) {
+                Ok(length) => {
+                    for (byte, seen) in buffer.iter_mut().zip(&seen[..length]) {
+                        // SAFETY: the kernel has written the first `length` bytes.
+                        *byte = unsafe { seen.assume_init() };
+                    }
+                    return Ok(length);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Takes what is there.
+    pub(super) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_read(buffer),
+            Self::Unix(stream) => stream.try_read(buffer),
+        }
+    }
+}
+
+impl From<TcpStream> for Wire {
+    fn from(stream: TcpStream) -> Self {
+        Self::Tcp(stream)
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Unix(stream) => stream.is_write_vectored(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_peeked_at_is_there_still() {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let mut wire = Wire::Unix(server);
+        client.write_all(b"PROXY").await.unwrap();
+        let mut seen = [0; 3];
+        assert_eq!(wire.peek(&mut seen).await.unwrap(), 3);
+        assert_eq!(&seen, b"PRO");
+        assert_eq!(wire.try_read(&mut seen[..2]).unwrap(), 2);
+        let mut rest = [0; 3];
+        wire.read_exact(&mut rest).await.unwrap();
+        assert_eq!(&rest, b"OXY");
+        drop(client);
+        assert_eq!(wire.peek(&mut seen).await.unwrap(), 0);
+    }
+}
