@@ -190,7 +190,7 @@ pub struct Gateway {
     pub pong_timeout: Duration,
     /// A connection of this age is closed (1001), up to a tenth earlier, so that not all come back at once; zero: never.
     pub max_lifetime: Duration,
-    /// How long the shutdown waits for clients to close.
+    /// How long the shutdown may take; the closes are spread over most of it.
     pub drain_timeout: Duration,
     /// `[gateway.tls]`; `None`: the gateway speaks plain HTTP.
     pub tls: Option<Tls>,

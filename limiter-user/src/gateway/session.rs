@@ -116,7 +116,7 @@ async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
     let Session { turns, held } = session;
     let end = tokio::select! {
         biased;
-        () = shared.drain.wait() => End::Draining,
+        () = shared.drain.turn() => End::Draining,
         end = lapse(held.who.user.as_deref(), shared) => end,
         end = turns::run(turns) => end,
     };

@@ -48,6 +48,9 @@ pub(super) struct Refusals {
     pub(super) services: watch::Receiver<HashMap<u32, String>>,
 }
 
+/// What the end may take besides the drain.
+const STOPPING_GRACE: Duration = Duration::from_secs(5);
+
 impl Daemon {
     /// Serves until a signal says to end; then waits for the clients, or for a second signal.
     pub(super) async fn run(self, mut signals: Signals) -> anyhow::Result<()> {
@@ -95,7 +98,9 @@ impl Daemon {
         };
 
         readiness.set(State::Draining);
-        notify(&[NotifyState::Stopping]);
+        // A unit's TimeoutStopSec= may be shorter than the drain.
+        let time = (reloader.drain_timeout() + STOPPING_GRACE).as_micros();
+        notify(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(u32::try_from(time).unwrap_or(u32::MAX))]);
         drain.send_replace(true);
         tokio::select! {
             () = join_all(&mut serving) => {}

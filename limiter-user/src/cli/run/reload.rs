@@ -70,6 +70,11 @@ impl Reloader {
         Self { typed, config, gateways, kernel, results }
     }
 
+    /// How long the shutdown waits for clients, as it is in force.
+    pub(super) fn drain_timeout(&self) -> Duration {
+        self.config.gateway.drain_timeout
+    }
+
     /// Reads it again, and says in the log what came of it. Blocks.
     pub(super) fn reload(&mut self) {
         match self.try_reload() {
