@@ -137,18 +137,8 @@ fn challenge_and_count(ctx: &impl Packet, service: u32) -> Option<Answered> {
 fn challenge(ctx: &impl Packet, service: u32) -> Option<Answered> {
     let question = Question::read(ctx)?;
     let offer = ctx.offer(question.place % TCP_END as u32);
-    let largest_buffer = largest_buffer(service);
-    let segment = packet::at(ctx, question.place)?;
-    let listener = handshake::lookup(ctx, &segment);
-    if listener.is_null() {
-        return None;
-    }
-    // SAFETY: the socket is not null, and we hold a reference.
-    let cookie =
-        if unsafe { (*listener).state } == BPF_TCP_LISTEN { cookie(ctx, listener, &question) } else { NO_COOKIE };
-    let terms = listener::terms(listener, mss_of(cookie), largest_buffer);
-    // SAFETY: we hold the reference, and use the socket no more.
-    unsafe { bpf_sk_release(listener.cast()) };
+    let mut terms = Terms::default();
+    let cookie = ctx.cookie(&question, largest_buffer(service), &mut terms);
     if cookie < 0 {
         return None;
     }
@@ -164,10 +154,10 @@ fn challenge(ctx: &impl Packet, service: u32) -> Option<Answered> {
         window = terms.space;
     }
     // Without a timestamp, the stack would know of none of the others.
-    let scales = terms.scales && window_scale(offer) != NO_WINDOW_SCALE;
+    let scales = terms.scales != 0 && window_scale(offer) != NO_WINDOW_SCALE;
     let words = MAX_OPTION_WORDS - usize::from(!scales);
-    if terms.timestamps && offer & OFFERS_TIMESTAMPS != 0 && question.room >= words {
-        let ecn = terms.ecn && question.asks_for_ecn;
+    if terms.timestamps != 0 && offer & OFFERS_TIMESTAMPS != 0 && question.room >= words {
+        let ecn = terms.ecn != 0 && question.asks_for_ecn;
         if ecn {
             flags |= ECE;
         }
@@ -203,7 +193,7 @@ fn grant(options: &mut Options, offer: u64, terms: &Terms, scales: bool, ecn: bo
         options.words[4] = (WINDOW_SCALE | terms.window_scale).to_be();
     }
     let mut before_timestamps = NOTHING_TWICE;
-    if terms.sack && offer & OFFERS_SACK != 0 {
+    if terms.sack != 0 && offer & OFFERS_SACK != 0 {
         hidden |= HIDES_SACK;
         before_timestamps = SACK_PERMITTED;
     }
@@ -241,32 +231,91 @@ const fn mss_of(cookie: i64) -> u32 {
     (cookie >> 32) as u32
 }
 
-/// The kernel's cookie for a SYN, and above its 32 bits, [`mss_of`] it; or a negative number. (No `Option`: where there is none, the
-/// compiler would leave undefined what the verifier wants to see defined.)
+/// The kernel's cookie for the SYN at that place ([`crate::locate::limiter_locate`]) with that length of its TCP header, and above
+/// its 32 bits, [`mss_of`] it; or a negative number. Writes the listener's terms, where buffers are at most so large.
+///
+/// A global function, like [`crate::locate::limiter_locate`]. (With a pointer to memory: kernel 5.13.)
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_cookie(
+    ctx: *mut xdp_md,
+    place: u32,
+    header_length: u32,
+    largest_buffer: u32,
+    terms: *mut Terms,
+) -> i64 {
+    if terms.is_null() {
+        return NO_COOKIE;
+    }
+    // SAFETY: the verifier has checked that this is what is behind the pointer.
+    agreed(&XdpContext::new(ctx), place, header_length, largest_buffer, unsafe { &mut *terms })
+}
+
+/// The same for the packets of TC.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn limiter_cookie_skb(
+    skb: *mut __sk_buff,
+    place: u32,
+    header_length: u32,
+    largest_buffer: u32,
+    terms: *mut Terms,
+) -> i64 {
+    if terms.is_null() {
+        return NO_COOKIE;
+    }
+    // Nothing is asked of it that depends on whether it has an Ethernet header.
+    // SAFETY: the verifier has checked that this is what is behind the pointer.
+    agreed(&Skb::new(skb, true), place, header_length, largest_buffer, unsafe { &mut *terms })
+}
+
 #[inline(always)]
-fn cookie(ctx: &impl Packet, listener: *mut bpf_sock, question: &Question) -> i64 {
+fn agreed(ctx: &impl Packet, place: u32, header_length: u32, largest_buffer: u32, terms: &mut Terms) -> i64 {
+    let Some(segment) = packet::at(ctx, place) else { return NO_COOKIE };
+    let listener = handshake::lookup(ctx, &segment);
+    if listener.is_null() {
+        return NO_COOKIE;
+    }
+    // SAFETY: the socket is not null, and we hold a reference.
+    let cookie = if unsafe { (*listener).state } == BPF_TCP_LISTEN {
+        cookie(ctx, listener, place, header_length)
+    } else {
+        NO_COOKIE
+    };
+    if cookie >= 0 {
+        *terms = listener::terms(listener, mss_of(cookie), largest_buffer);
+    }
+    // SAFETY: we hold the reference, and use the socket no more.
+    unsafe { bpf_sk_release(listener.cast()) };
+    cookie
+}
+
+/// The kernel's cookie. No `Option`: where there is none, the compiler would leave undefined what the verifier wants to see
+/// defined.
+#[inline(always)]
+fn cookie(ctx: &impl Packet, listener: *mut bpf_sock, place: u32, header_length: u32) -> i64 {
     // One call for each length: the verifier wants to know it.
-    match question.header_length {
-        20 => cookie_for::<20>(ctx, listener, question),
-        24 => cookie_for::<24>(ctx, listener, question),
-        28 => cookie_for::<28>(ctx, listener, question),
-        32 => cookie_for::<32>(ctx, listener, question),
-        36 => cookie_for::<36>(ctx, listener, question),
-        40 => cookie_for::<40>(ctx, listener, question),
-        44 => cookie_for::<44>(ctx, listener, question),
-        48 => cookie_for::<48>(ctx, listener, question),
-        52 => cookie_for::<52>(ctx, listener, question),
-        56 => cookie_for::<56>(ctx, listener, question),
-        60 => cookie_for::<60>(ctx, listener, question),
+    match header_length {
+        20 => cookie_for::<20>(ctx, listener, place),
+        24 => cookie_for::<24>(ctx, listener, place),
+        28 => cookie_for::<28>(ctx, listener, place),
+        32 => cookie_for::<32>(ctx, listener, place),
+        36 => cookie_for::<36>(ctx, listener, place),
+        40 => cookie_for::<40>(ctx, listener, place),
+        44 => cookie_for::<44>(ctx, listener, place),
+        48 => cookie_for::<48>(ctx, listener, place),
+        52 => cookie_for::<52>(ctx, listener, place),
+        56 => cookie_for::<56>(ctx, listener, place),
+        60 => cookie_for::<60>(ctx, listener, place),
         _ => NO_COOKIE,
     }
 }
 
 #[inline(always)]
-fn cookie_for<const LENGTH: usize>(ctx: &impl Packet, listener: *mut bpf_sock, question: &Question) -> i64 {
-    let Some(Segment { network, .. }) = packet::at(ctx, question.place) else { return NO_COOKIE };
+fn cookie_for<const LENGTH: usize>(ctx: &impl Packet, listener: *mut bpf_sock, place: u32) -> i64 {
+    let Some(Segment { network, .. }) = packet::at(ctx, place) else { return NO_COOKIE };
     // The compiler is not to add this up once more after the check, which would be of no use to the verifier then.
-    let tcp = hint::black_box(ctx.data() + question.place as usize % TCP_END);
+    let tcp = hint::black_box(ctx.data() + place as usize % TCP_END);
     if tcp + LENGTH > ctx.data_end() {
         return NO_COOKIE;
     }

@@ -25,10 +25,11 @@ use limiter_common::policy::InForce;
 use crate::{
     admission, challenge, completion,
     headers::TcpHeader,
+    listener::Terms,
     locate,
     options::{self, OPTION_UNKNOWN},
     packet::{self, Cursor, Segment},
-    reply,
+    reply::{self, Question},
 };
 
 /// A TCP header with all the options that it has room for.
@@ -73,6 +74,9 @@ pub trait Packet: EbpfContext {
 
     /// [`options::limiter_offer`], or its like.
     fn offer(&self, tcp: u32) -> u64;
+
+    /// [`challenge::limiter_cookie`], or its like.
+    fn cookie(&self, question: &Question, largest_buffer: u32, terms: &mut Terms) -> i64;
 
     /// [`admission::limiter_syn`], or its like.
     fn syn(&self, service: u16, in_force: InForce) -> u32;
@@ -156,6 +160,11 @@ impl Packet for XdpContext {
     #[inline(always)]
     fn offer(&self, tcp: u32) -> u64 {
         options::limiter_offer(self.ctx, tcp)
+    }
+
+    #[inline(always)]
+    fn cookie(&self, question: &Question, largest_buffer: u32, terms: &mut Terms) -> i64 {
+        challenge::limiter_cookie(self.ctx, question.place, question.header_length, largest_buffer, &raw mut *terms)
     }
 
     #[inline(always)]
@@ -337,6 +346,11 @@ impl Packet for Skb {
     #[inline(always)]
     fn offer(&self, tcp: u32) -> u64 {
         options::limiter_offer_skb(self.skb, tcp)
+    }
+
+    #[inline(always)]
+    fn cookie(&self, question: &Question, largest_buffer: u32, terms: &mut Terms) -> i64 {
+        challenge::limiter_cookie_skb(self.skb, question.place, question.header_length, largest_buffer, &raw mut *terms)
     }
 
     #[inline(always)]

@@ -3,10 +3,13 @@
 //! A segment that acknowledges the sequence number of our SYN-ACK can only come from one who saw it (or guessed 32 bits).
 //! So its source address is not spoofed, and the stack is about to open the connection.
 
-use core::mem;
+use core::mem::{self, MaybeUninit};
 
 use aya_ebpf::{
-    bindings::{BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple, tcphdr},
+    bindings::{
+        BPF_F_CURRENT_NETNS, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as V4, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as V6, tcphdr,
+    },
     helpers::{
         bpf_probe_read_kernel, bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_tcp_check_syncookie,
     },
@@ -58,30 +61,29 @@ pub fn prove(ctx: &impl Packet, segment: &Segment) -> Proof {
 
 #[inline(always)]
 pub fn lookup(ctx: &impl Packet, segment: &Segment) -> *mut bpf_sock {
-    // SAFETY: an all-zero tuple is a valid one.
-    let mut tuple: bpf_sock_tuple = unsafe { mem::zeroed() };
+    // Not zeroed: the compiler would call a function for it, and that takes stack. The kernel reads as much as is written.
+    let mut tuple = MaybeUninit::<bpf_sock_tuple>::uninit();
+    let ends = tuple.as_mut_ptr();
     let remote = segment.remote();
     let local = segment.local();
-    let size = match segment.network {
-        Network::V4(_) => {
-            let v4 = unsafe_v4(&mut tuple);
-            v4.saddr = remote.v4_word();
-            v4.daddr = local.v4_word();
-            v4.sport = segment.remote_port().to_be();
-            v4.dport = segment.local_port().to_be();
-            mem::size_of_val(v4)
-        }
-        Network::V6(_) => {
-            let v6 = unsafe_v6(&mut tuple);
-            v6.saddr = remote.words();
-            v6.daddr = local.words();
-            v6.sport = segment.remote_port().to_be();
-            v6.dport = segment.local_port().to_be();
-            mem::size_of_val(v6)
+    let (sport, dport) = (segment.remote_port().to_be(), segment.local_port().to_be());
+    // SAFETY: a tuple has room for either family.
+    let size = unsafe {
+        match segment.network {
+            Network::V4(_) => {
+                let ends = &raw mut (*ends).__bindgen_anon_1.ipv4;
+                ends.write(V4 { saddr: remote.v4_word(), daddr: local.v4_word(), sport, dport });
+                mem::size_of::<V4>()
+            }
+            Network::V6(_) => {
+                let ends = &raw mut (*ends).__bindgen_anon_1.ipv6;
+                ends.write(V6 { saddr: remote.words(), daddr: local.words(), sport, dport });
+                mem::size_of::<V6>()
+            }
         }
     };
-    // SAFETY: the tuple has that size; the namespace is the device's own.
-    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut tuple, size as u32, BPF_F_CURRENT_NETNS as i64 as u64, 0) }
+    // SAFETY: so much of the tuple is written; the namespace is the device's own.
+    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), ends, size as u32, BPF_F_CURRENT_NETNS as i64 as u64, 0) }
 }
 
 /// Whether the segment acknowledges the SYN-ACK of a half-open connection.
@@ -132,16 +134,4 @@ fn has_cookie(listener: *mut bpf_sock, segment: &Segment) -> bool {
     let answer =
         unsafe { bpf_tcp_check_syncookie(listener.cast(), ip, ip_length, segment.tcp_header().cast::<tcphdr>(), 20) };
     answer == 0
-}
-
-#[inline(always)]
-fn unsafe_v4(tuple: &mut bpf_sock_tuple) -> &mut aya_ebpf::bindings::bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
-    // SAFETY: every bit pattern is a valid IPv4 tuple.
-    unsafe { &mut tuple.__bindgen_anon_1.ipv4 }
-}
-
-#[inline(always)]
-fn unsafe_v6(tuple: &mut bpf_sock_tuple) -> &mut aya_ebpf::bindings::bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
-    // SAFETY: every bit pattern is a valid IPv6 tuple.
-    unsafe { &mut tuple.__bindgen_anon_1.ipv6 }
 }

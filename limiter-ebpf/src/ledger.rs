@@ -82,7 +82,7 @@ pub fn reserve(
     if let Some(reason) = reason
         && !observe
     {
-        put_back(&entry.source, &wide, state);
+        put_back(&entry.source, &wide, state, sources::subtract);
         return Reserved::Refused(reason);
     }
 
@@ -90,7 +90,7 @@ pub fn reserve(
     match insert(&key, entry) {
         Ok(()) => {}
         Err(error) => {
-            put_back(&entry.source, &wide, state);
+            put_back(&entry.source, &wide, state, sources::subtract);
             if spent {
                 give_back(&entry.source, policy, limits, state);
             }
@@ -269,7 +269,7 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
         (_, None) => 0,
     };
     if let Err(error) = insert(&key_of(ends), &entry) {
-        put_back(&entry.source, &wide, state);
+        put_back(&entry.source, &wide, state, sources::subtract);
         if error == -EEXIST {
             return Entered::ThereAlready;
         }
@@ -343,9 +343,9 @@ fn take(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) -> Optio
     Some(Held { source: held_by_source, wide_source, service, all })
 }
 
-/// Takes back what [`take`] has counted.
+/// Takes back what [`take`] has counted, by [`sources::subtract`] or its like.
 #[inline(always)]
-fn put_back(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) {
+fn put_back(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState, subtract: impl Fn(&SourceKey)) {
     // SAFETY: the pointers come from look-ups in an array; its elements stay.
     unsafe {
         atomic::fetch_add(&raw mut (*state).connections, 1_u64.wrapping_neg());
@@ -354,9 +354,9 @@ fn put_back(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) {
         }
     }
     if wide.prefix != 0 {
-        sources::subtract(wide);
+        subtract(wide);
     }
-    sources::subtract(source);
+    subtract(source);
 }
 
 /// Which limit one more connection is past, if it is.
@@ -453,7 +453,7 @@ fn take_out(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
         if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) {
             // Whoever counts against a user has left his source, and not the wider one.
             let counted = if is_reservation(owner) { None } else { leave_user(owner) };
-            put_back(counted.as_ref().unwrap_or(&source), &wide, state);
+            put_back(counted.as_ref().unwrap_or(&source), &wide, state, sources::subtract_here);
             if is_reservation(owner) {
                 atomic::fetch_add(&raw mut (*state).unconfirmed, 1_u64.wrapping_neg());
             }

@@ -23,14 +23,17 @@ const RATIO_SHIFT: u32 = 8;
 const MAX_WINDOW_SCALE: u32 = 14;
 const MAX_WINDOW: u32 = u16::MAX as u32;
 
-/// What a listener grants.
+/// What a listener grants; the default: nothing, since nothing is known of it. Numbers, because the programs hand it from one function to
+/// the other; those that say whether are not 0 if so.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
 pub struct Terms {
     /// Timestamps, which can hide the other options.
-    pub timestamps: bool,
-    pub sack: bool,
-    pub ecn: bool,
+    pub timestamps: u32,
+    pub sack: u32,
+    pub ecn: u32,
     /// Windows that are shifted.
-    pub scales: bool,
+    pub scales: u32,
     /// By how much the stack will shift those of the connection.
     pub window_scale: u32,
     /// How much there is room for, in bytes; 0: not known.
@@ -39,36 +42,32 @@ pub struct Terms {
     pub max_segment: u32,
 }
 
-/// Of whom nothing is known.
-const NOTHING: Terms =
-    Terms { timestamps: false, sack: false, ecn: false, scales: false, window_scale: 0, space: 0, max_segment: 0 };
-
 /// The terms of a listener for a connection with segments of `mss` bytes, where buffers are at most so large.
 #[inline(always)]
 pub fn terms(listener: *mut bpf_sock, mss: u32, largest_buffer: u32) -> Terms {
     if SOCK_NET.load() == 0 {
-        return NOTHING;
+        return Terms::default();
     }
     // SAFETY: the socket is not null, and the caller holds a reference.
     let socket = unsafe { bpf_skc_to_tcp_sock(listener.cast()) }.cast::<u8>().cast_const();
     if socket.is_null() {
-        return NOTHING;
+        return Terms::default();
     }
     // SAFETY: as above; a socket is in a namespace, which outlives it. The offsets are those of fields of these types.
     unsafe {
         let net: *const u8 = field(socket, &SOCK_NET, 0);
         if net.is_null() {
-            return NOTHING;
+            return Terms::default();
         }
         let ecn: u8 = field(net, &NET_ECN, 0);
         let space = space(socket);
         let (is_known, window_scale) = window_scale(socket, net, space, mss, largest_buffer);
         Terms {
-            timestamps: field::<u8>(net, &NET_TIMESTAMPS, 0) == PLAIN_TIMESTAMPS,
-            sack: field::<u8>(net, &NET_SACK, 0) != 0,
+            timestamps: u32::from(field::<u8>(net, &NET_TIMESTAMPS, 0) == PLAIN_TIMESTAMPS),
+            sack: field::<u8>(net, &NET_SACK, 0).into(),
             // Asked for by itself, too, or only granted. There are newer kinds, which the stack is to see to.
-            ecn: ecn == 1 || ecn == 2,
-            scales: is_known && field::<u8>(net, &NET_WINDOW_SCALING, 0) != 0,
+            ecn: u32::from(ecn == 1 || ecn == 2),
+            scales: u32::from(is_known && field::<u8>(net, &NET_WINDOW_SCALING, 0) != 0),
             window_scale,
             space,
             max_segment: field::<u16>(socket, &TCP_MAXSEG, 0).into(),

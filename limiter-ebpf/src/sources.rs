@@ -5,6 +5,8 @@
 //! is why whoever takes an entry away first swaps its count for [`SOURCE_GONE`], and whoever adds to a count looks at what
 //! it was before and whose it is, and takes the addition back if it was the wrong one.
 
+use core::hint;
+
 use aya_ebpf::bindings::BPF_NOEXIST;
 use limiter_common::{
     SourceEntry, SourceKey,
@@ -72,7 +74,7 @@ pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
 pub extern "C" fn limiter_subtract(key: *const SourceKey) -> u64 {
     if !key.is_null() {
         // SAFETY: the verifier has checked that this is what is behind the pointer.
-        subtract_from_entry(unsafe { &*key });
+        subtract_here(unsafe { &*key });
     }
     0
 }
@@ -96,7 +98,9 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
                 atomic::fetch_add(&raw mut (*entry).connections, 1_u64.wrapping_neg());
             }
         } else {
-            let first = SourceEntry { connections: 1, reported_ns: 0, unreported: 0, key: *key, reserved: 0 };
+            // Hidden from the compiler, which would call a function to write both, and that takes stack.
+            let none = hint::black_box(0);
+            let first = SourceEntry { connections: 1, reported_ns: none, unreported: none, key: *key, reserved: 0 };
             match SOURCES.insert(key, &first, u64::from(BPF_NOEXIST)) {
                 Ok(()) => return Ok(0),
                 Err(error) if error == -EEXIST => {}
@@ -107,8 +111,9 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
     Err(())
 }
 
+/// [`subtract`] without a call, for who is at the end of a long chain of them: each takes 32 bytes of the stack at least.
 #[inline(always)]
-fn subtract_from_entry(key: &SourceKey) {
+pub fn subtract_here(key: &SourceKey) {
     let Some(entry) = SOURCES.get_ptr_mut(key) else { return };
     // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
     unsafe {

@@ -1,11 +1,14 @@
 //! The XDP program's verdict by connection rates and rules.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use limiter::kernel::Hook;
 use limiter_common::{
-    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey,
+    Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, abi,
     bucket::Rate,
     policy::OnDeny,
     rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
@@ -69,6 +72,20 @@ fn the_verifier_has_little_to_look_at() {
         let looked_at = Program::load_for(hook).unwrap().verified_instructions().unwrap();
         assert!(looked_at < 200_000, "{hook:?}: {looked_at} instructions");
     }
+}
+
+/// A chain of calls has 512 bytes, of which kernels before 6.8 take more than is used.
+#[test]
+fn every_chain_of_calls_has_room_to_spare_on_the_stack() {
+    let mut seen = BTreeSet::new();
+    for hook in [Hook::Xdp, Hook::Tc, Hook::TcL3] {
+        for (name, chain) in Program::load_for(hook).unwrap().deepest_chains().unwrap() {
+            assert!(chain.bytes <= 480, "{name}: {chain}");
+            seen.insert(name);
+        }
+    }
+    let all = [abi::PROGRAM_CONTROL, abi::PROGRAM_SOCK_OPS, abi::PROGRAM_TC, abi::PROGRAM_TC_L3, abi::PROGRAM_XDP];
+    assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), all);
 }
 
 #[test]

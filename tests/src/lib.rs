@@ -20,6 +20,7 @@ pub mod program;
 pub mod raw;
 pub mod segment;
 pub mod shape;
+pub mod stack;
 pub mod state;
 pub mod tcp;
 pub mod tun;

@@ -27,7 +27,10 @@ use limiter_common::{
     rule::{MAPPED_BITS, RuleEntry},
 };
 
-use crate::bpf;
+use crate::{
+    bpf,
+    stack::{self, Chain},
+};
 
 /// What the program made of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +129,14 @@ impl Program {
     pub fn verified_instructions(&self) -> Result<u32> {
         let program = self.loaded.programs.program(self.hook.program()).context("no such program")?;
         program.info()?.verified_instruction_count().context("this kernel does not tell (5.16)")
+    }
+
+    /// The chain of calls of each loaded program that takes the most of the stack, by the program's name.
+    pub fn deepest_chains(&self) -> Result<Vec<(String, Chain)>> {
+        let programs = self.loaded.programs.programs();
+        // What is not loaded is none of this hook's.
+        let loaded = programs.filter_map(|(name, program)| Some((name, program.fd().ok()?)));
+        loaded.map(|(name, fd)| Ok((name.to_owned(), stack::deepest(&fd.as_fd())?))).collect()
     }
 
     /// Puts a service on a port.
