@@ -1,6 +1,6 @@
 //! `[gateway.messages]`: what one client may send.
 
-use std::time::Duration;
+use std::{ops::Range, path::PathBuf, time::Duration};
 
 use super::{
     read::{Item, Section},
@@ -14,7 +14,7 @@ const LARGEST_MESSAGE_BYTES: u64 = 1 << 30;
 const GREATEST_SPEED: u64 = 1 << 40;
 
 /// `[gateway.messages]`: limits on what a client sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Messages {
     /// Longest message, in bytes, summed over its fragments.
     pub max_size: usize,
@@ -43,7 +43,11 @@ pub struct Messages {
     pub bytes_per_second_per_user: u64,
     /// The same for a source. The connections of a user count as the user's, where there is a limit for users.
     pub bytes_per_second_per_source: u64,
-    /// What becomes of a message that is over a rate of messages or bytes, or of the wrong kind.
+    /// A file with the JSON Schema that every text must fit; there are no binary messages then, unless `allow` has them alone.
+    pub schema: Option<PathBuf>,
+    /// What is taken out of the strings of texts, which must be JSON then.
+    pub sanitize: Sanitize,
+    /// What becomes of a message that is over a rate of messages or bytes, of the wrong kind, no JSON, or unfit.
     pub on_violation: OnViolation,
     /// So many violations deny the source for `deny_for`; 0: none ever does.
     pub deny_after: u32,
@@ -67,6 +71,8 @@ impl Default for Messages {
             rate_per_source: 0,
             bytes_per_second_per_user: 0,
             bytes_per_second_per_source: 0,
+            schema: None,
+            sanitize: Sanitize::None,
             on_violation: OnViolation::Close,
             deny_after: 0,
             deny_for: Duration::from_mins(10),
@@ -83,6 +89,17 @@ pub enum Kinds {
     Text,
     /// Binary alone.
     Binary,
+}
+
+/// What is taken out of JSON strings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sanitize {
+    /// Nothing.
+    None,
+    /// Control characters but for tabs and line ends, and those that turn the direction of text around.
+    Control,
+    /// The same; and what has a meaning in HTML is escaped.
+    Html,
 }
 
 /// How messages are counted against a rate.
@@ -103,7 +120,8 @@ pub enum OnViolation {
     Drop,
 }
 
-pub(super) fn parse(mut section: Section, messages: &mut Messages) {
+/// Gives the place of a schema.
+pub(super) fn parse(mut section: Section, messages: &mut Messages) -> Option<Range<usize>> {
     section.read("max_size", &mut messages.max_size, |item| value::size(item, 1..=LARGEST_MESSAGE_BYTES));
     section.read("max_frame_size", &mut messages.max_frame_size, |item| value::size(item, 0..=LARGEST_MESSAGE_BYTES));
     section.read("max_fragments", &mut messages.max_fragments, |item| {
@@ -130,6 +148,15 @@ pub(super) fn parse(mut section: Section, messages: &mut Messages) {
     });
     section.read("bytes_per_second_per_user", &mut messages.bytes_per_second_per_user, speed);
     section.read("bytes_per_second_per_source", &mut messages.bytes_per_second_per_source, speed);
+    let schema = section.read("schema", &mut messages.schema, value::optional_path);
+    let sanitize = section.read("sanitize", &mut messages.sanitize, value::choice);
+    let screens =
+        [("schema", &schema, messages.schema.is_some()), ("sanitize", &sanitize, messages.sanitize != Sanitize::None)];
+    for (key, span, given) in screens {
+        if let (Some(span), true, Kinds::Binary) = (span, given, messages.allow) {
+            section.complain(span, key, r#"it is for text, of which allow = "binary" has none"#);
+        }
+    }
     section.read("on_violation", &mut messages.on_violation, value::choice);
     section.read("deny_after", &mut messages.deny_after, |item| {
         value::integer(item, 0..=u32::MAX, "violations; 0: never")
@@ -143,4 +170,5 @@ pub(super) fn parse(mut section: Section, messages: &mut Messages) {
         section.complain(&span, "burst", r#"it goes with algorithm = "token-bucket"; a window has no burst"#);
     }
     section.finish();
+    schema.filter(|_| messages.schema.is_some())
 }

@@ -11,6 +11,7 @@ mod bounded;
 mod certificate;
 mod edit;
 mod error;
+mod json_schema;
 mod listen;
 mod messages;
 mod origin;
@@ -32,8 +33,9 @@ pub use auth::{Auth, AuthError, Forward, HttpUrl, Jwt, OnExcess, Places, UserLim
 pub use certificate::{CertificateError, CertificateFiles, Tls, TlsHost};
 pub use edit::{PreparedFile, prepare_settings};
 pub use error::{ConfigError, Problem};
+pub use json_schema::{Schema, SchemaError};
 pub use listen::{InvalidListen, Listen};
-pub use messages::{Algorithm, Kinds, Messages, OnViolation};
+pub use messages::{Algorithm, Kinds, Messages, OnViolation, Sanitize};
 pub use origin::{AllowedOrigin, InvalidOrigin, Origin};
 pub use resolve::{DEFAULT_SERVICE, Overrides, Purpose};
 pub use route::Route;

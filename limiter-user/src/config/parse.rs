@@ -1,12 +1,18 @@
 //! From the text of a file to a checked configuration.
 
-use std::{collections::HashMap, ops::Range, path::Path, time::Duration};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    ops::Range,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
 use toml::de::DeTable;
 
 use super::{
-    Admin, AdminToken, Config, ConfigError, Gateway, Kernel, Log, Push, RuleAction, Service,
+    Admin, AdminToken, Config, ConfigError, Gateway, Kernel, Log, Messages, Push, RuleAction, Schema, Service,
     auth_parse::{self, AuthSpans},
     messages,
     read::{Fault, Item, Report, Section},
@@ -47,6 +53,8 @@ pub(super) struct File {
     pub(super) auth: AuthSpans,
     /// Where it names `admin.token_file`.
     pub(super) token: Option<Range<usize>>,
+    /// Where it names each schema.
+    pub(super) schemas: Vec<(Range<usize>, PathBuf)>,
 }
 
 /// Checks a whole file. `path` is for the messages.
@@ -85,6 +93,11 @@ pub(super) fn parse_with_files(path: &Path, text: &str) -> Result<File, ConfigEr
     {
         report.add(span, format!("admin.token_file: {error}"));
     }
+    for (span, path) in &file.schemas {
+        if let Err(error) = Schema::load(path) {
+            report.add(span, format!("gateway.messages.schema: {error}"));
+        }
+    }
     match report.problems() {
         problems if problems.is_empty() => Ok(file),
         problems => Err(ConfigError::Invalid(problems)),
@@ -103,7 +116,7 @@ fn file(report: &Report, table: &DeTable) -> File {
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
-    let Places { listen, certificates, upstream_tls, auth } =
+    let Places { listen, certificates, upstream_tls, auth, schemas } =
         gateway(report, root.section("gateway"), &mut config.gateway);
     let (admin_listen, token) = admin(root.section("admin"), &mut config.admin);
     log(root.section("log"), &mut config.log);
@@ -118,7 +131,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     {
         report.add(&span, format!("admin.listen: the gateway listens on {address} too"));
     }
-    File { config, listen_given: listen.is_some(), certificates, upstream_tls, auth, token }
+    File { config, listen_given: listen.is_some(), certificates, upstream_tls, auth, token, schemas }
 }
 
 fn kernel(mut section: Section, kernel: &mut Kernel) {
@@ -293,6 +306,8 @@ struct Places {
     certificates: Vec<Range<usize>>,
     upstream_tls: Range<usize>,
     auth: AuthSpans,
+    /// Each schema.
+    schemas: Vec<(Range<usize>, PathBuf)>,
 }
 
 fn gateway(report: &Report, mut section: Section, gateway: &mut Gateway) -> Places {
@@ -334,14 +349,19 @@ fn gateway(report: &Report, mut section: Section, gateway: &mut Gateway) -> Plac
     section.read("pong_timeout", &mut gateway.pong_timeout, positive);
     section.read("max_lifetime", &mut gateway.max_lifetime, any);
     section.read("drain_timeout", &mut gateway.drain_timeout, any);
-    messages::parse(section.section("messages"), &mut gateway.messages);
+    let schemas = RefCell::new(Vec::new());
+    let read_messages = |section: Section, messages: &mut Messages| {
+        let at = messages::parse(section, messages);
+        schemas.borrow_mut().extend(at.zip(messages.schema.clone()));
+    };
+    read_messages(section.section("messages"), &mut gateway.messages);
     push(section.section("push"), &mut gateway.push);
     let certificates = tls::parse(&mut section, &mut gateway.tls);
     let auth = auth_parse::parse(&mut section, !gateway.allowed_origins.is_empty(), &mut gateway.auth);
     let has_auth = gateway.auth.is_some();
-    gateway.routes = route::parse(report, &mut section, &gateway.messages, has_auth, messages::parse);
+    gateway.routes = route::parse(report, &mut section, &gateway.messages, has_auth, read_messages);
     section.finish();
-    Places { listen, certificates, upstream_tls, auth }
+    Places { listen, certificates, upstream_tls, auth, schemas: schemas.into_inner() }
 }
 
 fn push(mut section: Section, push: &mut Push) {

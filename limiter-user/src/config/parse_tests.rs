@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{
     Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Health, Kinds, LogFormat, Messages, OnDeny,
-    OnFull, OnViolation, Overrides, Purpose, Tls, TlsHost, UpstreamTls,
+    OnFull, OnViolation, Overrides, Purpose, Sanitize, Tls, TlsHost, UpstreamTls,
 };
 use crate::policy::{Action, OwnLimits, Rule};
 
@@ -105,6 +105,8 @@ fn every_key_is_read() {
         rate_per_source = 12
         bytes_per_second_per_user = "3KiB"
         bytes_per_second_per_source = "4KiB"
+        schema = "/m.json"
+        sanitize = "html"
         on_violation = "drop"
         deny_after = 3
         deny_for = "1h"
@@ -222,6 +224,8 @@ fn every_key_is_read() {
                 rate_per_source: 12,
                 bytes_per_second_per_user: 3072,
                 bytes_per_second_per_source: 4096,
+                schema: Some("/m.json".into()),
+                sanitize: Sanitize::Html,
                 on_violation: OnViolation::Drop,
                 deny_after: 3,
                 deny_for: Duration::from_hours(1),
@@ -380,6 +384,12 @@ fn each_problem_is_told_with_its_place() {
         ("[gateway.messages]\nburst = 5", "2:9", "gateway.messages.burst: it goes with algorithm = \"token-bucket\""),
         ("[gateway.messages]\nallow = \"json\"", "2:9", "expected one of any, text, binary"),
         ("[gateway.messages]\nbytes_per_second = -1", "2:20", "expected a size with its unit"),
+        ("[gateway.messages]\nschema = \"m.json\"", "2:10", "expected an absolute path, or \"\" for none"),
+        (
+            "[gateway.messages]\nallow = \"binary\"\nsanitize = \"html\"",
+            "3:12",
+            "gateway.messages.sanitize: it is for text",
+        ),
         ("[gateway.messages]\ndeny_for = \"0s\"", "2:12", "expected a duration from 1s to "),
         ("[gateway]\nmax_lifetime = \"soon\"", "2:16", "expected a duration with its unit"),
         ("[admin]\nlisten = \"localhost\"", "2:10", "or \"\" for none"),

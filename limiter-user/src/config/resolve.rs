@@ -145,7 +145,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn merge(file: File, overrides: &Overrides, purpose: Purpose) -> Result<Config, ConfigError> {
-    let File { mut config, listen_given, certificates: _, upstream_tls: _, auth: _, token: _ } = file;
+    let File { mut config, listen_given, certificates: _, upstream_tls: _, auth: _, token: _, schemas: _ } = file;
     let given = overrides.clone();
     let set_limits = |limits: &mut crate::policy::Limits| {
         limits.connections_per_source = given.connections_per_source.unwrap_or(limits.connections_per_source);

@@ -52,7 +52,7 @@ pub(super) fn parse(
             auth: true,
             exempt: false,
             connections: 0,
-            messages: *base,
+            messages: base.clone(),
         };
         if section.item("path").is_none() {
             section.complain(&span, "path", "every [[gateway.route]] needs one, such as \"/chat\"; \"/\" is for all");
@@ -147,6 +147,7 @@ mod tests {
             max_size = "1KiB"
         "#;
         let base = Messages { max_size: 1024, ..Messages::default() };
+        let first_has = Messages { rate: 7, ..base.clone() };
         let first = Route {
             path: "/federation".into(),
             exact: true,
@@ -155,7 +156,7 @@ mod tests {
             auth: false,
             exempt: true,
             connections: 5,
-            messages: Messages { rate: 7, ..base },
+            messages: first_has,
         };
         let second = Route {
             path: "/".into(),

@@ -25,7 +25,7 @@ use super::{
     socket::Socket,
     wire::Wire,
 };
-use crate::config::{AuthError, CertificateError, Listen};
+use crate::config::{AuthError, CertificateError, Listen, SchemaError};
 
 /// How long the loop rests when the host can give no more sockets; what is established meanwhile waits in the backlog.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
@@ -87,6 +87,9 @@ pub enum BindError {
     /// A certificate of `gateway.upstream_tls` can't be used.
     #[error("gateway.upstream_tls: {0}; `limiter config check` says so before the start")]
     UpstreamTls(CertificateError),
+    /// The schema of `gateway.messages`, or of a route's, can't be used.
+    #[error("gateway.messages.schema: {0}; `limiter config check` says so before the start")]
+    Schema(SchemaError),
 }
 
 impl From<CertificateError> for BindError {
@@ -98,6 +101,12 @@ impl From<CertificateError> for BindError {
 impl From<AuthError> for BindError {
     fn from(error: AuthError) -> Self {
         Self::Auth(error)
+    }
+}
+
+impl From<SchemaError> for BindError {
+    fn from(error: SchemaError) -> Self {
+        Self::Schema(error)
     }
 }
 

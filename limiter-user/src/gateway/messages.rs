@@ -10,11 +10,16 @@ use super::{
     Shared,
     auth::Member,
     forwarded,
+    json::{SchemaFile, Screen, Screened},
     rate::{ByteRate, MessageRate},
-    relay::{Judge, Verdict},
+    relay::{Judge, Verdict, Whole},
+    route::OnRoute,
     together::{Limit, Share, Whose},
 };
-use crate::config::{self, Kinds, OnViolation};
+use crate::config::{self, Kinds, OnViolation, Sanitize};
+
+/// Most frames of a message that is looked at whole, whatever `max_fragments` says: their headers are kept until it is there.
+const MOST_FRAGMENTS_HELD: u32 = 16_384;
 
 /// Pings and pongs that a client may send per second, and at once. No sane client comes near it.
 const CONTROL_RATE: Rate = Rate::new(20, 200);
@@ -38,6 +43,10 @@ pub(super) enum Violation {
     Fragments,
     /// A message that `allow` does not have.
     WrongKind,
+    /// A text that is no JSON, where its strings are to be sanitised.
+    NotJson,
+    /// A text that does not fit the schema.
+    Unfit,
     /// More pings and pongs than anybody has a use for.
     ControlFlood,
 }
@@ -54,6 +63,8 @@ impl Violation {
             Self::TooFastTogether => "over_shared_bytes",
             Self::Fragments => "fragments",
             Self::WrongKind => "wrong_kind",
+            Self::NotJson => "not_json",
+            Self::Unfit => "schema",
             Self::ControlFlood => "control_flood",
         }
     }
@@ -69,6 +80,8 @@ impl Violation {
             Self::TooFastTogether => (CloseCode::Policy, "too many bytes over all connections"),
             Self::Fragments => (CloseCode::Policy, "too many fragments"),
             Self::WrongKind => (CloseCode::Unsupported, "this kind of message is not taken"),
+            Self::NotJson => (CloseCode::Policy, "message is not JSON"),
+            Self::Unfit => (CloseCode::Policy, "message does not fit the schema"),
             Self::ControlFlood => (CloseCode::Policy, "too many pings or pongs"),
         }
     }
@@ -78,6 +91,7 @@ impl Violation {
 pub(super) struct Inbound<'a> {
     shared: &'a Shared,
     limits: &'a config::Messages,
+    schema: Option<&'a SchemaFile>,
     client: IpAddr,
     rate: Option<MessageRate>,
     bytes: Option<Box<ByteRate>>,
@@ -129,14 +143,16 @@ impl Together {
 }
 
 impl<'a> Inbound<'a> {
-    /// For a client at that address, who is that `user` if it has shown it, and whose route has these limits.
-    pub(super) fn new(shared: &'a Shared, limits: &'a config::Messages, client: IpAddr, user: Option<&Member>) -> Self {
+    /// For a client at that address, who is that `user` if it has shown it, and is in that place.
+    pub(super) fn new(shared: &'a Shared, place: &OnRoute, client: IpAddr, user: Option<&Member>) -> Self {
         let now = Instant::now();
+        let limits = &shared.routes.settings_of(place).messages;
         let bytes = (limits.bytes_per_second != 0)
             .then(|| Box::new(ByteRate::new(limits.bytes_per_second, limits.max_size, now)));
         Self {
             shared,
             limits,
+            schema: shared.routes.schema_of(place),
             client,
             rate: MessageRate::new(limits, now),
             bytes,
@@ -250,7 +266,8 @@ impl Judge for Inbound<'_> {
             return Verdict::Close(self.violated(Violation::FrameTooBig));
         }
         let allowed = match messages.allow {
-            Kinds::Any => true,
+            // A text could else be sent as a binary message, past the schema.
+            Kinds::Any => is_text || !self.screens(),
             Kinds::Text => is_text,
             Kinds::Binary => !is_text,
         };
@@ -272,11 +289,34 @@ impl Judge for Inbound<'_> {
         if self.is_over_frame_size(length) {
             return Err(self.violated(Violation::FrameTooBig));
         }
-        if messages.max_fragments != 0 && fragments > messages.max_fragments {
+        let most = match messages.max_fragments {
+            0 => u32::MAX,
+            most => most,
+        };
+        let most = if self.screens() { most.min(MOST_FRAGMENTS_HELD) } else { most };
+        if fragments > most {
             return Err(self.violated(Violation::Fragments));
         }
         // A part of the message has passed, so there is no leaving it out.
         self.admit(false, length, now).map_err(|violation| self.violated(violation))
+    }
+
+    fn screens(&self) -> bool {
+        self.schema.is_some() || self.limits.sanitize != Sanitize::None
+    }
+
+    fn whole(&mut self, text: &str) -> Whole {
+        let screen = Screen { sanitize: self.limits.sanitize, schema: self.schema };
+        let violation = match screen.look(text) {
+            Screened::Pass => return Whole::Pass,
+            Screened::Instead(text) => return Whole::Instead(text),
+            Screened::NotJson => Violation::NotJson,
+            Screened::Unfit => Violation::Unfit,
+        };
+        match self.lenient(violation) {
+            Verdict::Close(violation) => Whole::Close(violation),
+            Verdict::Drop | Verdict::Pass => Whole::Drop,
+        }
     }
 
     fn passed(&mut self, total: u64, now: Instant) {

@@ -27,6 +27,7 @@ pub struct Metrics {
     tls_failures: Family<ReasonLabel, Counter>,
     certificate_reloads: Family<ResultLabel, Counter>,
     key_reloads: Family<ResultLabel, Counter>,
+    schema_reloads: Family<ResultLabel, Counter>,
     pub(super) users: Gauge,
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
@@ -122,6 +123,7 @@ impl Default for Metrics {
             tls_failures: Family::default(),
             certificate_reloads: Family::default(),
             key_reloads: Family::default(),
+            schema_reloads: Family::default(),
             users: Gauge::default(),
             upstreams: ServerMetrics::default(),
             accept_errors: Counter::default(),
@@ -162,6 +164,11 @@ impl Metrics {
             "key_reloads",
             "Keys of clients that changed on disk, by whether the new ones could be used",
             self.key_reloads.clone(),
+        );
+        registry.register(
+            "schema_reloads",
+            "Schemas of messages that changed on disk, by whether the new ones could be used",
+            self.schema_reloads.clone(),
         );
         registry.register(
             "messages",
@@ -220,6 +227,11 @@ impl Metrics {
     /// Keys of clients have changed on disk.
     pub(super) fn keys_reloaded(&self, result: &'static str) {
         self.key_reloads.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// A schema of messages has changed on disk.
+    pub(super) fn schema_reloaded(&self, result: &'static str) {
+        self.schema_reloads.get_or_create(&ResultLabel { result }).inc();
     }
 
     /// A handshake succeeded, `took` after the accept. The session lasts until what is returned is dropped.

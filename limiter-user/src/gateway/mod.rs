@@ -19,6 +19,7 @@ mod drain;
 mod forwarded;
 mod handshake;
 mod inherited;
+mod json;
 pub(crate) mod listen;
 mod liveness;
 mod messages;

@@ -10,8 +10,14 @@ use std::sync::{
 
 use hyper::{header::HOST, http::request::Parts};
 
-use super::{answer::Refusal, application::Application, listen::BindError, upstream::Reach};
-use crate::config;
+use super::{
+    answer::Refusal,
+    application::Application,
+    json::{SchemaFile, Schemas},
+    listen::BindError,
+    upstream::Reach,
+};
+use crate::config::{self, SchemaError};
 
 /// Every route, those that are for less first.
 pub(super) struct Routes {
@@ -19,6 +25,8 @@ pub(super) struct Routes {
     /// What requests take that none of them is for.
     default: Arc<Route>,
     reach: Reach,
+    /// The schemas of all of them.
+    schemas: Schemas,
 }
 
 /// What holds for some requests.
@@ -28,6 +36,7 @@ pub(super) struct Route {
     pub(super) application: Application,
     /// The gateway's settings, with what is the route's own.
     pub(super) config: config::Gateway,
+    schema: Option<Arc<SchemaFile>>,
     pub(super) auth: bool,
     pub(super) exempt: bool,
     /// How many sessions it may have; 0: any number.
@@ -53,8 +62,12 @@ impl Routes {
         ordered.sort_by_key(|route| (route.host.is_none(), std::cmp::Reverse(route.path.len()), !route.exact));
         let servers = before.map(|before| Arc::clone(before.reach.servers())).unwrap_or_default();
         let reach = Reach::new(gateway, servers).map_err(BindError::UpstreamTls)?;
-        let routes = ordered.into_iter().map(|route| Arc::new(Route::new(gateway, route, &reach, before))).collect();
-        Ok(Self { listed: routes, default: Arc::new(Route::default_of(gateway, &reach)), reach })
+        let mut schemas = Schemas::default();
+        let routes = ordered.into_iter();
+        let routes = routes.map(|route| Route::new(gateway, route, &reach, before, &mut schemas).map(Arc::new));
+        let listed = routes.collect::<Result<_, SchemaError>>()?;
+        let default = Arc::new(Route::default_of(gateway, &reach, &mut schemas)?);
+        Ok(Self { listed, default, reach, schemas })
     }
 
     /// How the upstreams of all of them are reached.
@@ -81,17 +94,36 @@ impl Routes {
 impl Routes {
     /// The settings of the route that a session is on.
     pub(super) fn settings_of(&self, place: &OnRoute) -> &config::Gateway {
-        let route = self.listed.iter().find(|route| Arc::ptr_eq(route, &place.0)).unwrap_or(&self.default);
-        &route.config
+        &self.at(place).config
+    }
+
+    /// The schema that its messages must fit.
+    pub(super) fn schema_of(&self, place: &OnRoute) -> Option<&SchemaFile> {
+        self.at(place).schema.as_deref()
+    }
+
+    /// Every schema that a route has.
+    pub(super) fn schemas(&self) -> &Schemas {
+        &self.schemas
+    }
+
+    fn at(&self, place: &OnRoute) -> &Route {
+        self.listed.iter().find(|route| Arc::ptr_eq(route, &place.0)).unwrap_or(&self.default)
     }
 }
 
 impl Route {
-    fn new(gateway: &config::Gateway, route: &config::Route, reach: &Reach, before: Option<&Routes>) -> Self {
+    fn new(
+        gateway: &config::Gateway,
+        route: &config::Route,
+        reach: &Reach,
+        before: Option<&Routes>,
+        schemas: &mut Schemas,
+    ) -> Result<Self, SchemaError> {
         let matches = Some(Pattern { path: route.path.clone(), exact: route.exact, host: route.host.clone() });
         let same = before.and_then(|before| before.listed.iter().find(|old| old.matches == matches));
         let mut config = gateway.clone();
-        config.messages = route.messages;
+        config.messages = route.messages.clone();
         if route.exempt {
             config.messages.rate = 0;
             config.messages.bytes_per_second = 0;
@@ -100,27 +132,29 @@ impl Route {
             config.messages.bytes_per_second_per_user = 0;
             config.messages.bytes_per_second_per_source = 0;
         }
-        Self {
+        Ok(Self {
             matches,
             application: Application::new(route.upstream.as_ref().unwrap_or(&gateway.upstream), reach),
+            schema: schema(&config, schemas)?,
             config,
             auth: route.auth,
             exempt: route.exempt,
             limit: route.connections,
             sessions: same.map(|old| Arc::clone(&old.sessions)).unwrap_or_default(),
-        }
+        })
     }
 
-    fn default_of(gateway: &config::Gateway, reach: &Reach) -> Self {
-        Self {
+    fn default_of(gateway: &config::Gateway, reach: &Reach, schemas: &mut Schemas) -> Result<Self, SchemaError> {
+        Ok(Self {
             matches: None,
             application: Application::new(&gateway.upstream, reach),
+            schema: schema(gateway, schemas)?,
             config: gateway.clone(),
             auth: true,
             exempt: false,
             limit: 0,
             sessions: Arc::default(),
-        }
+        })
     }
 
     /// The host that it is for, if it is not for any.
@@ -141,6 +175,10 @@ impl Route {
         });
         taken.is_ok().then(|| OnRoute(Arc::clone(self)))
     }
+}
+
+fn schema(config: &config::Gateway, schemas: &mut Schemas) -> Result<Option<Arc<SchemaFile>>, SchemaError> {
+    config.messages.schema.as_deref().map(|path| schemas.get(path)).transpose()
 }
 
 impl Drop for OnRoute {

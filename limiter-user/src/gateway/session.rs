@@ -96,7 +96,7 @@ fn begin(established: Box<Established>, shared: &Shared) -> Begun<'_> {
     let Accepted { client: address, permit, user, application, mail, place } = accepted;
     let config = shared.routes.settings_of(&place);
     let open = shared.metrics.session_opened(since.elapsed());
-    let inbound = Inbound::new(shared, &config.messages, address, user.as_deref());
+    let inbound = Inbound::new(shared, &place, address, user.as_deref());
     let who = Who { address, remote: socket.connection().remote, user };
     let held = Held { who, permit, open, witness: shared.drain.session(), place };
     let built_in = match application {

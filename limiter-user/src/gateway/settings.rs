@@ -130,6 +130,9 @@ async fn watch_files_of(shared: Weak<Shared>) {
         if let Some(auth) = &shared.auth {
             watching.spawn(Arc::clone(auth).watch(Arc::clone(&shared.metrics)));
         }
+        for schema in shared.routes.schemas().files() {
+            watching.spawn(Arc::clone(schema).watch(Arc::clone(&shared.metrics)));
+        }
     }
     if watching.is_empty() {
         return;

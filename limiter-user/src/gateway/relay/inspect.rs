@@ -28,6 +28,18 @@ pub(in crate::gateway) enum Verdict {
     Close(Violation),
 }
 
+/// What a whole message may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::gateway) enum Whole {
+    Pass,
+    /// This text passes in its place.
+    Instead(String),
+    /// It is left out, and nobody is told.
+    Drop,
+    /// The connection is closed for it.
+    Close(Violation),
+}
+
 /// Who says what may pass. `now` is when the bytes were read.
 pub(in crate::gateway) trait Judge {
     /// A message begins, with a frame of `length` bytes.
@@ -38,6 +50,17 @@ pub(in crate::gateway) trait Judge {
 
     /// A message of `total` bytes has passed whole.
     fn passed(&mut self, total: u64, now: Instant);
+
+    /// Whether text is to be looked at whole before any of it passes. Control frames that come inside of it pass at once.
+    fn screens(&self) -> bool {
+        false
+    }
+
+    /// A text is there whole. It has passed every other rule.
+    fn whole(&mut self, text: &str) -> Whole {
+        let _ = text;
+        Whole::Pass
+    }
 
     /// A ping or pong came.
     fn control(&mut self, now: Instant) -> Result<(), Violation>;
@@ -66,12 +89,26 @@ pub(in crate::gateway) struct Seen {
     /// So many of the bytes that came are done with. The others begin a header or a control frame, and must come again
     /// with more behind them.
     pub(super) consumed: usize,
+    /// What may pass, where the buffer has no room for it: where whole messages are looked at.
+    spill: Option<Vec<u8>>,
     pub(super) stop: Option<Stop>,
+}
+
+impl Seen {
+    /// What may pass of the `buffer` that was looked at, or has come earlier.
+    pub(super) fn bytes<'a>(&'a self, buffer: &'a [u8]) -> &'a [u8] {
+        match &self.spill {
+            Some(spill) => spill,
+            None => &buffer[..self.passed],
+        }
+    }
 }
 
 /// Where in what one side sends we are.
 #[derive(Debug)]
 pub(super) struct Inspector {
+    /// The message, where it is to be looked at whole before it passes.
+    held: Option<Box<Held>>,
     /// Bytes that are still to come of the frame's payload.
     left: u64,
     /// Length of the message so far, with the whole of the frame that has begun.
@@ -89,6 +126,27 @@ pub(super) struct Inspector {
     fin: bool,
 }
 
+/// A text that is not there whole, as its frames came.
+#[derive(Debug, Default)]
+struct Held {
+    frames: Vec<u8>,
+}
+
+impl Held {
+    /// What the frames carry, when they are there whole.
+    fn text(&self) -> Option<String> {
+        let mut text = Vec::with_capacity(self.frames.len());
+        let mut rest = self.frames.as_slice();
+        while let Ok(Some(header)) = Header::parse(rest, Sender::Client) {
+            let end = header.length + usize::try_from(header.payload).ok()?;
+            let payload = rest.get(header.length..end)?;
+            text.extend(payload.iter().zip(header.mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+            rest = &rest[end..];
+        }
+        String::from_utf8(text).ok()
+    }
+}
+
 /// How a look at the next piece ends.
 enum Next {
     /// There is another.
@@ -102,6 +160,8 @@ struct Cursor<'a> {
     buffer: &'a mut [u8],
     read: usize,
     written: usize,
+    /// What is written goes here, if it is there, and not to the front of the buffer.
+    spill: Option<Vec<u8>>,
     boundary: Option<usize>,
     gap: Option<usize>,
 }
@@ -116,17 +176,28 @@ impl Cursor<'_> {
     }
 
     fn pass(&mut self, length: usize) {
-        if self.written != self.read {
+        if let Some(spill) = &mut self.spill {
+            spill.extend_from_slice(&self.buffer[self.read..self.read + length]);
+        } else if self.written != self.read {
             self.buffer.copy_within(self.read..self.read + length, self.written);
         }
         self.read += length;
         self.written += length;
+    }
+
+    /// Has something pass that is not in the buffer.
+    fn put(&mut self, bytes: &[u8]) {
+        if let Some(spill) = &mut self.spill {
+            spill.extend_from_slice(bytes);
+            self.written += bytes.len();
+        }
     }
 }
 
 impl Inspector {
     pub(super) fn new(sender: Sender) -> Self {
         Self {
+            held: None,
             left: 0,
             total: 0,
             fragments: 0,
@@ -141,7 +212,7 @@ impl Inspector {
 
     /// How many bytes are still to come of a frame that has passed in part; 0: another frame may be put in here.
     pub(super) fn unfinished(&self) -> u64 {
-        if self.dropped { 0 } else { self.left }
+        if self.dropped || self.held.is_some() { 0 } else { self.left }
     }
 
     /// Whether no message has begun that has not ended. Only then may another message be put in: one is never inside another
@@ -152,9 +223,14 @@ impl Inspector {
 
     /// Looks at the bytes that came: those that were not `consumed` last time, and what was read since.
     pub(super) fn look(&mut self, buffer: &mut [u8], judge: &mut impl Judge, now: Instant) -> Seen {
+        if !judge.screens() && self.held.take().is_some() {
+            // Whoever judges now would not see it whole.
+            self.dropped = true;
+        }
         let at_boundary = self.unfinished() == 0;
         let gap = self.between_messages().then_some(0);
-        let mut cursor = Cursor { buffer, read: 0, written: 0, boundary: at_boundary.then_some(0), gap };
+        let spill = judge.screens().then(Vec::new);
+        let mut cursor = Cursor { buffer, read: 0, written: 0, spill, boundary: at_boundary.then_some(0), gap };
         let stop = loop {
             let next = if self.left > 0 {
                 self.payload(&mut cursor, judge, now)
@@ -167,8 +243,12 @@ impl Inspector {
                 Err(stop) => break Some(stop),
             }
         };
-        let Cursor { read: consumed, written: passed, boundary, gap, .. } = cursor;
-        Seen { passed, boundary, gap, consumed, stop }
+        let Cursor { read: consumed, written: passed, mut spill, boundary, gap, .. } = cursor;
+        if let Some(spill) = &mut spill {
+            // Some may have been taken back.
+            spill.truncate(passed);
+        }
+        Seen { passed, boundary, gap, consumed, spill, stop }
     }
 
     fn payload(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) -> Result<Next, Stop> {
@@ -186,12 +266,17 @@ impl Inspector {
             if !valid || (ends && self.fin && !self.utf8.is_complete()) {
                 return Err(self.not_utf8(cursor));
             }
-            cursor.pass(length);
+            if let Some(held) = &mut self.held {
+                held.frames.extend_from_slice(&cursor.rest()[..length]);
+                cursor.skip(length);
+            } else {
+                cursor.pass(length);
+            }
             self.left -= length as u64;
             self.mask.rotate_left(length % 4);
         }
         if self.left == 0 {
-            self.frame_ends(cursor, judge, now);
+            self.frame_ends(cursor, judge, now)?;
         }
         Ok(Next::More)
     }
@@ -229,6 +314,7 @@ impl Inspector {
             };
             self.total = total.ok_or(impossible)?;
             self.fragments = 1;
+            self.held = (self.is_text && !self.dropped && judge.screens()).then(Box::default);
         }
         self.left = header.payload;
         self.mask = header.mask;
@@ -239,15 +325,31 @@ impl Inspector {
             if self.left == 0 && self.fin && self.is_text && !self.utf8.is_complete() {
                 return Err(self.not_utf8(cursor));
             }
-            cursor.pass(header.length);
+            if let Some(held) = &mut self.held {
+                held.frames.extend_from_slice(&cursor.rest()[..header.length]);
+                cursor.skip(header.length);
+            } else {
+                cursor.pass(header.length);
+            }
         }
         if self.left == 0 {
-            self.frame_ends(cursor, judge, now);
+            self.frame_ends(cursor, judge, now)?;
         }
         Ok(Next::More)
     }
 
-    fn frame_ends(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) {
+    fn frame_ends(&mut self, cursor: &mut Cursor, judge: &mut impl Judge, now: Instant) -> Result<(), Stop> {
+        if self.fin
+            && let Some(held) = self.held.take()
+        {
+            let Some(text) = held.text() else { return Err(self.not_utf8(cursor)) };
+            match judge.whole(&text) {
+                Whole::Pass => cursor.put(&held.frames),
+                Whole::Instead(text) => cursor.put(&text_frame(text)),
+                Whole::Drop => self.dropped = true,
+                Whole::Close(violation) => return Err(Stop::Violation(violation)),
+            }
+        }
         cursor.boundary = Some(cursor.written);
         if self.fin {
             if !self.dropped {
@@ -258,11 +360,14 @@ impl Inspector {
             self.dropped = false;
             cursor.gap = cursor.boundary;
         }
+        Ok(())
     }
 
     /// Takes back what passed of this frame just now: what went before ends where a Close frame can follow.
     fn not_utf8(&mut self, cursor: &mut Cursor) -> Stop {
-        if let Some(boundary) = cursor.boundary {
+        if self.held.take().is_some() {
+            self.left = 0;
+        } else if let Some(boundary) = cursor.boundary {
             cursor.written = boundary;
             self.left = 0;
         }
@@ -305,6 +410,33 @@ impl Inspector {
             None => Ok(Next::More),
         }
     }
+}
+
+/// A text in one frame, as a client sends it.
+fn text_frame(text: String) -> Vec<u8> {
+    let mut payload = text.into_bytes();
+    let mut frame = vec![0x81];
+    match u64::try_from(payload.len()).unwrap_or(u64::MAX) {
+        length @ 0..=125 => frame.push(0x80 | u8::try_from(length).unwrap_or(125)),
+        length => match u16::try_from(length) {
+            Ok(length) => {
+                frame.push(0x80 | 126);
+                frame.extend_from_slice(&length.to_be_bytes());
+            }
+            Err(_) => {
+                frame.push(0x80 | 127);
+                frame.extend_from_slice(&length.to_be_bytes());
+            }
+        },
+    }
+    // A client must not be able to tell what its text looks like on the wire (RFC 6455, 10.3).
+    let mask = getrandom::u32().unwrap_or_else(|_| fastrand::u32(..)).to_ne_bytes();
+    frame.extend_from_slice(&mask);
+    for (byte, mask) in payload.iter_mut().zip(mask.iter().cycle()) {
+        *byte ^= mask;
+    }
+    frame.append(&mut payload);
+    frame
 }
 
 fn protocol(reason: &'static str) -> Stop {

@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::{
 use super::{
     super::messages::Violation,
     header::Sender,
-    inspect::{Inspector, Judge, PING_PAYLOAD, Stop, Verdict},
+    inspect::{Inspector, Judge, PING_PAYLOAD, Stop, Verdict, Whole},
 };
 
 /// Small enough that random messages are over it now and then.
@@ -26,6 +26,8 @@ struct Limit {
     leave_out: Vec<usize>,
     begun: usize,
     counted: Vec<u64>,
+    /// Whether texts are to be whole, and what becomes of them.
+    screens: Option<fn(&str) -> Whole>,
 }
 
 impl Judge for Limit {
@@ -42,6 +44,14 @@ impl Judge for Limit {
 
     fn goes_on(&mut self, _: u64, total: u64, _: u32, _: Instant) -> Result<(), Violation> {
         if total > MAX_SIZE { Err(Violation::TooBig) } else { Ok(()) }
+    }
+
+    fn screens(&self) -> bool {
+        self.screens.is_some()
+    }
+
+    fn whole(&mut self, text: &str) -> Whole {
+        self.screens.map_or(Whole::Pass, |screen| screen(text))
     }
 
     fn passed(&mut self, total: u64, _: Instant) {
@@ -76,7 +86,7 @@ fn look(sender: Sender, bytes: &[u8], cuts: &[usize], judge: &mut Limit) -> Look
         let mut buffer = [&carried, now].concat();
         let seen = inspector.look(&mut buffer, judge, Instant::now());
         looked.boundaries.extend(seen.boundary.map(|at| looked.passed.len() + at));
-        looked.passed.extend_from_slice(&buffer[..seen.passed]);
+        looked.passed.extend_from_slice(seen.bytes(&buffer));
         looked.unfinished = inspector.unfinished();
         if seen.stop.is_some() {
             looked.stop = seen.stop;
@@ -344,6 +354,58 @@ proptest! {
     }
 
     #[test]
+    fn texts_that_are_looked_at_whole_pass_as_they_came_and_control_frames_go_before(
+        frames in frames(Sender::Client),
+        cuts in proptest::collection::vec(0..50usize, 0..20),
+    ) {
+        let bytes: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
+        let streamed = look(Sender::Client, &bytes, &cuts, &mut Limit::default());
+        let mut judge = Limit { screens: Some(|_| Whole::Pass), ..Limit::default() };
+        let whole = look(Sender::Client, &bytes, &cuts, &mut judge);
+        prop_assert_eq!(&whole.stop, &streamed.stop);
+        let (all, _) = decode(Sender::Client, &streamed.passed);
+        let (arrived, broken) = decode(Sender::Client, &whole.passed);
+        for control in [false, true] {
+            let of = |messages: &[Message]| -> Vec<Message> {
+                let is = |message: &&Message| (message.is_text() || message.is_binary()) != control;
+                messages.iter().filter(is).cloned().collect()
+            };
+            prop_assert_eq!(of(&arrived), of(&all));
+        }
+        // A text of which only a part has come has not begun to pass.
+        prop_assert!(!matches!(broken, Some(Error::Utf8(_))));
+        if whole.stop.is_none() && !frames.iter().any(|frame| frame.first & 0x08 != 0) {
+            prop_assert!(bytes.starts_with(&whole.passed));
+        }
+        for at in whole.boundaries {
+            let close = super::close_frame(None, Sender::Client);
+            let (_, ends) = decode(Sender::Client, &[&whole.passed[..at], &close[..]].concat());
+            prop_assert!(ends.is_none(), "no frame ends at {at}: {ends:?}");
+        }
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_text_is_one_frame(
+        lengths in proptest::collection::vec(prop_oneof![0..200usize, 0..70_000usize], 1..4),
+        cuts in proptest::collection::vec(0..5000usize, 0..20),
+    ) {
+        let max = Some(usize::MAX);
+        for length in lengths {
+            let sent = Frame { first: 0x01, masked: true, mask: [5, 6, 7, 8], payload: length.to_string().into_bytes() };
+            let end = Frame { first: 0x80, payload: Vec::new(), ..sent.clone() };
+            let mut judge = Limit {
+                screens: Some(|length| Whole::Instead("x".repeat(length.parse().unwrap()))),
+                ..Limit::default()
+            };
+            let looked = look(Sender::Client, &[sent.bytes(), end.bytes()].concat(), &cuts, &mut judge);
+            prop_assert_eq!(looked.passed[0], 0x81);
+            let config = WebSocketConfig::default().max_message_size(max).max_frame_size(max);
+            let mut socket = WebSocket::from_raw_socket(Wire(Cursor::new(looked.passed)), Role::Server, Some(config));
+            prop_assert_eq!(socket.read().unwrap(), Message::text("x".repeat(length)));
+        }
+    }
+
+    #[test]
     fn no_bytes_make_it_panic_or_hold_more_than_a_control_frame(
         bytes in proptest::collection::vec(any::<u8>(), 0..400),
         cuts in proptest::collection::vec(0..20usize, 0..40),
@@ -378,4 +440,22 @@ fn a_length_that_no_frame_may_have_is_too_big_also_in_pieces() {
     let rest = [&[0x80, 0xff][..], &u64::MAX.to_be_bytes(), &[0; 4]].concat();
     let looked = look(Sender::Client, &[begin, rest].concat(), &[], &mut Limit::default());
     assert_eq!(looked.stop, Some(Stop::Violation(Violation::TooBig)));
+}
+
+#[test]
+fn texts_that_are_left_out_or_close_leave_the_others_as_they_are() {
+    let text = |text: &str| Frame { first: 0x81, masked: true, mask: [9; 4], payload: text.into() }.bytes();
+    let bytes = [text("a"), text("drop"), text("b"), text("close"), text("c")].concat();
+    let mut judge = Limit {
+        screens: Some(|text| match text {
+            "drop" => Whole::Drop,
+            "close" => Whole::Close(Violation::Unfit),
+            _ => Whole::Pass,
+        }),
+        ..Limit::default()
+    };
+    let looked = look(Sender::Client, &bytes, &[1, 2, 3], &mut judge);
+    assert_eq!(looked.passed, [text("a"), text("b")].concat());
+    assert_eq!((looked.stop, looked.unfinished), (Some(Stop::Violation(Violation::Unfit)), 0));
+    assert_eq!(judge.counted, [1, 1]);
 }

@@ -16,7 +16,7 @@ mod inspect_tests;
 
 pub(super) use closing::{close, close_client};
 pub(super) use header::{CONTROL_MAX, Header, Opcode, Sender};
-pub(super) use inspect::{Judge, Stop, Verdict};
+pub(super) use inspect::{Judge, Stop, Verdict, Whole};
 pub(super) use pipe::{BUFFER, Ended, Intake, Outlet, ping_frame};
 
 use std::{

@@ -244,7 +244,7 @@ impl Intake {
             self.carried = buffer[seen.consumed..end].to_vec();
             self.fresh = seen.stop.is_some();
             if seen.passed > 0 {
-                pass(cx, &buffer[..seen.passed], &seen);
+                pass(cx, seen.bytes(buffer), &seen);
             }
             match seen.stop {
                 None => Poll::Ready(Ok(end - carried)),

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// A gateway with those limits to each of the two: the built-in echo, and an upstream that echoes.
-async fn both(messages: Messages) -> [Running; 2] {
+pub async fn both(messages: Messages) -> [Running; 2] {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let upstream = format!("ws://{}", listener.local_addr().unwrap()).parse().unwrap();
     tokio::spawn(async move {
@@ -25,7 +25,8 @@ async fn both(messages: Messages) -> [Running; 2] {
             tokio::spawn(async move { echo(tokio_tungstenite::accept_async(stream).await.unwrap()).await });
         }
     });
-    [Upstream::Echo, upstream].map(|upstream| start(&config::Gateway { upstream, messages, ..quiet() }))
+    [Upstream::Echo, upstream]
+        .map(|upstream| start(&config::Gateway { upstream, messages: messages.clone(), ..quiet() }))
 }
 
 fn none() -> Messages {

@@ -15,6 +15,7 @@ mod proxy_headers;
 mod relayed_frames;
 mod relays;
 mod routes;
+mod schemas;
 mod sessions;
 mod settings;
 mod storm;
