@@ -418,16 +418,15 @@ fn text_frame(text: String) -> Vec<u8> {
     let mut frame = vec![0x81];
     match u64::try_from(payload.len()).unwrap_or(u64::MAX) {
         length @ 0..=125 => frame.push(0x80 | u8::try_from(length).unwrap_or(125)),
-        length => match u16::try_from(length) {
-            Ok(length) => {
-                frame.push(0x80 | 126);
+        length => {
+            if let Ok(length) = u16::try_from(length) {
+                frame.push(0xfe);
+                frame.extend_from_slice(&length.to_be_bytes());
+            } else {
+                frame.push(0xff);
                 frame.extend_from_slice(&length.to_be_bytes());
             }
-            Err(_) => {
-                frame.push(0x80 | 127);
-                frame.extend_from_slice(&length.to_be_bytes());
-            }
-        },
+        }
     }
     // A client must not be able to tell what its text looks like on the wire (RFC 6455, 10.3).
     let mask = getrandom::u32().unwrap_or_else(|_| fastrand::u32(..)).to_ne_bytes();
