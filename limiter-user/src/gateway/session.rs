@@ -1,8 +1,11 @@
 //! A WebSocket session: messages one way and the other, until something ends it.
 
 use std::{
+    future::poll_fn,
     net::{IpAddr, SocketAddr},
+    pin::pin,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -111,14 +114,28 @@ fn begin(established: Box<Established>, shared: &Shared) -> Begun<'_> {
     Begun::BuiltIn(Box::new(Session { turns, held }))
 }
 
-/// How long it goes on, and why it ends.
+/// How long it goes on, and why it ends. What waits here is all that a quiet session has beside [`Session`], and `select!` would
+/// keep some of it twice.
 async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
     let Session { turns, held } = session;
-    let end = tokio::select! {
-        biased;
-        () = shared.drain.turn() => End::Draining,
-        end = lapse(held.who.user.as_deref(), shared) => end,
-        end = turns::run(turns) => end,
+    let end = {
+        let mut drain = pin!(shared.drain.turn());
+        let mut alarm = pin!(turns::alarm());
+        // Boxed, so that it takes no room in the sessions of those who need not show who they are.
+        let mut lapse = match (held.who.user.as_deref(), &shared.auth) {
+            (Some(user), Some(auth)) => Some(Box::pin(auth.lapse(user))),
+            _ => None,
+        };
+        poll_fn(|cx| {
+            if drain.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(End::Draining);
+            }
+            match lapse.as_mut().map(|lapse| lapse.as_mut().poll(cx)) {
+                Some(Poll::Ready(end)) => Poll::Ready(end),
+                Some(Poll::Pending) | None => turns::poll(turns, cx, alarm.as_mut()),
+            }
+        })
+        .await
     };
     ends(&end, held, shared);
     end
@@ -146,14 +163,5 @@ fn log(end: &End, who: &Who, lasted: Duration, shared: &Shared) {
         && let Some(left_out) = shared.log.admit(reason)
     {
         tracing::info!(client = %address, %remote, user, reason, left_out, "session closed for what its client does");
-    }
-}
-
-/// Completes when the client's right to go on ends; never where anybody may connect.
-async fn lapse(user: Option<&Member>, shared: &Shared) -> End {
-    match (user, &shared.auth) {
-        // Boxed, so that it takes no room in the sessions of others.
-        (Some(user), Some(auth)) => Box::pin(auth.lapse(user)).await,
-        _ => std::future::pending().await,
     }
 }

@@ -2,8 +2,7 @@
 //! too long.
 
 use std::{
-    future::poll_fn,
-    pin::{Pin, pin},
+    pin::Pin,
     task::{Context, Poll},
 };
 
@@ -27,13 +26,13 @@ pub(super) trait Turns {
     fn settle(&mut self, now: Instant);
 }
 
-/// Goes on until the session ends, or has to be told that it is over.
-pub(super) async fn run(session: &mut impl Turns) -> End {
-    let mut alarm = pin!(sleep_until(Instant::now() + FAR));
-    poll_fn(|cx| poll(session, cx, alarm.as_mut())).await
+/// What wakes a session that has waited for too long. It is set by [`poll`].
+pub(super) fn alarm() -> Sleep {
+    sleep_until(Instant::now() + FAR)
 }
 
-fn poll(session: &mut impl Turns, cx: &mut Context<'_>, mut alarm: Pin<&mut Sleep>) -> Poll<End> {
+/// Goes on with a session; completes when it ends, or has to be told that it is over.
+pub(super) fn poll(session: &mut impl Turns, cx: &mut Context<'_>, mut alarm: Pin<&mut Sleep>) -> Poll<End> {
     let mut now = Instant::now();
     if let Poll::Ready(end) = session.poll_pass(cx, now) {
         return Poll::Ready(end);
