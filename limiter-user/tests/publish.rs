@@ -185,3 +185,61 @@ fn what_is_in_the_way_is_said() {
         assert!(stderr.starts_with("limiter: ") && stderr.contains(complaint), "{arguments:?}: {stderr}");
     }
 }
+
+/// The binary, until the end of the test.
+struct Daemon(std::process::Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        _ = self.0.kill();
+        _ = self.0.wait();
+    }
+}
+
+/// A port that nobody had just now.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn limiter_run_takes_messages_for_every_service() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("secret");
+    fs::write(&secret, "0123456789abcdef0123456789abcdef").unwrap();
+    let [rooms, echo, admin] = [free_port(), free_port(), free_port()];
+    let config = folder.path().join("limiter.toml");
+    let text = format!(
+        "[gateway]\nlisten = [\"127.0.0.1:{rooms}\", \"127.0.0.1:{echo}\"]\nupstream = \"broadcast\"\n\
+         [[gateway.route]]\npath = \"/echo\"\nupstream = \"echo\"\n\
+         [[service]]\nname = \"one\"\nport = {rooms}\n[[service]]\nname = \"two\"\nport = {echo}\n\
+         [admin]\nlisten = \"127.0.0.1:{admin}\"\ntoken_file = \"{}\"\n",
+        secret.display()
+    );
+    fs::write(&config, text).unwrap();
+    let checked = limiter(None, &["config", "check", config.to_str().unwrap()], b"");
+    assert_eq!(checked.0, Some(0), "{}", checked.2);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limiter"));
+    command.env_clear().args(["run", "--config", config.to_str().unwrap()]);
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let _daemon = Daemon(quiet.spawn().unwrap());
+
+    let runtime = Runtime::new().unwrap();
+    let join = async |port: u16, path: &str| loop {
+        match tokio_tungstenite::connect_async(format!("ws://127.0.0.1:{port}{path}")).await {
+            Ok((client, _)) => return client,
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    let mut clients = runtime.block_on(async {
+        let all = async { [join(rooms, "/a").await, join(rooms, "/echo").await, join(echo, "/a").await] };
+        timeout(PATIENCE, all).await.expect("it starts")
+    });
+    assert_eq!(limiter(Some(&config), &["publish", "--room", "/a", "x"], b""), done("sent to 2 clients\n"));
+    assert_eq!(limiter(Some(&config), &["publish", "--all", "y"], b""), done("sent to 3 clients\n"));
+    for (client, expected) in clients.iter_mut().zip([&["x", "y"][..], &["y"], &["x", "y"]]) {
+        for text in expected {
+            let next = async { timeout(PATIENCE, client.next()).await.expect("a message").unwrap().unwrap() };
+            assert_eq!(runtime.block_on(next), Message::text(*text));
+        }
+    }
+}

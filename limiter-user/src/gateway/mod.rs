@@ -3,7 +3,8 @@
 //! The way of a connection through it: `listen` accepts the socket, `arrival` takes what
 //! comes ahead of the request, `connection` reads the HTTP head, `handshake`
 //! says whether it asks for a WebSocket, `admission` whether there is room, `auth` who the client is, `route` what holds for what it asks for, `application` opens what stands behind,
-//! and `session` sees to the messages until the close. Whatever happens on that way, dropping the `socket` tells
+//! and `session` sees to the messages until the close: by `relay` to an upstream, by `builtin` without one, and by `push` for those that
+//! others have for it. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
 mod address;

@@ -99,7 +99,7 @@ impl<'a> BuiltIn<'a> {
         let Some(mail) = mail else { return outlet.poll_drain(cx, client, now).map(Ok) };
         while outlet.poll_drain(cx, client, now).is_ready() {
             if *turn == 0 {
-                return Poll::Ready(mail.watch(cx));
+                return Poll::Ready(mail.watch(cx, false));
             }
             match mail.poll_take(cx, now) {
                 Poll::Ready(frames) => {
@@ -110,7 +110,7 @@ impl<'a> BuiltIn<'a> {
                 Poll::Pending => return Poll::Ready(Ok(())),
             }
         }
-        match mail.watch(cx) {
+        match mail.watch(cx, true) {
             Ok(()) => Poll::Pending,
             Err(end) => Poll::Ready(Err(end)),
         }

@@ -117,13 +117,14 @@ impl Mailbox {
         Poll::Ready(Ok(frames))
     }
 
-    /// Has the task woken for what comes, where nothing can be taken now. An error ends the session: it has lost something, or has
-    /// to leave.
-    pub(in crate::gateway) fn watch(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+    /// Has the task woken for what comes, where nothing is taken now. An error ends the session: it has lost something; or it has to
+    /// leave and is held up, by whoever is to receive what comes before, so that it is not waited for.
+    pub(in crate::gateway) fn watch(&mut self, cx: &mut Context<'_>, is_held_up: bool) -> Result<(), End> {
         let Some(need) = self.to_look_at() else { return Ok(()) };
         let end = self.look(need, cx, |opened| {
             opened.iter_mut().flatten().find_map(|channel| {
-                channel.loss().or_else(|| channel.state.must_leave(channel.place).map(|frame| kicked(&frame)))
+                let leaves = channel.state.must_leave(channel.place).filter(|_| is_held_up);
+                channel.loss().or_else(|| leaves.map(|frame| kicked(&frame)))
             })
         });
         end.map_or(Ok(()), Err)

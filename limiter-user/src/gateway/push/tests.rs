@@ -53,7 +53,7 @@ impl Session {
 
     fn watch(&mut self) -> Result<(), End> {
         let waker = Waker::from(Arc::clone(&self.bell));
-        self.mail.watch(&mut Context::from_waker(&waker))
+        self.mail.watch(&mut Context::from_waker(&waker), true)
     }
 
     /// False: it has to wait.
@@ -250,6 +250,29 @@ async fn a_user_who_has_to_leave_gets_what_was_published_before_and_nothing_afte
     assert!(matches!(stalled.watch(), Err(End::Kicked(_))), "it is not waited for");
     assert!(later.take().is_empty() && later.watch().is_ok());
     assert_eq!(push.disconnect("bob", 4000, "").await, 0);
+}
+
+#[tokio::test]
+async fn a_turn_that_ends_before_all_is_taken_is_no_reason_to_leave_early() {
+    let hub = hub(1 << 20);
+    let push = hub.push();
+    let mut alice = Session::new(&hub, None, Some("alice"));
+    let long = "x".repeat(10_000);
+    for _ in 0..5 {
+        push.publish(Recipients::User("alice"), Content::Text(&long)).await;
+    }
+    push.disconnect("alice", 4000, "").await;
+    let mut taken = 0;
+    let end = loop {
+        match alice.try_take() {
+            Poll::Ready(Ok(some)) => taken += some.len(),
+            Poll::Ready(Err(end)) => break end,
+            Poll::Pending => panic!("it has to leave"),
+        }
+        assert!(alice.mail.watch(&mut Context::from_waker(Waker::noop()), false).is_ok());
+    };
+    assert!(matches!(end, End::Kicked(_)));
+    assert_eq!(taken, 5);
 }
 
 #[tokio::test]

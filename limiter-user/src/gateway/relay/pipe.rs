@@ -145,7 +145,10 @@ impl Pipe {
         turn: &mut usize,
     ) -> Result<(), End> {
         let Self { intake, outlet, .. } = self;
-        while intake.inspector.between_messages() && outlet.poll_drain(cx, sink, now).is_ready() && *turn > 0 {
+        while intake.inspector.between_messages() && outlet.poll_drain(cx, sink, now).is_ready() {
+            if *turn == 0 {
+                return mail.watch(cx, false);
+            }
             match mail.poll_take(cx, now) {
                 Poll::Ready(frames) => {
                     let frames = frames?;
@@ -155,7 +158,7 @@ impl Pipe {
                 Poll::Pending => return Ok(()),
             }
         }
-        mail.watch(cx)
+        mail.watch(cx, true)
     }
 
     /// Puts a ping between two frames, as soon as there is such a place.

@@ -85,3 +85,12 @@ async fn what_is_no_good_changes_nothing() {
     assert!(answer(&gateway, "https://example.org").await.starts_with("HTTP/1.1 403 "));
     gateway.stop().await;
 }
+
+#[tokio::test]
+async fn how_far_a_client_may_be_behind_changes_for_everybody() {
+    let gateway = start(&quiet());
+    let limit = || gateway.settings.0.borrow().hub.limit();
+    assert_eq!(limit(), 256 * 1024);
+    change(&gateway.settings, &config::Gateway { push: config::Push { queue: 5000 }, ..quiet() });
+    assert_eq!(limit(), 5000);
+}
