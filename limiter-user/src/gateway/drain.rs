@@ -210,7 +210,7 @@ fn pause(turns: usize, time: Duration) -> Duration {
 
 /// How long it may take until the last of the sessions has its turn.
 fn time_for_turns(drain_timeout: Duration) -> Duration {
-    drain_timeout - drain_timeout / KEPT_FOR_ANSWERS
+    drain_timeout / KEPT_FOR_ANSWERS * (KEPT_FOR_ANSWERS - 1)
 }
 
 /// Ends `connections`, in good order as far as their clients take part.
