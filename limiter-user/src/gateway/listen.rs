@@ -27,7 +27,8 @@ use super::{
 };
 use crate::config::{AuthError, CertificateError, Listen, SchemaError};
 
-/// How long the loop rests when the host can give no more sockets; what is established meanwhile waits in the backlog.
+/// How long the loop rests when the host can give no more sockets, unless one of its own connections ends before; what is
+/// established meanwhile waits in the backlog.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
 /// Why a gateway can't start.
@@ -240,7 +241,10 @@ pub(super) async fn serve(
                         );
                     }
                     tokio::select! {
+                        biased;
                         () = &mut shutdown => return connections,
+                        // What it held is free: for whoever has waited longest, and at once.
+                        Some(ended) = connections.join_next() => report_panic(&ended),
                         () = sleep(BACKOFF) => {}
                     }
                 }
