@@ -147,8 +147,7 @@ pub enum Counter {
     /// Connections cut because they had got past XDP and past their limits.
     CutPastLimit = 29,
     /// Packets laid out so that only the stack could find a TCP header in them: one cut in two by fragments, or behind more
-    /// VLAN tags or extension headers than anybody needs. Dropped, or passed where the service only observes. Where not even
-    /// the port can be read, they are counted with the first service.
+    /// VLAN tags or extension headers than anybody needs. Dropped, or passed where the service only observes.
     HeadersHidden = 30,
     /// Refused SYNs that were answered by a RST.
     ResetSent = 31,
@@ -186,11 +185,14 @@ pub enum Counter {
     HandshakeServiceRateLimit = 45,
     /// Handshakes that would have been refused for the service's rate, and passed because the service only observes.
     HandshakeObservedServiceRateLimit = 46,
+    /// The same as [`Self::HeadersHidden`] where not even the port can be read. These are for nobody knows whom: they stand with the
+    /// counters of the first service, whose `on_deny` decides on them, and are shown of none.
+    HeadersUnreadable = 47,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 47] = [
+    pub const ALL: [Self; 48] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -238,6 +240,7 @@ impl Counter {
         Self::SynObservedServiceRateLimit,
         Self::HandshakeServiceRateLimit,
         Self::HandshakeObservedServiceRateLimit,
+        Self::HeadersUnreadable,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -345,6 +348,7 @@ impl Counter {
             Self::SynObservedServiceRateLimit => "syn_observed_service_rate_limit",
             Self::HandshakeServiceRateLimit => "handshake_service_rate_limit",
             Self::HandshakeObservedServiceRateLimit => "handshake_observed_service_rate_limit",
+            Self::HeadersUnreadable => "headers_unreadable",
         }
     }
 }

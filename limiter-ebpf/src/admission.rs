@@ -126,13 +126,13 @@ fn refused_again(ctx: &impl Packet, segment: &Segment, service: u16, in_force: I
     true
 }
 
-/// What only the stack can read is dropped, unless it is for no service. Where not even the port can be read, it is for any,
-/// and counted with the first.
+/// What only the stack can read is dropped, unless it is for no service. Where not even the port can be read, it may be for any,
+/// and counts for none; the first one's `on_deny` decides.
 #[inline(always)]
 fn hidden(port: u16) -> Option<(Verdict, u16)> {
     let in_force = policy::in_force();
     let service = if port == 0 { 0 } else { policy::service_on(port, in_force)? };
-    count(service, Counter::HeadersHidden);
+    count(service, if port == 0 { Counter::HeadersUnreadable } else { Counter::HeadersHidden });
     let observed = policy::of_service(service, in_force)?.on_deny == OnDeny::Observe as u8;
     (!observed).then_some((Verdict::Drop, service))
 }

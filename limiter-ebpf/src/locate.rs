@@ -114,6 +114,9 @@ fn whole(cursor: &mut Cursor, fragment: bool, end: usize) -> u32 {
         return place as u32;
     }
     let Some(ports) = cursor.take::<Ports>() else { return HIDDEN };
+    if cursor.offset > end {
+        return HIDDEN;
+    }
     // SAFETY: take checked it.
     let hidden = HIDDEN | u32::from(u16::from_be(unsafe { (*ports).destination }));
     cursor.offset = place;

@@ -1,7 +1,7 @@
 //! The verdict of the programs for XDP and TC on every shape of packet, below the limit and at it, row by row.
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
-use std::net::SocketAddr;
+use std::{collections::HashMap, net::SocketAddr};
 
 use limiter::kernel::Hook;
 use limiter_common::{Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, event::Stage, policy::OnDeny};
@@ -59,8 +59,10 @@ enum Holds {
     Syn,
     /// Nothing that it decides on.
     Nothing,
-    /// What only the stack can read: dropped.
+    /// What only the stack can read, for a service: dropped.
     Hidden,
+    /// The same, for nobody knows whom.
+    Unreadable,
 }
 
 fn row(description: &'static str, is_syn: bool, frame: &Frame) -> Row {
@@ -69,6 +71,10 @@ fn row(description: &'static str, is_syn: bool, frame: &Frame) -> Row {
 
 fn hidden(description: &'static str, frame: &Frame) -> Row {
     Row { description, frame: frame.to_bytes(), holds: Holds::Hidden }
+}
+
+fn unreadable(description: &'static str, frame: &Frame) -> Row {
+    Row { description, frame: frame.to_bytes(), holds: Holds::Unreadable }
 }
 
 /// The same with the two bytes there changed.
@@ -86,7 +92,7 @@ fn rows() -> Vec<Row> {
         row("IPv4, two VLAN tags", true, &Frame { vlan_tags: vec![0x88a8, 0x8100], ..v4() }),
         row("IPv6, two VLAN tags", true, &Frame { vlan_tags: vec![0x8100, 0x8100], ..v6() }),
         row("IPv4, four VLAN tags", true, &Frame { vlan_tags: vec![0x8100; 4], ..v4() }),
-        hidden("IPv4, five VLAN tags", &Frame { vlan_tags: vec![0x8100; 5], ..v4() }),
+        unreadable("IPv4, five VLAN tags", &Frame { vlan_tags: vec![0x8100; 5], ..v4() }),
         row("IPv4, one word of options", true, &Frame { ipv4_option_words: 1, ..v4() }),
         row("IPv4, ten words of options", true, &Frame { ipv4_option_words: 10, ..v4() }),
         row("IPv4, options behind a VLAN tag", true, &Frame { vlan_tags: vec![0x8100], ipv4_option_words: 3, ..v4() }),
@@ -96,7 +102,7 @@ fn rows() -> Vec<Row> {
             16,
             39,
         ),
-        with_length(hidden("IPv4, a fragment with nothing", &Frame { ipv4_fragment: (true, 0), ..v4() }), 16, 0),
+        with_length(unreadable("IPv4, a fragment with nothing", &Frame { ipv4_fragment: (true, 0), ..v4() }), 16, 0),
         with_length(
             hidden(
                 "IPv4, a fragment with options and 8 bytes of TCP, behind a VLAN tag",
@@ -113,6 +119,14 @@ fn rows() -> Vec<Row> {
             ),
             16,
             28,
+        ),
+        with_length(
+            unreadable(
+                "IPv4, a fragment that ends within the ports, and another port in its padding",
+                &Frame { destination: "192.0.2.1:8081".parse().unwrap(), ipv4_fragment: (true, 0), ..v4() },
+            ),
+            16,
+            23,
         ),
         with_length(row("IPv4, shorter than TCP and no fragment: the stack drops it", true, &v4()), 16, 28),
         with_length(
@@ -147,7 +161,7 @@ fn rows() -> Vec<Row> {
             },
         ),
         row("IPv6, eight extension headers", true, &Frame { extensions: vec![Extension::Plain(60, 0); 8], ..v6() }),
-        hidden("IPv6, nine extension headers", &Frame { extensions: vec![Extension::Plain(60, 0); 9], ..v6() }),
+        unreadable("IPv6, nine extension headers", &Frame { extensions: vec![Extension::Plain(60, 0); 9], ..v6() }),
         row("IPv6, an unknown extension header", false, &Frame { extensions: vec![Extension::Plain(59, 0)], ..v6() }),
         row("SYN with ECN bits and data", true, &Frame { flags: SYN | 0xc8, payload: vec![1; 32], ..v4() }),
         row("SYN and FIN: the stack drops it", false, &v4().with_flags(SYN | FIN)),
@@ -212,7 +226,7 @@ fn at_the_limit_tc_drops_every_shape_of_syn_and_nothing_else_but_what_is_hidden(
 
 fn every_row_is(hook: Hook, connections: u16, counter: Counter, of_syn: Action) {
     let mut program = program_for(hook, &policy(), &["192.0.2.7", "2001:db8::99"], connections);
-    let (mut syns, mut hidden) = (0, 0);
+    let (mut syns, mut hidden, mut unreadable) = (0, 0, 0);
     for Row { description, frame, holds } in rows() {
         if !program.takes(&frame) {
             continue;
@@ -221,28 +235,35 @@ fn every_row_is(hook: Hook, connections: u16, counter: Counter, of_syn: Action) 
         let wanted = match holds {
             Holds::Syn => of_syn,
             Holds::Nothing => Action::Pass,
-            Holds::Hidden => Action::Drop,
+            Holds::Hidden | Holds::Unreadable => Action::Drop,
         };
         assert_eq!((action, out), (wanted, frame.as_slice()), "{description} ({} bytes)", frame.len());
         syns += u64::from(holds == Holds::Syn);
         hidden += u64::from(holds == Holds::Hidden);
+        unreadable += u64::from(holds == Holds::Unreadable);
         let counters = program.counters().unwrap();
-        let counted =
-            [counter, Counter::HeadersHidden].map(|counter| counters.get(&(0, counter)).copied().unwrap_or(0));
-        assert_eq!(counted, [syns, hidden], "{description} ({} bytes)", frame.len());
+        let counted = [counter, Counter::HeadersHidden, Counter::HeadersUnreadable]
+            .map(|counter| counters.get(&(0, counter)).copied().unwrap_or(0));
+        assert_eq!(counted, [syns, hidden, unreadable], "{description} ({} bytes)", frame.len());
     }
-    assert_eq!(program.counters().unwrap().len(), 2);
+    assert_eq!(program.counters().unwrap().len(), 3);
 }
 
 #[test]
 fn a_service_that_observes_lets_what_is_hidden_pass() {
     let policy = ServicePolicy { on_deny: OnDeny::Observe as u8, ..policy() };
     let mut program = program(&policy, &[], 0);
-    let hidden: Vec<Row> = rows().into_iter().filter(|row| row.holds == Holds::Hidden).collect();
-    for row in &hidden {
+    let mut counters = HashMap::new();
+    for row in rows() {
+        let counter = match row.holds {
+            Holds::Hidden => Counter::HeadersHidden,
+            Holds::Unreadable => Counter::HeadersUnreadable,
+            Holds::Syn | Holds::Nothing => continue,
+        };
         assert_eq!(program.run(&row.frame).unwrap().0, Action::Pass, "{}", row.description);
+        *counters.entry((0, counter)).or_insert(0_u64) += 1;
     }
-    assert_eq!(program.counters().unwrap(), [((0, Counter::HeadersHidden), hidden.len() as u64)].into());
+    assert_eq!(program.counters().unwrap(), counters);
 }
 
 #[test]

@@ -127,14 +127,15 @@ impl Admission {
         }
     }
 
-    /// What can't be read and is for a service, or for nobody knows which, is dropped. That is counted with the first.
+    /// What can't be read and is for a service, or for nobody knows which, is dropped. In that case it counts for none, and the first
+    /// one decides.
     fn hidden(&mut self, port: Option<u16>) -> Verdict {
-        let service = match port {
-            Some(port) => self.ports.get(&port).copied(),
-            None => Some(0),
+        let (service, counter) = match port {
+            Some(port) => (self.ports.get(&port).copied(), Counter::HeadersHidden),
+            None => (Some(0), Counter::HeadersUnreadable),
         };
         let Some(service) = service else { return Verdict::Pass };
-        self.count(service, Counter::HeadersHidden);
+        self.count(service, counter);
         let observe = self.policies.get(&service).is_some_and(|policy| policy.on_deny == OnDeny::Observe as u8);
         if observe { Verdict::Pass } else { Verdict::Drop }
     }

@@ -84,7 +84,7 @@ impl Frame {
         if let Some(length) = fragment
             && data.get(..20).is_none_or(|tcp| length < usize::from(tcp[12] >> 4).max(5) * 4)
         {
-            return Some(Self::Hidden(be16(data, 2).filter(|port| *port != 0)));
+            return Some(Self::Hidden(be16(data, 2).filter(|port| length >= 4 && *port != 0)));
         }
         let tcp = data.get(..20)?;
         let start = frame.len() - data.len();

@@ -214,6 +214,11 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
         "Packets laid out so that only the stack could find a TCP header in them",
         services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::HeadersHidden))),
     )?;
+    writer.counter(
+        "headers_unreadable",
+        "The same where not even the port could be read that they are for",
+        [(&[][..], status.headers_unreadable)],
+    )?;
     writer.gauge(
         "ledger_drift",
         "By how much counts and ledger entries differed at the last audit; should be 0",

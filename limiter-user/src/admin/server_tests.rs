@@ -101,6 +101,7 @@ fn status() -> Status {
         sources: 2,
         audited: None,
         drift: 6,
+        headers_unreadable: 9,
         repairs: 1,
     }
 }

@@ -69,6 +69,15 @@ fn text(status: &Status) -> String {
         text.push('\n');
         text += &table(["SERVICE", "COUNTER", "VALUE"], &[2], counted);
     }
+    if status.headers_unreadable > 0 {
+        // A String takes whatever is written to it.
+        let _ = writeln!(
+            text,
+            "\nOf {} packets not even the port could be read that they were for: cut in two within their first bytes, or with more tags or \
+             extension headers than anybody needs.",
+            status.headers_unreadable
+        );
+    }
     let uncounted: u64 = status.services.iter().map(|service| service.counters.get(Counter::LedgerFull)).sum();
     if uncounted > 0 {
         // A String takes whatever is written to it.
@@ -202,6 +211,7 @@ mod tests {
             sources: 1,
             audited: Some(Duration::from_millis(2700)),
             drift: 0,
+            headers_unreadable: 0,
             repairs: 4,
         }
     }

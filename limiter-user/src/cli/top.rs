@@ -162,6 +162,7 @@ mod tests {
             sources: 2,
             audited: None,
             drift: 0,
+            headers_unreadable: 0,
             repairs: 0,
         }
     }

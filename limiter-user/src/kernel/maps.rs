@@ -193,15 +193,23 @@ impl Services {
     pub fn counters(&self, index: u32) -> Result<Counters, KernelError> {
         Counter::ALL
             .into_iter()
-            .map(|counter| {
-                let values = self
-                    .counters
-                    .get(&(index * abi::COUNTERS_PER_SERVICE + counter as u32), 0)
-                    .map_err(KernelError::failed("can't read a service's counters"))?;
-                Ok((counter.name(), values.iter().sum()))
-            })
+            .filter(|counter| *counter != Counter::HeadersUnreadable)
+            .map(|counter| Ok((counter.name(), self.counter(index, counter)?)))
             .collect::<Result<_, _>>()
             .map(Counters)
+    }
+
+    /// How many packets there were of which nobody can know what service they are for.
+    pub fn headers_unreadable(&self) -> Result<u64, KernelError> {
+        self.counter(0, Counter::HeadersUnreadable)
+    }
+
+    fn counter(&self, index: u32, counter: Counter) -> Result<u64, KernelError> {
+        let values = self
+            .counters
+            .get(&(index * abi::COUNTERS_PER_SERVICE + counter as u32), 0)
+            .map_err(KernelError::failed("can't read a service's counters"))?;
+        Ok(values.iter().sum())
     }
 
     /// The ports that belong to a service, with its index; ascending.

@@ -83,6 +83,7 @@ impl Pinned {
                 .sum(),
             services,
             sources,
+            headers_unreadable: self.services.headers_unreadable()?,
             audited: audited.map(|at| host::monotonic().saturating_sub(Duration::from_nanos(at))),
             drift,
         })

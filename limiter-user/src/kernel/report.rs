@@ -32,6 +32,8 @@ pub struct Status {
     pub ledger_size: u32,
     /// Sources that hold a connection.
     pub sources: u64,
+    /// Packets of which not even the port could be read that they are for; they are dropped, unless the first service only observes.
+    pub headers_unreadable: u64,
     /// How long ago the last audit was, in seconds; `None`: there was none since it was attached.
     #[serde(rename = "audited_seconds_ago", serialize_with = "whole_seconds_if_any")]
     pub audited: Option<Duration>,
