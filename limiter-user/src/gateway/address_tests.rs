@@ -118,3 +118,15 @@ fn sockets_are_shared_out_by_their_place() {
     assert_eq!(unix.places().collect::<Vec<_>>(), [&Place::Unix(path)]);
     assert_eq!(sockets.places().count(), 1);
 }
+
+#[test]
+fn what_is_accepted_has_the_options_of_the_listening_socket() {
+    let sockets = Sockets::take(&gateway(vec!["127.0.0.1:0".parse().unwrap()])).unwrap();
+    let listener = &sockets.0[0];
+    listener.listen().unwrap();
+    let address = listener.socket.local_addr().unwrap().as_socket().unwrap();
+    let _client = std::net::TcpStream::connect(address).unwrap();
+    let (accepted, _) = listener.socket.accept().unwrap();
+    assert!(accepted.tcp_nodelay().unwrap());
+    assert_eq!(accepted.tcp_notsent_lowat().unwrap(), NOT_SENT_LOW_WATER);
+}

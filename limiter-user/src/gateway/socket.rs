@@ -11,7 +11,6 @@ use std::{
     time::Duration,
 };
 
-use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::{Instant, timeout},
@@ -23,10 +22,6 @@ use tokio_rustls::{
 
 use super::wire::Wire;
 use crate::policy::{Accepted, Connection, Policy};
-
-/// How much the kernel may hold of what was written but not yet sent, in bytes. Without it a slow client has megabytes
-/// queued before a ping, and is taken for dead.
-const NOT_SENT_LOW_WATER: u32 = 128 * 1024;
 
 /// The socket of a client. Whoever drops it, for whatever reason, ends the connection: the policy is told and then the
 /// descriptor is closed. So it can't be told twice, nor forgotten.
@@ -51,13 +46,7 @@ impl Socket {
     /// Takes over what was accepted from `remote` by the listener at `listener`.
     pub(super) fn new(wire: Wire, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
         let accepted = match &wire {
-            Wire::Tcp(stream) => {
-                let options = SockRef::from(stream);
-                // Both only make things faster or finer; a socket whose client is already gone may refuse them.
-                _ = options.set_tcp_nodelay(true);
-                _ = options.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER);
-                Accepted::new(stream, remote, listener, policy)
-            }
+            Wire::Tcp(stream) => Accepted::new(stream, remote, listener, policy),
             Wire::Unix(stream) => Accepted::local(stream, listener, policy),
         };
         Self { accepted, transport: Transport::Plain(wire), last_read: Instant::now() }

@@ -24,7 +24,8 @@ impl Accepted {
     /// What was accepted from `remote` by the listener at `listener`.
     pub(crate) fn new(stream: &TcpStream, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
         let cookie = cookie(&SockRef::from(stream));
-        let local = stream.local_addr().unwrap_or(listener);
+        // It is that of the listener, unless that takes connections to any.
+        let local = if listener.ip().is_unspecified() { stream.local_addr().unwrap_or(listener) } else { listener };
         Self { policy, connection: Connection { remote: canonical(remote), local: canonical(local), cookie } }
     }
 

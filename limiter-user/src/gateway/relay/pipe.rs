@@ -322,6 +322,10 @@ impl Outlet {
 
     /// Holds what is to go out at the next chance.
     pub(in crate::gateway) fn hold(&mut self, bytes: &[u8], now: Instant) {
+        // An empty piece would cost a system call.
+        if bytes.is_empty() {
+            return;
+        }
         self.held.push_back(Bytes::copy_from_slice(bytes));
         self.set_due(now);
     }
