@@ -2,8 +2,9 @@
 //!
 //! An entry exists as long as its count is above zero: the first connection makes it, the last one's end takes it away.
 //! The kernel hands the memory of a removed element to another key at once, so a pointer to an entry proves nothing. That
-//! is why whoever takes an entry away first swaps its count for [`SOURCE_GONE`], and whoever adds to a count looks at what
-//! it was before and whose it is, and takes the addition back if it was the wrong one.
+//! is why whoever takes an entry away first swaps its count for [`SOURCE_GONE`], why nobody writes to one that is marked so,
+//! and why whoever has added to a count looks up whose it is, and takes the addition back if it was the wrong one: what counts
+//! more than none stays where it is.
 
 use core::hint;
 
@@ -19,8 +20,11 @@ use crate::{
     maps::{EEXIST, SERVICE_STATE, SOURCES},
 };
 
-/// How often a step is tried again that met another CPU's half-done one.
+/// How often an element is tried to be taken away that another CPU's doings are in the way of.
 const ATTEMPTS: usize = 4;
+
+/// How often an addition is tried again that met another CPU's half-done removal, or its addition: for a microsecond or two.
+const ATTEMPTS_TO_ADD: usize = 32;
 
 /// How many connections a source holds now.
 #[inline(always)]
@@ -87,15 +91,20 @@ fn state_of(key: &SourceKey) -> Option<*mut ServiceState> {
 
 #[inline(always)]
 fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
-    for _ in 0..ATTEMPTS {
+    for _ in 0..ATTEMPTS_TO_ADD {
         if let Some(entry) = SOURCES.get_ptr_mut(key) {
             // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
             unsafe {
-                let before = atomic::fetch_add(&raw mut (*entry).connections, 1);
-                if !is_gone(before) && (*entry).key == *key {
+                let connections = &raw mut (*entry).connections;
+                let before = atomic::load(connections);
+                if is_gone(before) || !atomic::compare_exchange(connections, before, before + 1) {
+                    continue;
+                }
+                // Looked up, and not read from the entry: another CPU may be about to fill it for another source.
+                if SOURCES.get_ptr_mut(key).is_some_and(|now| now == entry) {
                     return Ok(before);
                 }
-                atomic::fetch_add(&raw mut (*entry).connections, 1_u64.wrapping_neg());
+                take_away(entry, &(*entry).key);
             }
         } else {
             // Hidden from the compiler, which would call a function to write both, and that takes stack.
@@ -115,7 +124,18 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
 #[inline(always)]
 pub fn subtract_here(key: &SourceKey) {
     let Some(entry) = SOURCES.get_ptr_mut(key) else { return };
-    // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
+    // SAFETY: it counts the connection that is taken away, and so stays that source's until then.
+    unsafe { take_away(entry, key) }
+}
+
+/// Takes a connection away from the entry of a source.
+///
+/// # Safety
+///
+/// The entry must come from a look-up in this map, and count that connection.
+#[inline(always)]
+unsafe fn take_away(entry: *mut SourceEntry, key: &SourceKey) {
+    // SAFETY: the caller vouches for the pointer; the field is aligned.
     unsafe {
         let connections = &raw mut (*entry).connections;
         if atomic::fetch_add(connections, 1_u64.wrapping_neg()) != 1 {
