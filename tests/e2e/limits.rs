@@ -282,10 +282,17 @@ fn counts_stay_right_under_churn() -> Result<()> {
     }
     assert!(served.iter().sum::<usize>() > 100, "too little happened to prove anything: {served:?}");
     limiter.wait_empty()?;
-    let opened = limiter.counter("opened_reserved")?;
-    let closed = limiter.counter("closed_socket")? + limiter.counter("closed_expired")?;
-    assert_eq!(opened, closed, "what was opened was closed, once");
-    assert_eq!(limiter.counter("opened_unseen")?, 0, "XDP saw every handshake before the stack");
+    // What a client sends again that gave up may complete a handshake late; its connection ends at once. So these are read
+    // together, and until they agree.
+    let mut unseen = 0;
+    eventually_equal(SOON, "what was opened, less what was closed", &0, || {
+        let [reserved, past, closed, expired] =
+            limiter.counters(["opened_reserved", "opened_unseen", "closed_socket", "closed_expired"])?;
+        unseen = past;
+        Ok((reserved + past).cast_signed() - (closed + expired).cast_signed())
+    })?;
+    // XDP leaves a handshake to the stack where another CPU is just taking the entry of its source away, for too long.
+    assert!(unseen * 100 <= served.iter().sum::<usize>() as u64, "{unseen} handshakes were not reserved by XDP");
     Ok(())
 }
 

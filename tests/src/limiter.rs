@@ -215,13 +215,21 @@ impl<'lab> Limiter<'lab> {
 
     /// A counter, summed over all services.
     pub fn counter(&self, name: &str) -> Result<u64> {
+        self.counters([name]).map(|[value]| value)
+    }
+
+    /// The same of several, of one moment.
+    pub fn counters<const N: usize>(&self, names: [&str; N]) -> Result<[u64; N]> {
         let status = self.json("status")?;
-        rows(&status, "services")?
-            .iter()
-            .map(|service| {
-                service["counters"][name].as_u64().with_context(|| format!("no counter {name} in {service}"))
-            })
-            .sum()
+        let services = rows(&status, "services")?;
+        let mut values = [0; N];
+        for (value, name) in values.iter_mut().zip(names) {
+            for service in services {
+                let counted = service["counters"][name].as_u64();
+                *value += counted.with_context(|| format!("no counter {name} in {service}"))?;
+            }
+        }
+        Ok(values)
     }
 }
 

@@ -67,7 +67,11 @@ fn start_upstream() -> Result<SocketAddr> {
 
 /// Each proxy in turn, started anew.
 fn each(upstream: SocketAddr) -> impl Iterator<Item = Result<Proxy>> {
-    [Kind::Limiter, Kind::HaProxy, Kind::Nginx].into_iter().map(move |kind| Proxy::start(kind, upstream))
+    let kinds = [Kind::Limiter, Kind::HaProxy, Kind::Nginx].into_iter();
+    kinds.map(move |kind| {
+        eprintln!("{kind:?} …");
+        Proxy::start(kind, upstream)
+    })
 }
 
 /// Proxies by their column, the first of which the others are compared with.
