@@ -1,0 +1,172 @@
+//! The rules in force, as typed methods of their maps.
+
+mod entry;
+mod limits;
+mod nesting;
+mod trie;
+
+pub(super) use entry::nanoseconds;
+pub(super) use limits::{apply, is_allow, is_deny, with_rule};
+pub(super) use nesting::{around, within};
+
+use std::{collections::HashMap, fmt, net::IpAddr, time::Duration};
+
+use aya::maps::lpm_trie::Key;
+use limiter_common::{
+    Address, abi,
+    policy::InForce,
+    rule::{RuleEntry, RuleOrigin},
+};
+
+use super::{KernelError, copies::Word, host, pins::Pins};
+use crate::policy::{Cidr, Rule};
+use entry::{Place, cidr, entry, from_entry, has_ended, key, place};
+use trie::Copies;
+
+/// A rule that is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleInForce {
+    /// What it says.
+    pub rule: Rule,
+    /// How long it will hold yet; `None`: until it is forgotten.
+    pub left: Option<Duration>,
+    /// Whether it comes from the configuration file, and goes with it.
+    pub from_file: bool,
+}
+
+/// The rules.
+pub struct Rules {
+    in_force: Word,
+    copies: Copies,
+    pins: Pins,
+}
+
+impl fmt::Debug for Rules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rules").finish_non_exhaustive()
+    }
+}
+
+impl Rules {
+    /// Opens the pinned maps.
+    pub(super) fn open(pins: &Pins) -> Result<Self, KernelError> {
+        Ok(Self { in_force: Word::open(pins)?, copies: Copies::open(pins)?, pins: pins.clone() })
+    }
+
+    /// Every rule that has not ended, by address.
+    pub fn all(&self) -> Result<Vec<RuleInForce>, KernelError> {
+        let now = host::monotonic();
+        let entries = self.in_force.read_with(|in_force| self.copies.entries(in_force))?;
+        let mut rules: Vec<_> = entries.iter().filter_map(|(key, entry)| from_entry(cidr(key)?, entry, now)).collect();
+        rules.sort_by_key(|rule| rule.rule.cidr);
+        Ok(rules)
+    }
+
+    /// The rule of exactly that prefix, if it has not ended.
+    pub fn get(&self, cidr: Cidr) -> Result<Option<RuleInForce>, KernelError> {
+        let key = key(cidr);
+        let entry = self.in_force.read_with(|in_force| self.copies.look_up(in_force, &key))?;
+        let entry = entry.filter(|entry| u32::from(entry.length) == key.prefix_len());
+        Ok(entry.and_then(|entry| from_entry(cidr, &entry, host::monotonic())))
+    }
+
+    /// The rule that holds for an address, as the programs find it.
+    pub(super) fn holding(&self, ip: IpAddr) -> Result<Option<(Cidr, RuleEntry)>, KernelError> {
+        self.in_force.read_with(|in_force| self.holding_in(in_force, ip))
+    }
+
+    /// The same in the copy that this word says.
+    pub(super) fn holding_in(&self, in_force: InForce, ip: IpAddr) -> Result<Option<(Cidr, RuleEntry)>, KernelError> {
+        if !in_force.has_rules() {
+            return Ok(None);
+        }
+        let address = Address::from(ip);
+        let now_ns = nanoseconds(host::monotonic());
+        let mut length = 128;
+        loop {
+            let key = Key::new(length, address);
+            let Some(entry) = self.copies.look_up(in_force, &key)? else { return Ok(None) };
+            if entry.holds(&address, || now_ns) {
+                return Ok(cidr(&Key::new(entry.length.into(), address)).map(|cidr| (cidr, entry)));
+            }
+            match u32::from(entry.length).checked_sub(1) {
+                Some(shorter) => length = shorter,
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The same as it is shown.
+    pub(super) fn holding_shown(&self, ip: IpAddr) -> Result<Option<RuleInForce>, KernelError> {
+        let now = host::monotonic();
+        Ok(self.holding(ip)?.and_then(|(cidr, entry)| from_entry(cidr, &entry, now)))
+    }
+
+    /// Puts a rule in force, in the place of another of the same prefix. `time`: how long it holds; `None`: for ever.
+    pub fn set(&mut self, rule: &Rule, time: Option<Duration>, from_file: bool) -> Result<(), KernelError> {
+        let expires_ns = time.map_or(0, |time| nanoseconds(host::monotonic().saturating_add(time)).max(1));
+        let _lock = self.pins.lock_policy()?;
+        let in_force = self.in_force.read()?;
+        if !in_force.has_rules() {
+            self.in_force.write(in_force.with_rules(true))?;
+        }
+        self.copies.insert(in_force, &key(rule.cidr), &entry(rule, expires_ns, from_file))
+    }
+
+    /// Takes a rule away. `false` if there is none of that prefix.
+    pub fn remove(&mut self, cidr: Cidr) -> Result<bool, KernelError> {
+        let _lock = self.pins.lock_policy()?;
+        let copy = self.in_force.read()?;
+        self.copies.delete(copy, &key(cidr))
+    }
+
+    /// Removes what has ended. The programs do without, but every look-up that meets one looks twice.
+    pub fn remove_ended(&mut self) -> Result<(), KernelError> {
+        let _lock = self.pins.lock_policy()?;
+        let now = nanoseconds(host::monotonic());
+        let in_force = self.in_force.read()?;
+        for (key, entry) in self.copies.entries(in_force)? {
+            if has_ended(&entry, now) {
+                self.copies.delete(in_force, &key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the rules of the configuration file, and those of commands that are in force, into the copy that is not. Where
+    /// the file has a rule of the same prefix as a command's, it is the file's. Says whether there is any; `None`: they are
+    /// those in force, and nothing is to be done.
+    pub(super) fn prepare(&mut self, in_force: InForce, rules: &[Rule]) -> Result<Option<bool>, KernelError> {
+        let now = nanoseconds(host::monotonic());
+        let known: HashMap<Place, RuleEntry> =
+            self.copies.entries(in_force)?.into_iter().map(|(key, entry)| (place(&key), entry)).collect();
+        let mut wanted: HashMap<Place, RuleEntry> = known
+            .iter()
+            .filter(|(_, entry)| entry.origin == RuleOrigin::Command as u8 && !has_ended(entry, now))
+            .map(|(place, entry)| (*place, *entry))
+            .collect();
+        wanted.extend(rules.iter().map(|rule| (place(&key(rule.cidr)), entry(rule, 0, true))));
+        if wanted == known {
+            return Ok(None);
+        }
+        if wanted.len() > abi::MAX_RULES as usize {
+            return Err(KernelError::TooManyRules { count: wanted.len(), room: abi::MAX_RULES });
+        }
+        let other = in_force.other_rules();
+        // Left over from a change that died half-way.
+        self.clear(other)?;
+        for (&(length, address), entry) in &wanted {
+            if let Err(error) = self.copies.insert(other, &Key::new(length, address), entry) {
+                // The first error is the one to tell; what is left is cleared by the next change.
+                let _ = self.clear(other);
+                return Err(error);
+            }
+        }
+        Ok(Some(!wanted.is_empty()))
+    }
+
+    /// Empties the copy that this word says, which must not be in force.
+    pub(super) fn clear(&mut self, copy: InForce) -> Result<(), KernelError> {
+        self.copies.clear(copy)
+    }
+}
