@@ -27,7 +27,7 @@ fn service(name: &str, port: u16, on_deny: OnDeny) -> Service {
 }
 
 fn rule(cidr: &str, action: Action) -> Rule {
-    Rule { cidr: cidr.parse().expect("a prefix"), action }
+    Rule::new(cidr.parse().expect("a prefix"), action)
 }
 
 /// Two policies under which some SYNs always pass and others never do, while any mixture of them does otherwise.

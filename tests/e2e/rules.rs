@@ -4,7 +4,7 @@ use std::{
     fmt::Write as _,
     io::{ErrorKind, Read as _},
     net::IpAddr,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result};
@@ -27,6 +27,7 @@ both_families!(
     whom_a_rule_allows_is_counted_and_not_limited,
     a_rule_has_limits_of_its_own,
     rules_of_the_file_come_and_go_with_it,
+    a_rule_of_the_file_ends_at_its_time,
 );
 
 /// How long a client that should get no answer waits for one.
@@ -226,6 +227,51 @@ fn rules_of_the_file_come_and_go_with_it(family: Family) -> Result<()> {
     let left: Vec<_> = rules["rules"].as_array().context("a list")?.iter().map(|rule| &rule["cidr"]).collect();
     assert_eq!(left, [&Value::from("203.0.113.0/24")], "that of the command stays");
     drop((refused, still));
+    limiter.wait_empty()
+}
+
+fn a_rule_of_the_file_ends_at_its_time(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let own = host(client.address(family));
+    // Long enough for what is tried before it ends.
+    let ends = SystemTime::now() + Duration::from_secs(8);
+    let file = Limiter::config_file(&format!(
+        "[kernel]\ninterfaces = [\"{}\"]\n[limits]\nconnection_rate = 0\n[[service]]\nname = \"chat\"\nport = {PORT}\n\
+         [[rule]]\ncidr = \"203.0.113.0/24\"\naction = \"deny\"\nexpires = 2001-02-03T04:05:06Z\n\
+         [[rule]]\ncidr = \"{own}\"\naction = \"deny\"\nexpires = {}\n",
+        client.server_interface(),
+        humantime::format_rfc3339_millis(ends),
+    ))?;
+    let attached = limiter.outcome(["attach".as_ref(), "--config".as_ref(), file.path().as_os_str()])?;
+    assert!(attached.status.success(), "{}", attached.stderr);
+    assert!(
+        attached.stderr.contains("203.0.113.0/24 ended at 2001-02-03T04:05:06Z and is left out"),
+        "{}",
+        attached.stderr
+    );
+    let listed = limiter.json("rules")?;
+    let rules = listed["rules"].as_array().context("a list")?;
+    assert_eq!(rules.len(), 1, "what has ended is not loaded: {listed}");
+    assert_eq!((&rules[0]["cidr"], &rules[0]["from"]), (&Value::from(own), &Value::from("file")));
+    let shown = humantime::parse_rfc3339(rules[0]["expires"].as_str().context("it has an end")?)?;
+    let apart = shown.duration_since(ends).unwrap_or_else(|error| error.duration());
+    assert!(apart <= Duration::from_secs(1), "{apart:?}");
+    let left = rules[0]["seconds_left"].as_u64().context("a number")?;
+    assert!((1..=8).contains(&left), "{left}");
+
+    let denied = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(denied.unanswered.len(), 1);
+    drop(denied);
+    // No daemon is there to end it.
+    eventually(SOON, "it has ended", || {
+        Ok(Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?.served.len() == 1)
+    })?;
+    // The two clocks may be a moment apart.
+    assert!(SystemTime::now() + Duration::from_millis(100) >= ends, "and not before its time");
+    assert_eq!(limiter.json("rules")?["rules"].as_array().map(Vec::len), Some(0));
     limiter.wait_empty()
 }
 

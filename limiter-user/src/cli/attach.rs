@@ -24,7 +24,7 @@ pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
     // Dropped with the process, which leaves everything pinned and in force.
     let (attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
     let adopted = adopt_open(&attached, false);
-    for remark in remarks(&report).iter().chain(&adopted.remarks) {
+    for remark in config.warnings_of_rules().iter().chain(&remarks(&report)).chain(&adopted.remarks) {
         exit::complain(remark);
     }
     print(&(text(&report, &config.services) + &text_of_adopted(adopted.count)))

@@ -184,7 +184,7 @@ mod tests {
     fn an_explanation_says_what_the_next_syn_gets_and_why() {
         let mut explained = explanation(SynOutcome::Denied(Stage::Syn, DenyReason::SourceLimit));
         explained.rule = Some(RuleInForce {
-            rule: Rule { cidr: "192.0.2.0/24".parse().unwrap(), action: Action::Deny },
+            rule: Rule::new("192.0.2.0/24".parse().unwrap(), Action::Deny),
             left: Some(std::time::Duration::from_secs(61)),
             from_file: false,
         });

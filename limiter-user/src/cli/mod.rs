@@ -74,6 +74,15 @@ impl Global {
         Config::pin_path(self.config.as_deref(), self.pin_path.as_deref())
     }
 
+    /// The file to write into, where that is asked for.
+    fn file_to_save(&self, save: bool) -> Result<Option<&Path>, Usage> {
+        match (save, self.config.as_deref()) {
+            (true, None) => Err(Usage("--save needs --config: the file to write into".into())),
+            (true, file) => Ok(file),
+            (false, _) => Ok(None),
+        }
+    }
+
     fn config(&self) -> Option<&Path> {
         self.config.as_deref()
     }

@@ -1,6 +1,9 @@
 //! `limiter rules`, `allow`, `deny` and `forget`.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -45,6 +48,15 @@ pub(super) struct DenyArgs {
     format: Format,
 }
 
+impl DenyArgs {
+    /// The rule that is asked for, as from now.
+    fn rule(&self) -> Rule {
+        // `parse_time` bounds the time.
+        let expires = self.time.and_then(|time| SystemTime::now().checked_add(time));
+        Rule { expires, ..Rule::new(self.cidr, Action::Deny) }
+    }
+}
+
 #[derive(Debug, clap::Args)]
 pub(super) struct ForgetArgs {
     /// The prefix of the rule
@@ -61,7 +73,7 @@ pub(super) fn rules(global: &Global, args: &RulesArgs) -> anyhow::Result<()> {
 
 pub(super) fn allow(global: &Global, args: &AllowArgs) -> anyhow::Result<()> {
     let pinned = Pinned::open(&global.pin_path()?)?;
-    let document = set(&pinned, Rule { cidr: args.cidr, action: Action::Allow }, None)?;
+    let document = set(&pinned, Rule::new(args.cidr, Action::Allow))?;
     args.format.print(&document, || document.text())
 }
 
@@ -69,7 +81,7 @@ pub(super) fn deny(global: &Global, args: &DenyArgs) -> anyhow::Result<()> {
     let pinned = Pinned::open(&global.pin_path()?)?;
     // Whatever can be refused is refused before anything is in force.
     let mut cutter = args.cut.then(|| Cutter::new(&pinned)).transpose()?;
-    let mut document = set(&pinned, Rule { cidr: args.cidr, action: Action::Deny }, args.time)?;
+    let mut document = set(&pinned, args.rule())?;
     if let Some(cutter) = &mut cutter {
         let cut = cutter.cut_all(&args.cidr.network());
         document.cut =
@@ -104,12 +116,13 @@ struct SetDocument {
     cut: Option<Vec<SocketAddr>>,
 }
 
-fn set(pinned: &Pinned, rule: Rule, time: Option<Duration>) -> anyhow::Result<SetDocument> {
+fn set(pinned: &Pinned, rule: Rule) -> anyhow::Result<SetDocument> {
     let mut rules = pinned.rules()?;
     let before = rules.get(rule.cidr)?;
-    rules.set(&rule, time, false)?;
+    rules.set(&rule, false)?;
     rules.remove_ended()?;
-    let rule = Row::new(&RuleInForce { rule, left: time, from_file: false });
+    let left = rule.expires.map(|expires| expires.duration_since(SystemTime::now()).unwrap_or_default());
+    let rule = Row::new(&RuleInForce { rule, left, from_file: false });
     Ok(SetDocument { rule, instead_of: before.map(|before| before.rule.action.name()), cut: None })
 }
 
@@ -149,6 +162,8 @@ pub(super) struct Row {
     connections_per_wide_source: Option<u32>,
     connection_rate: Option<u32>,
     connection_burst: Option<u32>,
+    /// When it ends, as the file has it.
+    expires: Option<String>,
     seconds_left: Option<u64>,
     pub(super) from: &'static str,
 }
@@ -166,6 +181,7 @@ impl Row {
             connections_per_wide_source: own.connections_per_wide_source,
             connection_rate: own.rate.map(|(rate, _)| rate),
             connection_burst: own.rate.map(|(_, burst)| burst),
+            expires: rule.rule.expires.and_then(shown),
             // A rule that has half a second left is not one that has ended.
             seconds_left: rule.left.map(|left| left.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)),
             from: if rule.from_file { "file" } else { "command" },
@@ -176,6 +192,12 @@ impl Row {
     pub(super) fn left(&self) -> Option<String> {
         self.seconds_left.map(|seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string())
     }
+}
+
+/// A point in time to the nearest second: it was counted back from another clock, and may be a moment off.
+fn shown(time: SystemTime) -> Option<String> {
+    let rounded = time.checked_add(Duration::from_millis(500))?;
+    Some(humantime::format_rfc3339_seconds(rounded).to_string())
 }
 
 fn text(rules: &[Row]) -> String {
@@ -228,9 +250,9 @@ pub(super) fn set_own(pinned: &Pinned, cidr: Cidr, limits: [Option<u32>; 4]) -> 
             Some((rate, burst.or(old.map(|(_, burst)| burst)).unwrap_or(default)))
         }
     };
-    let rule = Rule { cidr, action: Action::Limit(own) };
+    let rule = Rule { cidr, action: Action::Limit(own), expires: before.and_then(|before| before.rule.expires) };
     let (left, from_file) = before.map_or((None, false), |before| (before.left, before.from_file));
-    rules.set(&rule, left, from_file)?;
+    rules.set(&rule, from_file)?;
     Ok(RuleInForce { rule, left, from_file })
 }
 
@@ -250,7 +272,9 @@ mod tests {
         ]
         .into_iter()
         .map(|(cidr, action, left, from_file)| {
-            Row::new(&RuleInForce { rule: Rule { cidr: cidr.parse().unwrap(), action }, left, from_file })
+            let expires = left.map(|_| SystemTime::UNIX_EPOCH + Duration::from_millis(1_999_999_999_999));
+            let rule = Rule { expires, ..Rule::new(cidr.parse().unwrap(), action) };
+            Row::new(&RuleInForce { rule, left, from_file })
         })
         .collect();
         let expected = "\
@@ -262,6 +286,8 @@ CIDR           ACTION  PER SOURCE  PER WIDE SOURCE  RATE             LEFT  FROM
         assert_eq!(text(&rules), expected);
         let document = serde_json::to_value(Document { rules }).unwrap();
         assert_eq!(document["rules"][0]["seconds_left"], 600);
+        assert_eq!(document["rules"][0]["expires"], "2033-05-18T03:33:20Z");
+        assert_eq!(document["rules"][1]["expires"], serde_json::Value::Null);
         assert_eq!(document["rules"][1]["connections_per_source"], serde_json::Value::Null);
         assert_eq!(document["rules"][2]["connection_rate"], 9);
     }

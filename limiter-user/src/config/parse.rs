@@ -244,6 +244,8 @@ fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32) ->
         });
         section.read("connection_rate", &mut own_rate, |item| connection_rate(item).map(Some));
         let burst_at = section.read("connection_burst", &mut own_burst, |item| connection_burst(item).map(Some));
+        let mut expires = None;
+        section.read("expires", &mut expires, |item| value::time(item).map(Some));
         let given =
             ["action", "connections_per_source", "connections_per_wide_source", "connection_rate", "connection_burst"]
                 .map(|key| section.item(key).is_some());
@@ -270,7 +272,7 @@ fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32) ->
             Some(RuleAction::Deny) => Action::Deny,
             None => Action::Limit(own),
         };
-        rules.push(Rule { cidr, action });
+        rules.push(Rule { cidr, action, expires });
     }
     rules
 }

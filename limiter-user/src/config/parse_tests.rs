@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::{path::PathBuf, time::SystemTime};
 
 use proptest::prelude::*;
 
@@ -77,6 +77,7 @@ fn every_key_is_read() {
         connections_per_source = 500
         connections_per_wide_source = 900
         connection_rate = 9
+        expires = 2026-01-30T23:00:00.25+01:00
         [gateway]
         listen = ["[::]:8080", "unix:/run/ws.sock", "systemd", "fd:ws"]
         unix_mode = "600"
@@ -169,8 +170,8 @@ fn every_key_is_read() {
             },
         ],
         rules: vec![
-            Rule { cidr: "192.0.2.0/24".parse().unwrap(), action: Action::Deny },
-            Rule { cidr: "2001:db8::7/128".parse().unwrap(), action: Action::Allow },
+            Rule::new("192.0.2.0/24".parse().unwrap(), Action::Deny),
+            Rule::new("2001:db8::7/128".parse().unwrap(), Action::Allow),
             Rule {
                 cidr: "100.64.0.0/10".parse().unwrap(),
                 action: Action::Limit(OwnLimits {
@@ -178,6 +179,7 @@ fn every_key_is_read() {
                     connections_per_wide_source: Some(900),
                     rate: Some((9, 1_000_000)),
                 }),
+                expires: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_769_810_400_250)),
             },
         ],
         gateway: Gateway {
@@ -520,5 +522,23 @@ proptest! {
         let _ = parse(Path::new("f"), &format!("{key} = {value}"));
         let _ = parse(Path::new("f"), &format!("{key} = [\"{value}\"]"));
         let _ = parse(Path::new("f"), &format!("{key} = '{value}'"));
+    }
+}
+
+#[test]
+fn the_end_of_a_rule_is_a_point_in_time() {
+    let rule = |expires: &str| format!("[[rule]]\ncidr = \"192.0.2.7\"\naction = \"deny\"\nexpires = {expires}\n");
+    let end = |expires: &str| good(&rule(expires)).rules[0].expires;
+    let second = |number| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(number));
+    assert_eq!(end("2001-09-09T01:46:40Z"), second(1_000_000_000));
+    assert_eq!(end("2001-09-08 18:16:40-07:30"), second(1_000_000_000));
+    assert_eq!(end("2000-02-29T23:59:59+00:00"), second(951_868_799));
+    assert_eq!(end("9999-12-31T23:59:59Z"), second(253_402_300_799));
+    for bad in
+        ["2030-01-31", "2030-01-31T00:00:00", "00:00:00", "\"2030-01-31T00:00:00Z\"", "5", "1969-01-01T00:00:00Z"]
+    {
+        let problems = refused(&rule(bad));
+        assert!(problems[0].contains("rule.expires: found"), "{bad}: {problems:?}");
+        assert!(problems[0].ends_with("such as 2030-01-31T00:00:00Z"), "{bad}: {problems:?}");
     }
 }

@@ -6,6 +6,7 @@ use std::{
     io::{self, Read},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use super::{
@@ -19,6 +20,9 @@ pub const DEFAULT_SERVICE: &str = "default";
 
 /// Longest file that is read: room for some hundred thousand rules.
 const LONGEST_FILE_BYTES: u64 = 1 << 25;
+
+/// Rules that are warned of by name; more are only counted.
+const MOST_WARNINGS: usize = 10;
 
 /// What the command line and the environment say; each value takes the place of the file's.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -97,6 +101,31 @@ impl Config {
 
     /// What is legal, and probably not meant.
     pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.warnings_of_rules();
+        warnings.extend(self.warning_of_openness());
+        warnings
+    }
+
+    /// The same as far as the kernel's part is concerned: the rules that have ended, and so are left out.
+    pub fn warnings_of_rules(&self) -> Vec<String> {
+        let now = SystemTime::now();
+        let mut ended = self.rules.iter().filter(|rule| rule.has_ended(now));
+        let mut warnings: Vec<_> = ended
+            .by_ref()
+            .take(MOST_WARNINGS)
+            .map(|rule| {
+                let at = rule.expires.map_or_else(String::new, |at| humantime::format_rfc3339_seconds(at).to_string());
+                format!("rule: that for {} ended at {at} and is left out; take it out of the file", rule.cidr)
+            })
+            .collect();
+        match ended.count() {
+            0 => {}
+            more => warnings.push(format!("rule: {more} more have ended and are left out")),
+        }
+        warnings
+    }
+
+    fn warning_of_openness(&self) -> Option<String> {
         let is_public = |address: &SocketAddr| match address.ip().to_canonical() {
             IpAddr::V4(ip) => !(ip.is_loopback() || ip.is_private() || ip.is_link_local()),
             IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local()),
@@ -104,17 +133,17 @@ impl Config {
         let gateway = &self.gateway;
         let public = gateway.listen.iter().filter_map(Listen::tcp).find(is_public);
         match (public, &gateway.upstream) {
-            (Some(address), Upstream::Relay(_)) if gateway.auth.is_none() => vec![format!(
+            (Some(address), Upstream::Relay(_)) if gateway.auth.is_none() => Some(format!(
                 "gateway.listen: whoever reaches {address} is led to the upstream, since clients need not show who they \
                  are: configure [gateway.auth], or listen on a private address, or leave it at that if the application \
                  sees to it"
-            )],
-            (Some(address), Upstream::Broadcast) if gateway.auth.is_none() => vec![format!(
+            )),
+            (Some(address), Upstream::Broadcast) if gateway.auth.is_none() => Some(format!(
                 "gateway.listen: whoever reaches {address} can send to everybody in a room and hear what they say, since \
                  clients need not show who they are: configure [gateway.auth], or listen on a private address, or leave \
                  it at that if everybody is welcome"
-            )],
-            _ => Vec::new(),
+            )),
+            _ => None,
         }
     }
 

@@ -175,3 +175,23 @@ fn an_open_relay_on_a_public_address_is_warned_of() {
         assert!(warnings.iter().all(|warning| warning.contains(listen) && warning.contains("[gateway.auth]")));
     }
 }
+
+#[test]
+fn rules_that_have_ended_are_warned_of_and_counted() {
+    let rules = |count: u8| -> String {
+        let ended =
+            |n| format!("[[rule]]\ncidr = \"192.0.2.{n}\"\naction = \"deny\"\nexpires = 2001-02-03T04:05:06Z\n");
+        (0..count).map(ended).collect()
+    };
+    let warnings = |count| {
+        let text = rules(count) + "[[rule]]\ncidr = \"::/0\"\naction = \"deny\"\nexpires = 9999-01-01T00:00:00Z\n";
+        resolve(&text, &Overrides::default(), Purpose::Run).unwrap().warnings()
+    };
+    assert_eq!(
+        warnings(1),
+        ["rule: that for 192.0.2.0/32 ended at 2001-02-03T04:05:06Z and is left out; take it out of the file"]
+    );
+    assert_eq!(warnings(0), [""; 0]);
+    let many = warnings(13);
+    assert_eq!((many.len(), many[10].as_str()), (11, "rule: 3 more have ended and are left out"));
+}

@@ -7,13 +7,16 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytesize::ByteSize;
 use clap::ValueEnum;
 use ipnet::IpNet;
-use toml::de::DeValue;
+use toml::{
+    de::DeValue,
+    value::{Datetime, Offset},
+};
 
 use super::{
     AllowedOrigin, Listen,
@@ -64,6 +67,29 @@ where
         .and_then(|number| T::try_from(number).ok())
         .filter(|number| range.contains(number))
         .ok_or_else(|| expected(item, what()))
+}
+
+/// A point in time: a date and a time, and where it is that time.
+pub(super) fn time(item: &Item) -> Result<SystemTime, Fault> {
+    let what = "a date and a time from 1970 on with its offset, such as 2030-01-31T00:00:00Z";
+    item.get_ref().as_datetime().and_then(point_in_time).ok_or_else(|| expected(item, what))
+}
+
+/// The same of a date-time by itself; `None` if it has no offset, or is before 1970.
+pub(super) fn point_in_time(found: &Datetime) -> Option<SystemTime> {
+    let (date, time) = (found.date?, found.time?);
+    let (second, nanosecond) = (time.second.unwrap_or(0), time.nanosecond.unwrap_or(0));
+    let text = format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{second:02}.{nanosecond:09}Z",
+        date.year, date.month, date.day, time.hour, time.minute
+    );
+    let there = humantime::parse_rfc3339(&text).ok()?;
+    let minutes = match found.offset? {
+        Offset::Z => 0,
+        Offset::Custom { minutes } => minutes,
+    };
+    let offset = Duration::from_mins(minutes.unsigned_abs().into());
+    if minutes < 0 { there.checked_add(offset) } else { there.checked_sub(offset) }
 }
 
 /// A TCP port.

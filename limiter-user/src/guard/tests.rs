@@ -164,7 +164,7 @@ async fn a_guest_does_not_keep_its_connection() {
 
 #[tokio::test]
 async fn whom_a_rule_denies_is_refused_without_the_kernel_too() {
-    let deny = Rule { cidr: "127.0.0.0/8".parse().unwrap(), action: Action::Deny };
+    let deny = Rule::new("127.0.0.0/8".parse().unwrap(), Action::Deny);
     let policy = Fixed::new(Limits::default(), &[deny]);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut guard = Guard::new(listener, Arc::new(policy)).unwrap();

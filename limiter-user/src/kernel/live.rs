@@ -4,7 +4,7 @@
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use super::{
@@ -100,13 +100,15 @@ impl Policy for LivePolicy {
             // Somebody has decided that already, and for longer perhaps.
             Ok(Some((_, rule))) if is_allow(&rule) || is_deny(&rule) => return is_deny(&rule),
             Ok(_) => {
+                // The configuration bounds the time.
+                let expires = SystemTime::now().checked_add(time);
                 let mut denials = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
                 match denials.get(cidr) {
                     // Of the operator's, for this very source: it would be lost.
                     Ok(Some(_)) => return false,
                     Ok(None) => denials
                         .remove_ended()
-                        .and_then(|()| denials.set(&Rule { cidr, action: Action::Deny }, Some(time), false)),
+                        .and_then(|()| denials.set(&Rule { expires, ..Rule::new(cidr, Action::Deny) }, false)),
                     Err(error) => Err(error),
                 }
             }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
+    time::SystemTime,
 };
 
 use super::{Action, Cidr, Connection, Limits, Policy, Rule};
@@ -12,23 +13,30 @@ use super::{Action, Cidr, Connection, Limits, Policy, Rule};
 pub struct Fixed {
     limits: Limits,
     /// By the length of the prefix: as many look-ups as there are lengths, however many rules.
-    rules: BTreeMap<u8, HashMap<Cidr, Action>>,
+    rules: BTreeMap<u8, HashMap<Cidr, Rule>>,
 }
 
 impl Fixed {
     /// Of two rules for one prefix, the last holds.
     pub fn new(limits: Limits, rules: &[Rule]) -> Self {
-        let mut by_length: BTreeMap<u8, HashMap<Cidr, Action>> = BTreeMap::new();
+        let mut by_length: BTreeMap<u8, HashMap<Cidr, Rule>> = BTreeMap::new();
         for rule in rules {
-            by_length.entry(rule.cidr.prefix()).or_default().insert(rule.cidr, rule.action);
+            by_length.entry(rule.cidr.prefix()).or_default().insert(rule.cidr, *rule);
         }
         Self { limits, rules: by_length }
     }
 
-    /// The rule with the longest prefix that an address is in.
-    fn holding(&self, client: IpAddr) -> Option<&Action> {
+    /// What the rule says with the longest prefix that an address is in, of those that have not ended.
+    fn holding(&self, client: IpAddr) -> Option<Action> {
+        self.holding_at(client, SystemTime::now())
+    }
+
+    fn holding_at(&self, client: IpAddr, now: SystemTime) -> Option<Action> {
         let client = client.to_canonical();
-        self.rules.iter().rev().find_map(|(length, rules)| rules.get(&Cidr::new(client, *length)?))
+        let holding = |(length, rules): (&u8, &HashMap<Cidr, Rule>)| {
+            rules.get(&Cidr::new(client, *length)?).filter(|rule| !rule.has_ended(now)).map(|rule| rule.action)
+        };
+        self.rules.iter().rev().find_map(holding)
     }
 }
 
@@ -72,11 +80,13 @@ impl Policy for Fixed {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::policy::OwnLimits;
 
     fn rule(cidr: &str, action: Action) -> Rule {
-        Rule { cidr: cidr.parse().unwrap(), action }
+        Rule::new(cidr.parse().unwrap(), action)
     }
 
     #[test]
@@ -102,5 +112,18 @@ mod tests {
         let limits = fixed.limits_for(ip("192.0.2.129"));
         assert_eq!((limits.connections_per_source, limits.connections_total, limits.connection_rate), (0, 0, 0));
         assert_eq!(fixed.limits_for(ip("198.51.100.1")), Limits::default());
+    }
+
+    #[test]
+    fn a_rule_that_has_ended_leaves_the_one_around_it() {
+        let end = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let ends = Rule { expires: Some(end), ..rule("192.0.2.7", Action::Allow) };
+        let fixed = Fixed::new(Limits::default(), &[rule("192.0.2.0/24", Action::Deny), ends]);
+        let at = |seconds| {
+            let now = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            fixed.holding_at("192.0.2.7".parse().unwrap(), now)
+        };
+        assert_eq!((at(999), at(1000)), (Some(Action::Allow), Some(Action::Deny)));
+        assert!(fixed.denies("192.0.2.7".parse().unwrap()), "it ended long ago");
     }
 }

@@ -1,6 +1,6 @@
 //! Rules: what holds for a prefix of addresses, whatever the limits of the services are.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr, time::SystemTime};
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -11,6 +11,20 @@ pub struct Rule {
     pub cidr: Cidr,
     /// What holds for them.
     pub action: Action,
+    /// When it ends; `None`: never.
+    pub expires: Option<SystemTime>,
+}
+
+impl Rule {
+    /// One without an end.
+    pub const fn new(cidr: Cidr, action: Action) -> Self {
+        Self { cidr, action, expires: None }
+    }
+
+    /// Whether it holds no more at that time.
+    pub fn has_ended(&self, now: SystemTime) -> bool {
+        self.expires.is_some_and(|expires| expires <= now)
+    }
 }
 
 /// What a rule does.

@@ -148,7 +148,7 @@ async fn without_a_kernel_the_gateway_keeps_rules_and_rates() {
         Err(Error::Http(response)) => response.status().as_u16(),
         Err(e) => panic!("neither admitted nor refused: {e}"),
     };
-    let rule = |action| Rule { cidr: "127.0.0.0/8".parse().unwrap(), action };
+    let rule = |action| Rule::new("127.0.0.0/8".parse().unwrap(), action);
     // So slow that no token comes back during the test.
     let slow = Limits { connection_rate: 1, connection_burst: 2, connections_per_source: 0, ..Limits::default() };
     let (url, running) = serve(slow, &[]);

@@ -1,6 +1,9 @@
 //! A rule as it lies in the map.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    time::{Duration, SystemTime},
+};
 
 use aya::maps::lpm_trie::Key;
 use limiter_common::{
@@ -11,6 +14,9 @@ use limiter_common::{
 
 use super::RuleInForce;
 use crate::policy::{Action, Cidr, OwnLimits, Rule};
+
+/// How far apart two ends may be that are meant to be the same.
+const SAME_END: Duration = Duration::from_secs(1);
 
 /// What a rule lies under: the length of its prefix, and its first address.
 pub(super) type Place = (u32, Address);
@@ -78,7 +84,7 @@ pub(super) fn from_entry(cidr: Cidr, entry: &RuleEntry, now: Duration) -> Option
         expires_ns => Some(Duration::from_nanos(expires_ns).checked_sub(now).filter(|left| !left.is_zero())?),
     };
     Some(RuleInForce {
-        rule: Rule { cidr, action: action(entry) },
+        rule: Rule { cidr, action: action(entry), expires: left.and_then(|left| SystemTime::now().checked_add(left)) },
         left,
         from_file: entry.origin == RuleOrigin::File as u8,
     })
@@ -97,6 +103,21 @@ pub(super) fn action(entry: &RuleEntry) -> Action {
             rate: (entry.own & OWN_RATE != 0).then_some((entry.connection_rate, entry.connection_burst)),
         })
     }
+}
+
+/// When a rule ends, as the programs count time, of which it is `now`: 0 for never; `None` if it has ended.
+pub(super) fn ends_ns(rule: &Rule, now: Duration) -> Option<u64> {
+    let Some(expires) = rule.expires else { return Some(0) };
+    let left = expires.duration_since(SystemTime::now()).ok().filter(|left| !left.is_zero())?;
+    Some(nanoseconds(now.saturating_add(left)).max(1))
+}
+
+/// Whether two entries say the same. An end is computed anew from the clock on the wall every time, and so is never quite the
+/// same.
+pub(super) fn is_same(one: &RuleEntry, other: &RuleEntry) -> bool {
+    let same_end = (one.expires_ns == 0) == (other.expires_ns == 0)
+        && one.expires_ns.abs_diff(other.expires_ns) <= nanoseconds(SAME_END);
+    same_end && RuleEntry { expires_ns: other.expires_ns, ..*one } == *other
 }
 
 pub(super) fn has_ended(entry: &RuleEntry, now_ns: u64) -> bool {
@@ -118,7 +139,7 @@ mod tests {
             OwnLimits { connections_per_source: Some(0), connections_per_wide_source: Some(7), rate: Some((10, 20)) };
         for cidr in ["192.0.2.0/24", "0.0.0.0/0", "::/0", "2001:db8::/32", "::fffe:0:0/95", "2001:db8::7/128"] {
             for action in [Action::Allow, Action::Deny, Action::Limit(own), Action::Limit(OwnLimits::default())] {
-                let rule = Rule { cidr: cidr.parse().unwrap(), action };
+                let rule = Rule::new(cidr.parse().unwrap(), action);
                 let entry = entry(&rule, 0, true);
                 let found = from_entry(super::cidr(&key(rule.cidr)).unwrap(), &entry, Duration::ZERO).unwrap();
                 assert_eq!(found, RuleInForce { rule, left: None, from_file: true });
@@ -127,8 +148,23 @@ mod tests {
     }
 
     #[test]
+    fn an_end_goes_from_the_one_clock_to_the_other() {
+        let now = Duration::from_secs(1000);
+        let rule = |expires| Rule { expires, ..Rule::new("192.0.2.0/24".parse().unwrap(), Action::Deny) };
+        assert_eq!(ends_ns(&rule(None), now), Some(0));
+        assert_eq!(ends_ns(&rule(Some(SystemTime::UNIX_EPOCH)), now), None);
+        let hour = Duration::from_hours(1);
+        let first = ends_ns(&rule(Some(SystemTime::now() + hour)), now).unwrap();
+        assert!((nanoseconds(now + hour) - 60_000_000_000..=nanoseconds(now + hour)).contains(&first), "{first}");
+        let with = |ns| entry(&rule(None), ns, true);
+        assert!(is_same(&with(first), &with(first + 1)) && is_same(&with(0), &with(0)));
+        assert!(!is_same(&with(0), &with(1)) && !is_same(&with(first), &with(first + 2_000_000_000)));
+        assert!(!is_same(&with(first), &entry(&rule(None), first, false)));
+    }
+
+    #[test]
     fn a_rule_that_has_ended_is_none() {
-        let rule = Rule { cidr: "192.0.2.0/24".parse().unwrap(), action: Action::Deny };
+        let rule = Rule::new("192.0.2.0/24".parse().unwrap(), Action::Deny);
         let entry = entry(&rule, 5, false);
         assert_eq!(from_entry(rule.cidr, &entry, Duration::from_nanos(5)), None);
         let left = from_entry(rule.cidr, &entry, Duration::from_nanos(2)).unwrap().left;

@@ -20,7 +20,7 @@ use limiter_common::{
 
 use super::{KernelError, copies::Word, host, pins::Pins};
 use crate::policy::{Cidr, Rule};
-use entry::{Place, cidr, entry, from_entry, has_ended, key, place};
+use entry::{Place, cidr, ends_ns, entry, from_entry, has_ended, is_same, key, place};
 use trie::Copies;
 
 /// A rule that is in force.
@@ -102,9 +102,10 @@ impl Rules {
         Ok(self.holding(ip)?.and_then(|(cidr, entry)| from_entry(cidr, &entry, now)))
     }
 
-    /// Puts a rule in force, in the place of another of the same prefix. `time`: how long it holds; `None`: for ever.
-    pub fn set(&mut self, rule: &Rule, time: Option<Duration>, from_file: bool) -> Result<(), KernelError> {
-        let expires_ns = time.map_or(0, |time| nanoseconds(host::monotonic().saturating_add(time)).max(1));
+    /// Puts a rule in force, in the place of another of the same prefix. `from_file`: whether the configuration file has it.
+    pub fn set(&mut self, rule: &Rule, from_file: bool) -> Result<(), KernelError> {
+        // One that ends now has ended: it is what remains of it.
+        let expires_ns = ends_ns(rule, host::monotonic()).unwrap_or(1);
         let _lock = self.pins.lock_policy()?;
         let in_force = self.in_force.read()?;
         if !in_force.has_rules() {
@@ -133,11 +134,12 @@ impl Rules {
         Ok(())
     }
 
-    /// Writes the rules of the configuration file, and those of commands that are in force, into the copy that is not. Where
-    /// the file has a rule of the same prefix as a command's, it is the file's. Says whether there is any; `None`: they are
-    /// those in force, and nothing is to be done.
+    /// Writes the rules of the configuration file that have not ended, and those of commands that are in force, into the copy
+    /// that is not. Where the file has a rule of the same prefix as a command's, it is the file's. Says whether there is any;
+    /// `None`: they are those in force, and nothing is to be done.
     pub(super) fn prepare(&mut self, in_force: InForce, rules: &[Rule]) -> Result<Option<bool>, KernelError> {
-        let now = nanoseconds(host::monotonic());
+        let clock = host::monotonic();
+        let now = nanoseconds(clock);
         let known: HashMap<Place, RuleEntry> =
             self.copies.entries(in_force)?.into_iter().map(|(key, entry)| (place(&key), entry)).collect();
         let mut wanted: HashMap<Place, RuleEntry> = known
@@ -145,7 +147,10 @@ impl Rules {
             .filter(|(_, entry)| entry.origin == RuleOrigin::Command as u8 && !has_ended(entry, now))
             .map(|(place, entry)| (*place, *entry))
             .collect();
-        wanted.extend(rules.iter().map(|rule| (place(&key(rule.cidr)), entry(rule, 0, true))));
+        wanted.extend(rules.iter().filter_map(|rule| {
+            let (place, new) = (place(&key(rule.cidr)), entry(rule, ends_ns(rule, clock)?, true));
+            Some((place, known.get(&place).filter(|old| is_same(old, &new)).copied().unwrap_or(new)))
+        }));
         if wanted == known {
             return Ok(None);
         }

@@ -27,7 +27,7 @@ mod tests {
     #[test]
     fn the_rules_around_a_prefix_and_within_it_are_found() {
         let rule = |cidr: &str| RuleInForce {
-            rule: Rule { cidr: cidr.parse().unwrap(), action: Action::Deny },
+            rule: Rule::new(cidr.parse().unwrap(), Action::Deny),
             left: None,
             from_file: false,
         };
