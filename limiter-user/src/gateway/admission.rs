@@ -1,9 +1,12 @@
-//! Whether there is room for one more session, counted per source and in all.
+//! Whether there is room for one more session, counted per source, in all, and over all gateways.
 
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use crate::policy::{Limits, Source};
@@ -11,9 +14,27 @@ use crate::policy::{Limits, Source};
 /// From this many sources on, the table gives memory back when most of them are gone.
 const KEEP_CAPACITY: usize = 1024;
 
+/// What the gateways of one process hold together, for `connections_total_all`. Each has its own unless they are opened with
+/// the same ([`Reserved::open_among`](super::Reserved::open_among)).
+#[derive(Clone, Debug, Default)]
+pub struct AllServices(Arc<AtomicU32>);
+
+impl AllServices {
+    /// Takes a slot, if there is one.
+    fn take(&self, limit: u32) -> bool {
+        let one_more = |held| (!reached(held, limit)).then_some(held + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    fn give_back(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// The sessions that are open. Its memory is bounded by them: a source without one is not in it.
 #[derive(Default)]
 pub(crate) struct Admission {
+    all: AllServices,
     counts: Mutex<Counts>,
 }
 
@@ -46,9 +67,16 @@ pub(crate) enum Full {
     Source(u32),
     /// `connections_total`.
     Service,
+    /// `connections_total_all`.
+    AllServices,
 }
 
 impl Admission {
+    /// One of several that count together what they hold.
+    pub(super) fn among(all: AllServices) -> Self {
+        Self { all, counts: Mutex::default() }
+    }
+
     /// Takes a slot for a client at `ip` under the limits of this moment.
     pub(crate) fn try_admit(self: &Arc<Self>, ip: IpAddr, limits: &Limits) -> Result<Permit, Full> {
         let source = limits.source(ip);
@@ -64,6 +92,9 @@ impl Admission {
         }
         if reached(counts.total, limits.connections_total) {
             return Err(Full::Service);
+        }
+        if !self.all.take(limits.connections_total_all) {
+            return Err(Full::AllServices);
         }
         counts.sources.insert(source, held + 1);
         if let Some(wide) = wide_source {
@@ -90,6 +121,7 @@ impl Admission {
             self.release_sources(sources);
         }
         self.counts().total -= 1;
+        self.all.give_back();
     }
 
     fn release_sources(&self, sources: Sources) {
@@ -174,6 +206,23 @@ mod tests {
         let _permit = admission.try_admit(ip(1), &limits(1, 1)).unwrap();
         assert_eq!(admission.try_admit(ip(1), &limits(1, 1)).err(), Some(Full::Source(1)));
         assert_eq!(admission.try_admit(ip(2), &limits(1, 1)).err(), Some(Full::Service));
+    }
+
+    #[test]
+    fn gateways_that_count_together_hold_no_more_than_all_may() {
+        let all = AllServices::default();
+        let [chat, game] = [(); 2].map(|()| Arc::new(Admission::among(all.clone())));
+        let limits = Limits { connections_total_all: 3, ..limits(2, 0) };
+        let first = chat.try_admit(ip(1), &limits).unwrap();
+        let others = [chat.try_admit(ip(1), &limits).unwrap(), game.try_admit(ip(1), &limits).unwrap()];
+        assert_eq!(chat.try_admit(ip(1), &limits).err(), Some(Full::Source(2)), "the source is told before");
+        assert_eq!(chat.try_admit(ip(2), &limits).err(), Some(Full::AllServices));
+        assert_eq!(game.try_admit(ip(1), &limits).err(), Some(Full::AllServices));
+        assert!(game.counts().sources.len() == 1 && game.total() == 1, "what was refused holds nothing");
+        drop(first);
+        let again = game.try_admit(ip(1), &limits).unwrap();
+        drop((others, again));
+        assert_eq!(all.0.load(Ordering::Relaxed), 0);
     }
 
     #[test]

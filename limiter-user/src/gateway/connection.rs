@@ -32,7 +32,7 @@ use super::{
     socket::Socket,
     upstream::Client,
 };
-use crate::policy::Limits;
+use crate::policy::{Limits, TooFast};
 
 /// Longest head of a request, in bytes, and most header lines in it. A cookie and a token fit with room to spare.
 const MAX_HEAD: usize = 16 * 1024;
@@ -213,18 +213,34 @@ async fn decide(
     // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
     let limits = if identity.is_proxy { shared.policy.limits() } else { shared.policy.limits_for(identity.ip) };
     let limits = if route.exempt {
-        Limits { connections_per_source: 0, connections_total: 0, connection_rate: 0, ..limits }
+        Limits {
+            connections_per_source: 0,
+            connections_per_wide_source: 0,
+            connections_total: 0,
+            connections_total_all: 0,
+            connection_rate: 0,
+            service_connection_rate: 0,
+            ..limits
+        }
     } else {
         limits
     };
     let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
         NoRoom::Source(limit) => Refusal::SourceFull(limit),
         NoRoom::Service => Refusal::ServiceFull,
+        NoRoom::AllServices => Refusal::AllFull,
     });
     proxy_hint::warn(shared, &endpoints, &head.headers, &limits);
     let mut permit = admitted?;
-    if !is_seen_below && !shared.rates.spend(limits.source(identity.ip), &limits) {
-        return Err(Refusal::SourceRate);
+    if !is_seen_below {
+        // The kernel has counted a proxy's connection as one to the service, whoever the client is.
+        let is_counted_below = shared.policy.is_kept_below() && endpoints.are_seen_below();
+        let service_connection_rate = if is_counted_below { 0 } else { limits.service_connection_rate };
+        let rates = Limits { service_connection_rate, ..limits };
+        shared.rates.spend(limits.source(identity.ip), &rates).map_err(|too_fast| match too_fast {
+            TooFast::Source => Refusal::SourceRate,
+            TooFast::Service => Refusal::ServiceRate,
+        })?;
     }
     let place = route.enter().ok_or(Refusal::ServiceFull)?;
     let user = match &shared.auth {

@@ -48,6 +48,7 @@ mod wire;
 mod tests;
 
 pub use address::{Place, Sockets};
+pub use admission::AllServices;
 pub use application::room_name;
 pub use drain::DrainReport;
 pub use listen::BindError;
@@ -117,6 +118,22 @@ impl Reserved {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(self, policy: Arc<dyn Policy>, metrics: Arc<Metrics>) -> Result<Gateway, BindError> {
+        self.open_among(policy, metrics, AllServices::default())
+    }
+
+    /// The same for one of several gateways whose sessions count together against `connections_total_all`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn open_among(
+        self,
+        policy: Arc<dyn Policy>,
+        metrics: Arc<Metrics>,
+        all: AllServices,
+    ) -> Result<Gateway, BindError> {
         let Self { sockets, parts: Parts { config, routes, tls, auth } } = self;
         let listeners = Listeners::open(sockets)?;
         metrics.upstreams.observe(routes.reach().servers());
@@ -125,7 +142,7 @@ impl Reserved {
             config,
             policy,
             metrics,
-            admission: Arc::default(),
+            admission: Arc::new(Admission::among(all)),
             routes,
             tls,
             auth,

@@ -177,7 +177,7 @@ impl Guest {
             let limits = policy.limits_for(self.remote.ip());
             let taken = seat.admission.try_admit(self.remote.ip(), &limits).map_err(|full| match full {
                 Full::Source(limit) => Refused::Source { limit },
-                Full::Service => Refused::Service,
+                Full::Service | Full::AllServices => Refused::Service,
             })?;
             *permit = Some(taken);
         }
@@ -194,7 +194,7 @@ pub enum Refused {
         /// `connections_per_source`, as it holds for this client.
         limit: u32,
     },
-    /// `connections_total` is reached.
+    /// `connections_total` or `connections_total_all` is reached.
     #[error("the service has no room for another connection at the moment")]
     Service,
     /// A rule denies its address.

@@ -52,7 +52,9 @@ impl Policy for Fixed {
                 limits.connections_per_source = 0;
                 limits.connections_per_wide_source = 0;
                 limits.connections_total = 0;
+                limits.connections_total_all = 0;
                 limits.connection_rate = 0;
+                limits.service_connection_rate = 0;
             }
             Some(Action::Limit(own)) => {
                 limits.connections_per_source = own.connections_per_source.unwrap_or(limits.connections_per_source);
@@ -92,8 +94,14 @@ mod tests {
     #[test]
     fn the_longest_prefix_holds_in_its_own_family() {
         let own = OwnLimits { connections_per_source: Some(7), rate: Some((1, 2)), ..OwnLimits::default() };
+        let service = Limits {
+            connections_total_all: 9,
+            service_connection_rate: 9,
+            connections_per_wide_source: 9,
+            ..Limits::default()
+        };
         let fixed = Fixed::new(
-            Limits::default(),
+            service,
             &[
                 rule("::/0", Action::Deny),
                 rule("192.0.2.0/24", Action::Deny),
@@ -108,10 +116,12 @@ mod tests {
         assert!(!fixed.denies(ip("198.51.100.1")) && !fixed.denies(ip("192.0.2.128")));
         let limits = fixed.limits_for(ip("192.0.2.128"));
         assert_eq!((limits.connections_per_source, limits.connection_rate, limits.connection_burst), (7, 1, 2));
-        assert_eq!(limits.connections_total, Limits::default().connections_total);
+        assert_eq!((limits.connections_total, limits.connections_total_all), (service.connections_total, 9));
         let limits = fixed.limits_for(ip("192.0.2.129"));
-        assert_eq!((limits.connections_per_source, limits.connections_total, limits.connection_rate), (0, 0, 0));
-        assert_eq!(fixed.limits_for(ip("198.51.100.1")), Limits::default());
+        assert_eq!((limits.connections_per_source, limits.connections_per_wide_source), (0, 0));
+        assert_eq!((limits.connections_total, limits.connections_total_all), (0, 0));
+        assert_eq!((limits.connection_rate, limits.service_connection_rate), (0, 0));
+        assert_eq!(fixed.limits_for(ip("198.51.100.1")), service);
     }
 
     #[test]

@@ -10,7 +10,7 @@ pub(crate) use accepted::Accepted;
 
 pub use fixed::Fixed;
 pub use limits::{Limits, Source};
-pub use rates::Rates;
+pub use rates::{Rates, TooFast};
 pub use rule::{Action, Cidr, InvalidCidr, OwnLimits, Rule};
 
 use std::{

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     admin::{self, Admin, Control, Readiness},
     config::{Config, Service},
-    gateway::{self, Gateway, Place, Sockets},
+    gateway::{self, AllServices, Gateway, Place, Sockets},
     kernel::{Attached, Pinned},
     policy::{Fixed, Policy},
 };
@@ -172,11 +172,12 @@ impl Addresses {
         let mut metrics = admin::Metrics::default();
         gateway_metrics.register(metrics.registry());
 
+        let all = AllServices::default();
         let mut gateways = Vec::new();
         let mut running = Vec::new();
         for (service, reserved) in self.gateways {
             let policy = policies.remove(&service).with_context(|| format!("the service {service} has no policy"))?;
-            let gateway = reserved.open(policy, Arc::clone(&gateway_metrics))?;
+            let gateway = reserved.open_among(policy, Arc::clone(&gateway_metrics), all.clone())?;
             for address in gateway.places() {
                 tracing::info!(%address, service, "listening");
             }

@@ -1,17 +1,21 @@
 //! Limits on connections, at the handshake.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
 use futures_util::{SinkExt, future::join_all};
+use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Error;
 
 use super::support::*;
 use crate::{
-    gateway::{Gateway, Metrics},
-    policy::{Action, Connection, Fixed, Limits, Policy, Rule},
+    gateway::{AllServices, DrainReport, Gateway, Metrics},
+    policy::{Action, Connection, Fixed, Limits, OwnLimits, Policy, Rule},
 };
 
 /// The status and Retry-After that a refused connect gets.
@@ -135,37 +139,169 @@ async fn a_panic_ends_its_own_connection_only_and_releases_it() {
     running.abort();
 }
 
-#[tokio::test]
-async fn without_a_kernel_the_gateway_keeps_rules_and_rates() {
-    let serve = |limits, rules: &[Rule]| {
-        let policy = Arc::new(Fixed::new(limits, rules));
-        let gateway = Gateway::bind(&quiet(), policy, Arc::new(Metrics::default())).unwrap();
-        let url = format!("ws://{}/", gateway.local_addrs()[0]);
-        (url, tokio::spawn(gateway.run(std::future::pending())))
-    };
-    let status = async |url: &str| match tokio_tungstenite::connect_async(url).await {
-        Ok(_) => 101,
-        Err(Error::Http(response)) => response.status().as_u16(),
-        Err(e) => panic!("neither admitted nor refused: {e}"),
-    };
-    let rule = |action| Rule::new("127.0.0.0/8".parse().unwrap(), action);
-    // So slow that no token comes back during the test.
-    let slow = Limits { connection_rate: 1, connection_burst: 2, connections_per_source: 0, ..Limits::default() };
-    let (url, running) = serve(slow, &[]);
-    let mut answers = Vec::new();
-    while answers.last() != Some(&429) {
-        answers.push(status(&url).await);
-        assert!(answers.len() < 1000, "the rate is not kept");
-    }
-    assert!(answers.len() > 2 && answers[..2] == [101, 101], "{answers:?}");
-    running.abort();
+/// A gateway without a kernel, by itself or among others.
+fn without_a_kernel(limits: Limits, rules: &[Rule], all: &AllServices) -> Served {
+    let policy = Arc::new(Fixed::new(limits, rules));
+    let metrics = Arc::new(Metrics::default());
+    let gateway = Gateway::reserve(&quiet()).unwrap().open_among(policy, Arc::clone(&metrics), all.clone()).unwrap();
+    let url = format!("ws://{}/", gateway.local_addrs()[0]);
+    Served { url, metrics, running: AbortOnDrop(tokio::spawn(gateway.run(std::future::pending()))) }
+}
 
-    let (url, running) = serve(slow, &[rule(Action::Deny)]);
-    assert_eq!(status(&url).await, 403);
-    running.abort();
-    let (url, running) = serve(slow, &[rule(Action::Allow)]);
-    for _ in 0..5 {
-        assert_eq!(status(&url).await, 101);
+struct Served {
+    url: String,
+    metrics: Arc<Metrics>,
+    #[expect(dead_code, reason = "it is served as long as this is held")]
+    running: AbortOnDrop,
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<DrainReport>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
-    running.abort();
+}
+
+impl Served {
+    /// A client, or the status of its refusal.
+    async fn connect(&self) -> Result<Client, u16> {
+        match tokio_tungstenite::connect_async(&self.url).await {
+            Ok((client, _)) => Ok(client),
+            Err(Error::Http(response)) => Err(response.status().as_u16()),
+            Err(e) => panic!("neither admitted nor refused: {e}"),
+        }
+    }
+
+    /// As many as get in, and the status of the first refusal.
+    async fn fill(&self) -> (Vec<Client>, u16) {
+        let mut clients = Vec::new();
+        loop {
+            match self.connect().await {
+                Ok(client) => clients.push(client),
+                Err(status) => return (clients, status),
+            }
+            assert!(clients.len() < 1000, "no limit is kept");
+        }
+    }
+
+    /// A client, as soon as there is room for one.
+    async fn connect_in_time(&self) -> Client {
+        let connected = async {
+            loop {
+                match self.connect().await {
+                    Ok(client) => return client,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
+                }
+            }
+        };
+        timeout(PATIENCE, connected).await.expect("there is room again")
+    }
+
+    fn refused(&self, reason: &str) -> u64 {
+        sampler(&self.metrics)(&format!("limiter_handshakes_total{{result=\"{reason}\"}}"))
+    }
+}
+
+/// Nothing is limited but what a test says.
+fn none() -> Limits {
+    Limits { connections_per_source: 0, connections_total: 0, connection_rate: 0, ..Limits::default() }
+}
+
+fn everybody(action: Action) -> Rule {
+    Rule::new("127.0.0.0/8".parse().unwrap(), action)
+}
+
+#[tokio::test]
+async fn without_a_kernel_the_gateway_keeps_connections_per_source_and_per_wide_source() {
+    let alone = AllServices::default();
+    let served = without_a_kernel(Limits { connections_per_source: 2, ..none() }, &[], &alone);
+    let (held, status) = served.fill().await;
+    assert_eq!((held.len(), status, served.refused("source_full")), (2, 429, 1));
+
+    let wide = Limits { wide_ipv4_prefix: 24, connections_per_wide_source: 3, ..none() };
+    let served = without_a_kernel(wide, &[], &alone);
+    let (held, status) = served.fill().await;
+    assert_eq!((held.len(), status, served.refused("source_full")), (3, 429, 1));
+}
+
+#[tokio::test]
+async fn without_a_kernel_the_gateway_keeps_the_total_of_a_service() {
+    let served = without_a_kernel(Limits { connections_total: 3, ..none() }, &[], &AllServices::default());
+    let (mut held, status) = served.fill().await;
+    assert_eq!((held.len(), status, served.refused("service_full")), (3, 503, 1));
+    held.pop().unwrap().close(None).await.unwrap();
+    served.connect_in_time().await;
+}
+
+#[tokio::test]
+async fn without_a_kernel_gateways_keep_the_total_of_all_services_together() {
+    let all = AllServices::default();
+    let limits = Limits { connections_total_all: 3, ..none() };
+    let (chat, game) = (without_a_kernel(limits, &[], &all), without_a_kernel(limits, &[], &all));
+    let first = chat.connect().await.unwrap();
+    let (held, status) = game.fill().await;
+    assert_eq!((held.len(), status, game.refused("total_full")), (2, 503, 1));
+    assert_eq!(chat.connect().await.unwrap_err(), 503);
+    drop(first);
+    game.connect_in_time().await;
+}
+
+#[tokio::test]
+async fn without_a_kernel_the_gateway_keeps_the_rate_of_a_source_and_of_a_service() {
+    // A token comes back in a second: some may during the test.
+    let alone = AllServices::default();
+    let slow = Limits { connection_rate: 1, connection_burst: 2, ..none() };
+    let served = without_a_kernel(slow, &[], &alone);
+    let (held, status) = served.fill().await;
+    assert!(held.len() >= 2, "{}", held.len());
+    assert_eq!((status, served.refused("source_rate")), (429, 1));
+
+    let slow = Limits { service_connection_rate: 1, service_connection_burst: 2, ..none() };
+    let served = without_a_kernel(slow, &[], &alone);
+    let (held, status) = served.fill().await;
+    assert!(held.len() >= 2, "{}", held.len());
+    assert_eq!((status, served.refused("service_rate")), (503, 1));
+}
+
+#[tokio::test]
+async fn without_a_kernel_the_gateway_keeps_the_rules() {
+    // Whom a rule allows, none of these holds back.
+    let narrow = Limits {
+        connections_per_source: 1,
+        connections_total: 1,
+        connections_total_all: 1,
+        connection_rate: 1,
+        connection_burst: 1,
+        service_connection_rate: 1,
+        service_connection_burst: 1,
+        wide_ipv4_prefix: 24,
+        connections_per_wide_source: 1,
+        ..Limits::default()
+    };
+    let all = AllServices::default();
+    let served = without_a_kernel(narrow, &[everybody(Action::Allow)], &all);
+    let mut held = Vec::new();
+    for _ in 0..5 {
+        held.push(served.connect().await.unwrap());
+    }
+
+    let served = without_a_kernel(none(), &[everybody(Action::Deny)], &all);
+    assert_eq!((served.connect().await.unwrap_err(), served.refused("rule")), (403, 1));
+
+    let ended = Rule { expires: Some(std::time::UNIX_EPOCH), ..everybody(Action::Deny) };
+    let served = without_a_kernel(none(), &[ended], &all);
+    served.connect().await.unwrap();
+
+    let own = OwnLimits { connections_per_source: Some(4), ..OwnLimits::default() };
+    let served =
+        without_a_kernel(Limits { connections_per_source: 1, ..none() }, &[everybody(Action::Limit(own))], &all);
+    let (held, status) = served.fill().await;
+    assert_eq!((held.len(), status), (4, 429));
+
+    let own = OwnLimits { rate: Some((1, 3)), ..OwnLimits::default() };
+    let served = without_a_kernel(none(), &[everybody(Action::Limit(own))], &all);
+    let (held, status) = served.fill().await;
+    assert!(held.len() >= 3, "{}", held.len());
+    assert_eq!((status, served.refused("source_rate")), (429, 1));
 }

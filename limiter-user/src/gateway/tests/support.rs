@@ -158,14 +158,7 @@ impl Running {
 
     /// `metric`, for when the gateway is gone.
     pub fn sampler(&self) -> impl Fn(&str) -> u64 + use<> {
-        let mut registry = Registry::with_prefix("limiter");
-        self.metrics.register(&mut registry);
-        move |sample| {
-            let mut text = String::new();
-            prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
-            let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-            line.map_or(0, |value| value.parse().unwrap())
-        }
+        sampler(&self.metrics)
     }
 
     /// Waits until no slot is taken.
@@ -196,6 +189,18 @@ impl Running {
         timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer").unwrap();
         // Frames may follow the head.
         String::from_utf8_lossy(&answer).into_owned()
+    }
+}
+
+/// Gives one sample of metrics, by its name and labels; 0 if it isn't there.
+pub fn sampler(metrics: &Metrics) -> impl Fn(&str) -> u64 + use<> {
+    let mut registry = Registry::with_prefix("limiter");
+    metrics.register(&mut registry);
+    move |sample| {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+        line.map_or(0, |value| value.parse().unwrap())
     }
 }
 
