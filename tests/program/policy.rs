@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
 };
 
@@ -230,4 +230,120 @@ fn a_debt_of_an_older_rate_is_forgiven() {
     program.set_bucket(&source, now_ns() + 3_600_000_000_000).unwrap();
     assert_eq!(program.run(&v4().to_bytes()).unwrap().0, Action::Drop);
     assert!(program.bucket(&source).unwrap().unwrap() <= now_ns() + policy.rate.full_ns);
+}
+
+/// What becomes of one more SYN of a source that was at its limit, and was refused and reported a moment ago.
+struct Again {
+    when: &'static str,
+    change: fn(&mut Program),
+    action: Action,
+    /// What it is counted in, beside the two that came before it.
+    counted: &'static [Counter],
+    /// Whether it is reported, as the first of a second is.
+    reported: bool,
+    /// Whether it is an occasion to look for reservations that the stack never confirmed.
+    expires: bool,
+}
+
+impl Again {
+    /// What a source gets that nothing speaks against any more.
+    const fn admitted(when: &'static str, change: fn(&mut Program)) -> Self {
+        Self { when, change, action: Action::Pass, counted: &[Counter::SynAdmitted], reported: false, expires: false }
+    }
+
+    /// What nothing has changed for.
+    const fn refused(when: &'static str, change: fn(&mut Program)) -> Self {
+        Self {
+            when,
+            change,
+            action: Action::Drop,
+            counted: &[Counter::SynSourceLimit],
+            reported: false,
+            expires: false,
+        }
+    }
+}
+
+fn set_policy(program: &mut Program, policy: ServicePolicy) {
+    program.set_service(0, PORT, &policy).unwrap();
+}
+
+fn flooding() -> SourceKey {
+    SourceKey::new(0, &v4().source.ip().into(), 32, 64)
+}
+
+/// A flood is refused by a short way through the program. Whatever is different from a moment ago takes the long one, and is
+/// counted for what it is.
+#[test]
+fn a_syn_refused_again_is_told_from_every_other() {
+    let cases = [
+        Again::refused("nothing has changed", |_| {}),
+        Again {
+            reported: true,
+            ..Again::refused("nothing was reported", |program| {
+                program.set_source(&flooding(), LIMIT.into()).unwrap();
+            })
+        },
+        Again {
+            expires: true,
+            ..Again::refused("a reservation is not confirmed", |program| {
+                program.set_state(0, |state| state.unconfirmed = 1).unwrap();
+            })
+        },
+        Again::admitted("there is room", |program| program.set_source(&flooding(), 1).unwrap()),
+        Again::admitted("the limit is higher", |program| {
+            set_policy(program, ServicePolicy { connections_per_source: 3, ..policy() });
+        }),
+        Again::admitted("there is no limit", |program| {
+            set_policy(program, ServicePolicy { connections_per_source: 0, ..policy() });
+        }),
+        Again::admitted("a rule allows it", |program| set(program, "192.0.2.7/32", rule(RuleAction::Allow))),
+        Again {
+            action: Action::Drop,
+            counted: &[Counter::SynRule],
+            ..Again::admitted("a rule denies it", |program| set(program, "192.0.2.0/24", rule(RuleAction::Deny)))
+        },
+        Again {
+            counted: &[Counter::SynObservedSourceLimit],
+            ..Again::admitted("the service observes", |program| {
+                set_policy(program, ServicePolicy { on_deny: OnDeny::Observe as u8, ..policy() });
+            })
+        },
+        Again {
+            action: Action::Transmit,
+            counted: &[Counter::SynSourceLimit, Counter::ResetSent],
+            ..Again::admitted("the service answers by a RST", |program| {
+                set_policy(program, ServicePolicy { on_deny: OnDeny::Reset as u8, ..policy() });
+            })
+        },
+        Again {
+            action: Action::Drop,
+            counted: &[Counter::SynServiceLimit],
+            reported: true,
+            ..Again::admitted("there is room for the source and none in the service", |program| {
+                set_policy(program, ServicePolicy { connections_per_source: 3, connections_total: 1, ..policy() });
+            })
+        },
+    ];
+    for case in cases {
+        let when = case.when;
+        let mut program = program(&policy(), &["192.0.2.7"], LIMIT);
+        for _ in 0..2 {
+            assert_eq!(syn(&mut program, "192.0.2.7"), Action::Drop, "{when}");
+        }
+        assert_eq!(program.counters().unwrap(), [((0, Counter::SynSourceLimit), 2)].into(), "{when}");
+        assert_eq!(program.refusals().unwrap().len(), 1, "{when}");
+        assert_eq!(program.source(&flooding()).unwrap().unwrap().unreported, 1, "{when}");
+        assert_eq!(syn(&mut program, "192.0.2.8"), Action::Pass, "{when}: its neighbour is no part of the flood");
+
+        (case.change)(&mut program);
+        assert_eq!(syn(&mut program, "192.0.2.7"), case.action, "{when}");
+        let mut counted = HashMap::from([((0, Counter::SynSourceLimit), 2), ((0, Counter::SynAdmitted), 1)]);
+        for &counter in case.counted {
+            *counted.entry((0, counter)).or_default() += 1;
+        }
+        assert_eq!(program.counters().unwrap(), counted, "{when}");
+        assert_eq!(program.refusals().unwrap().len(), usize::from(case.reported), "{when}");
+        assert_eq!(program.state(0).unwrap().expired_ns != 0, case.expires, "{when}");
+    }
 }
