@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    fs,
     io::{ErrorKind, Read as _},
     net::IpAddr,
     time::{Duration, Instant, SystemTime},
@@ -28,6 +29,7 @@ both_families!(
     a_rule_has_limits_of_its_own,
     rules_of_the_file_come_and_go_with_it,
     a_rule_of_the_file_ends_at_its_time,
+    what_is_saved_is_in_force_and_in_the_file,
 );
 
 /// How long a client that should get no answer waits for one.
@@ -182,7 +184,8 @@ fn a_rule_has_limits_of_its_own(family: Family) -> Result<()> {
     for (arguments, complaint) in [
         (vec!["limit", "set", "connections_total=1", "--rule", &cidr], "a rule has no connections_total"),
         (vec!["limit", "set", "connection_burst=1", "--rule", "203.0.113.9"], "goes with a connection_rate"),
-        (vec!["limit", "set", "connection_rate=1", "--rule", &cidr, "--save"], "--save"),
+        (vec!["limit", "set", "connection_rate=1", "--rule", &cidr, "--save"], "--save needs --config"),
+        (vec!["deny", "192.0.2.7", "--save"], "--save needs --config"),
         (vec!["deny", "192.0.2.7/24"], "did you mean 192.0.2.0/24?"),
         (vec!["deny", "192.0.2.7", "--for", "10"], "with its unit"),
     ] {
@@ -272,6 +275,74 @@ fn a_rule_of_the_file_ends_at_its_time(family: Family) -> Result<()> {
     // The two clocks may be a moment apart.
     assert!(SystemTime::now() + Duration::from_millis(100) >= ends, "and not before its time");
     assert_eq!(limiter.json("rules")?["rules"].as_array().map(Vec::len), Some(0));
+    limiter.wait_empty()
+}
+
+fn what_is_saved_is_in_force_and_in_the_file(family: Family) -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let own = host(client.address(family));
+    let text = format!(
+        "# mine\n[kernel]\ninterfaces = [\"{}\"]\n\n[limits]\nconnection_rate = 0\n\n[[service]]\nname = \"chat\" # ours\nport = \
+         {PORT}\n",
+        client.server_interface()
+    );
+    let file = Limiter::config_file(&text)?;
+    let path = file.path().to_str().context("a path")?;
+    limiter.attach(["--config", path])?;
+    let now = || Ok::<_, anyhow::Error>(fs::read_to_string(path)?);
+    let rule = |says: &str| format!("{text}\n[[rule]]\ncidr = \"{own}\"\n{says}");
+
+    let denied: Value = serde_json::from_str(&limiter.output(["deny", &own, "--save", "--json", "--config", path])?)?;
+    assert_eq!((&denied["saved"], &denied["rule"]["from"]), (&Value::from(true), &Value::from("file")));
+    assert_eq!(now()?, rule("action = \"deny\"\n"));
+    let refused = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+    assert_eq!(refused.unanswered.len(), 1);
+    // It says what the file says, so that the file changes nothing.
+    limiter.attach(["--config", path])?;
+    assert_eq!(limiter.json("rules")?["rules"].as_array().map(Vec::len), Some(1));
+
+    // Limits would take the place of a decision: nothing changes.
+    let outcome =
+        limiter.outcome(["limit", "set", "connections_per_source=2", "--rule", &own, "--save", "--config", path])?;
+    assert_eq!(outcome.status.code(), Some(2), "{}", outcome.stderr);
+    assert_eq!(now()?, rule("action = \"deny\"\n"));
+
+    limiter.output(["allow", &own, "--save", "--config", path])?;
+    assert_eq!(now()?, rule("action = \"allow\"\n"));
+    limiter.output(["deny", &own, "--for", "1h", "--save", "--config", path])?;
+    assert!(now()?.starts_with(&rule("action = \"deny\"\nexpires = 2")), "{}", now()?);
+    limiter.output(["forget", &own, "--save", "--config", path])?;
+    assert_eq!(now()?, text);
+    let again = limiter.outcome(["forget", &own, "--save", "--config", path])?;
+    assert_eq!(again.status.code(), Some(1), "{}", again.stderr);
+    assert!(again.stderr.contains("there is no rule for"), "{}", again.stderr);
+    limiter.output(["limit", "set", "connections_per_source=2", "--rule", &own, "--save", "--config", path])?;
+    assert_eq!(now()?, rule("connections_per_source = 2\n"));
+    let crowd = Crowd::connect(&client.namespace, client.service(family), 5, NO_ANSWER)?;
+    assert_eq!(crowd.served.len(), 2);
+    limiter.attach(["--config", path])?;
+    assert_eq!(limiter.json("rules")?["rules"][0]["connections_per_source"], 2);
+
+    // A file that is wrong is left as it is, and so is what is in force.
+    let wrong = format!("{text}wrong = 1\n");
+    fs::write(path, &wrong)?;
+    for arguments in
+        [vec!["deny", &own], vec!["forget", &own], vec!["limit", "set", "connection_rate=1", "--rule", &own]]
+    {
+        let outcome = limiter.outcome(arguments.into_iter().chain(["--save", "--config", path]))?;
+        assert_eq!(outcome.status.code(), Some(2), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains("wrong"), "{}", outcome.stderr);
+    }
+    assert_eq!(now()?, wrong);
+    let rules = limiter.json("rules")?;
+    assert_eq!(
+        (&rules["rules"][0]["action"], &rules["rules"][0]["connection_rate"]),
+        (&Value::from("limit"), &Value::Null)
+    );
+    drop((refused, crowd));
     limiter.wait_empty()
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     time::{Duration, SystemTime},
 };
 
@@ -13,7 +14,8 @@ use super::{
     output::{Format, limit, table},
 };
 use crate::{
-    kernel::{Cutter, KernelError, Pinned, RuleInForce},
+    config::{PreparedFile, prepare_rule, prepare_without_rule},
+    kernel::{Cutter, KernelError, Pinned, RuleInForce, Rules},
     policy::{Action, Cidr, Rule},
 };
 
@@ -30,6 +32,9 @@ pub(super) struct RulesArgs {
 pub(super) struct AllowArgs {
     /// The address or the prefix
     cidr: Cidr,
+    /// Write it into the configuration file too (--config), comments kept
+    #[arg(long)]
+    save: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -44,6 +49,9 @@ pub(super) struct DenyArgs {
     /// Also close what is open from there
     #[arg(long)]
     cut: bool,
+    /// Write it into the configuration file too (--config), comments kept
+    #[arg(long)]
+    save: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -61,6 +69,9 @@ impl DenyArgs {
 pub(super) struct ForgetArgs {
     /// The prefix of the rule
     cidr: Cidr,
+    /// Take it out of the configuration file too (--config)
+    #[arg(long)]
+    save: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -72,16 +83,18 @@ pub(super) fn rules(global: &Global, args: &RulesArgs) -> anyhow::Result<()> {
 }
 
 pub(super) fn allow(global: &Global, args: &AllowArgs) -> anyhow::Result<()> {
+    let file = global.file_to_save(args.save)?;
     let pinned = Pinned::open(&global.pin_path()?)?;
-    let document = set(&pinned, Rule::new(args.cidr, Action::Allow))?;
+    let document = set(&pinned, Rule::new(args.cidr, Action::Allow), file)?;
     args.format.print(&document, || document.text())
 }
 
 pub(super) fn deny(global: &Global, args: &DenyArgs) -> anyhow::Result<()> {
+    let file = global.file_to_save(args.save)?;
     let pinned = Pinned::open(&global.pin_path()?)?;
     // Whatever can be refused is refused before anything is in force.
     let mut cutter = args.cut.then(|| Cutter::new(&pinned)).transpose()?;
-    let mut document = set(&pinned, args.rule())?;
+    let mut document = set(&pinned, args.rule(), file)?;
     if let Some(cutter) = &mut cutter {
         let cut = cutter.cut_all(&args.cidr.network());
         document.cut =
@@ -91,19 +104,26 @@ pub(super) fn deny(global: &Global, args: &DenyArgs) -> anyhow::Result<()> {
 }
 
 pub(super) fn forget(global: &Global, args: &ForgetArgs) -> anyhow::Result<()> {
+    let file = global.file_to_save(args.save)?;
     let mut rules = Pinned::open(&global.pin_path()?)?.rules()?;
-    if !rules.remove(args.cidr)? {
+    let file = file.map(|path| prepare_without_rule(path, args.cidr)).transpose()?.flatten();
+    let before = rules.get(args.cidr)?;
+    // The file may have one that is not in force.
+    if !rules.remove(args.cidr)? && file.is_none() {
         let source = "a rule is forgotten by its own prefix; `limiter rules` shows them".into();
         return Err(KernelError::Failed { what: format!("there is no rule for {}", args.cidr), source }.into());
     }
+    let saved = commit(&mut rules, args.cidr, before, file)?;
     rules.remove_ended()?;
-    let document = ForgetDocument { forgotten: args.cidr.to_string() };
+    let document = ForgetDocument { forgotten: args.cidr.to_string(), saved };
     args.format.print(&document, || format!("forgotten: {}\n", document.forgotten))
 }
 
 #[derive(Serialize)]
 struct ForgetDocument {
     forgotten: String,
+    /// Whether it was taken out of the file.
+    saved: bool,
 }
 
 /// What `allow` and `deny` have done.
@@ -114,16 +134,46 @@ struct SetDocument {
     instead_of: Option<&'static str>,
     /// The clients whose connections were closed; `null` without `--cut`.
     cut: Option<Vec<SocketAddr>>,
+    /// Whether it was written into the file.
+    saved: bool,
 }
 
-fn set(pinned: &Pinned, rule: Rule) -> anyhow::Result<SetDocument> {
+/// `file`: where to save it, too; then it is a rule of the file's.
+fn set(pinned: &Pinned, rule: Rule, file: Option<&Path>) -> anyhow::Result<SetDocument> {
+    let file = file.map(|path| prepare_rule(path, &rule)).transpose()?;
     let mut rules = pinned.rules()?;
     let before = rules.get(rule.cidr)?;
-    rules.set(&rule, false)?;
+    let from_file = file.is_some();
+    rules.set(&rule, from_file)?;
+    let saved = commit(&mut rules, rule.cidr, before, file)?;
     rules.remove_ended()?;
     let left = rule.expires.map(|expires| expires.duration_since(SystemTime::now()).unwrap_or_default());
-    let rule = Row::new(&RuleInForce { rule, left, from_file: false });
-    Ok(SetDocument { rule, instead_of: before.map(|before| before.rule.action.name()), cut: None })
+    let rule = Row::new(&RuleInForce { rule, left, from_file });
+    Ok(SetDocument { rule, instead_of: before.map(|before| before.rule.action.name()), cut: None, saved })
+}
+
+/// Puts the new file in its place, and says whether there was one. If that fails, the rule of `cidr` is again what it was
+/// `before`.
+fn commit(
+    rules: &mut Rules,
+    cidr: Cidr,
+    before: Option<RuleInForce>,
+    file: Option<PreparedFile>,
+) -> anyhow::Result<bool> {
+    let saved = file.is_some();
+    let Some(Err(error)) = file.map(PreparedFile::commit) else { return Ok(saved) };
+    let restored = match before {
+        Some(before) => rules.set(&before.rule, before.from_file),
+        None => rules.remove(cidr).map(|_| ()),
+    };
+    let error = anyhow::Error::from(error);
+    Err(match restored {
+        Ok(()) => error.context("nothing was changed"),
+        Err(failed) => error.context(format!(
+            "what holds for {cidr} was changed and couldn't be changed back: {:#}",
+            anyhow::Error::from(failed)
+        )),
+    })
 }
 
 impl SetDocument {
@@ -222,8 +272,14 @@ fn text(rules: &[Row]) -> String {
 }
 
 /// `limit set --rule`: gives a rule limits of its own: `connections_per_source`, `connections_per_wide_source`,
-/// `connection_rate` and `connection_burst`. Gives what they are now.
-pub(super) fn set_own(pinned: &Pinned, cidr: Cidr, limits: [Option<u32>; 4]) -> anyhow::Result<RuleInForce> {
+/// `connection_rate` and `connection_burst`. Gives what they are now. `file`: where to save them, too; then it is a rule of
+/// the file's.
+pub(super) fn set_own(
+    pinned: &Pinned,
+    cidr: Cidr,
+    limits: [Option<u32>; 4],
+    file: Option<&Path>,
+) -> anyhow::Result<RuleInForce> {
     let [connections_per_source, connections_per_wide_source, rate, burst] = limits;
     let mut rules = pinned.rules()?;
     let before = rules.get(cidr)?;
@@ -251,8 +307,11 @@ pub(super) fn set_own(pinned: &Pinned, cidr: Cidr, limits: [Option<u32>; 4]) -> 
         }
     };
     let rule = Rule { cidr, action: Action::Limit(own), expires: before.and_then(|before| before.rule.expires) };
-    let (left, from_file) = before.map_or((None, false), |before| (before.left, before.from_file));
+    let file = file.map(|path| prepare_rule(path, &rule)).transpose()?;
+    let (left, was_from_file) = before.map_or((None, false), |before| (before.left, before.from_file));
+    let from_file = was_from_file || file.is_some();
     rules.set(&rule, from_file)?;
+    commit(&mut rules, cidr, before, file)?;
     Ok(RuleInForce { rule, left, from_file })
 }
 

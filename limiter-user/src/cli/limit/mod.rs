@@ -2,6 +2,8 @@
 
 mod change;
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::{
@@ -41,7 +43,7 @@ pub(super) struct SetArgs {
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
     /// For this address or prefix, in every service: a rule
-    #[arg(long, value_name = "CIDR", conflicts_with_all = ["service", "save"])]
+    #[arg(long, value_name = "CIDR", conflicts_with = "service")]
     rule: Option<Cidr>,
     /// Write it into the configuration file too (--config), comments kept
     #[arg(long)]
@@ -109,14 +111,10 @@ struct SetDocument {
 /// if a later step fails.
 fn set(global: &Global, args: &SetArgs) -> anyhow::Result<()> {
     let values = change::once_each(&args.values)?;
+    let file = global.file_to_save(args.save)?;
     if let Some(cidr) = args.rule {
-        return set_rule(global, cidr, &values, args.format);
+        return set_rule(global, cidr, &values, file, args.format);
     }
-    let file = match (args.save, global.config()) {
-        (true, Some(path)) => Some(path),
-        (true, None) => return Err(Usage("--save needs --config: the file to write into".into()).into()),
-        (false, _) => None,
-    };
     let pinned = Pinned::open(&global.pin_path()?)?;
     let plan = change::Plan::new(&pinned.services()?, args.service.as_deref(), &values)?;
     let file = file.map(|path| prepare_settings(path, args.service.as_deref(), &values)).transpose()?;
@@ -143,10 +141,17 @@ struct RuleDocument {
     connections_per_wide_source: Option<u32>,
     connection_rate: Option<u32>,
     connection_burst: Option<u32>,
+    saved: bool,
 }
 
 /// Gives a rule limits of its own, and makes it if there is none.
-fn set_rule(global: &Global, cidr: Cidr, values: &[Setting], format: Format) -> anyhow::Result<()> {
+fn set_rule(
+    global: &Global,
+    cidr: Cidr,
+    values: &[Setting],
+    file: Option<&Path>,
+    format: Format,
+) -> anyhow::Result<()> {
     let of_rules = [
         LimitKey::ConnectionsPerSource,
         LimitKey::ConnectionsPerWideSource,
@@ -165,7 +170,7 @@ fn set_rule(global: &Global, cidr: Cidr, values: &[Setting], format: Format) -> 
         })
     };
     let pinned = Pinned::open(&global.pin_path()?)?;
-    let own = match rules::set_own(&pinned, cidr, of_rules.map(value))?.rule.action {
+    let own = match rules::set_own(&pinned, cidr, of_rules.map(value), file)?.rule.action {
         Action::Limit(own) => own,
         // It gives limits and nothing else.
         Action::Allow | Action::Deny => crate::policy::OwnLimits::default(),
@@ -176,6 +181,7 @@ fn set_rule(global: &Global, cidr: Cidr, values: &[Setting], format: Format) -> 
         connections_per_wide_source: own.connections_per_wide_source,
         connection_rate: own.rate.map(|(rate, _)| rate),
         connection_burst: own.rate.map(|(_, burst)| burst),
+        saved: file.is_some(),
     };
     format.print(&document, || {
         let named = [
