@@ -135,5 +135,5 @@ pub const MAX_RESERVATIONS: u32 = 65_536;
 /// How many sources' buckets of new connections are kept. Only one that is not full is worth keeping, and with the default
 /// rate it fills within two seconds.
 pub const MAX_RATES: u32 = 65_536;
-/// How many rules there may be. Memory is taken for those that there are.
-pub const MAX_RULES: u32 = 1 << 20;
+/// Default for how many rules there may be. Memory is taken for those that there are.
+pub const DEFAULT_MAX_RULES: u32 = 1 << 20;

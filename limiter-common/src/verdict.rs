@@ -188,11 +188,14 @@ pub enum Counter {
     /// The same as [`Self::HeadersHidden`] where not even the port can be read. These are for nobody knows whom: they stand with the
     /// counters of the first service, whose `on_deny` decides on them, and are shown of none.
     HeadersUnreadable = 47,
+    /// Changes of the rules that were refused, because there was no room for all that there would be. User space counts it, and
+    /// for no service.
+    RulesFull = 48,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 48] = [
+    pub const ALL: [Self; 49] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -241,6 +244,7 @@ impl Counter {
         Self::HandshakeServiceRateLimit,
         Self::HandshakeObservedServiceRateLimit,
         Self::HeadersUnreadable,
+        Self::RulesFull,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -349,6 +353,7 @@ impl Counter {
             Self::HandshakeServiceRateLimit => "handshake_service_rate_limit",
             Self::HandshakeObservedServiceRateLimit => "handshake_observed_service_rate_limit",
             Self::HeadersUnreadable => "headers_unreadable",
+            Self::RulesFull => "rules_full",
         }
     }
 }

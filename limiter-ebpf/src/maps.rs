@@ -44,10 +44,10 @@ pub static NEW_ENTRY: PerCpuArray<LedgerEntry> = PerCpuArray::with_max_entries(1
 pub static RATES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(abi::MAX_RATES, 0);
 
 #[map]
-pub static RULES_0: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
+pub static RULES_0: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::DEFAULT_MAX_RULES, 0);
 
 #[map]
-pub static RULES_1: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::MAX_RULES, 0);
+pub static RULES_1: LpmTrie<Address, RuleEntry> = LpmTrie::with_max_entries(abi::DEFAULT_MAX_RULES, 0);
 
 // No program reads it: it is a place for user space to leave its findings, and pinned with the rest.
 #[map]

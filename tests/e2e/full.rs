@@ -148,7 +148,7 @@ fn a_full_map_of_rules_takes_no_more_and_keeps_those_that_it_has() -> Result<()>
     limiter.output(["deny", &address.to_string()])?;
     let state = State::open(&limiter)?;
     state.fill_rules(
-        (1..abi::MAX_RULES).map(|number| Ipv4Addr::from_bits(10 << 24 | number).into()),
+        (1..abi::DEFAULT_MAX_RULES).map(|number| Ipv4Addr::from_bits(10 << 24 | number).into()),
         RuleEntry { action: RuleAction::Allow as u8, ..RuleEntry::default() },
     )?;
     let outcome = limiter.outcome(["deny", "192.0.2.7"])?;
@@ -158,4 +158,74 @@ fn a_full_map_of_rules_takes_no_more_and_keeps_those_that_it_has() -> Result<()>
     let refused = Crowd::connect(&client.namespace, client.service(Family::V4), 1, NO_ANSWER)?;
     assert_eq!(refused.served.len(), 0, "denied");
     Ok(())
+}
+
+/// What is too much, by a command or a file, changes nothing, and is counted and shown.
+#[test]
+fn a_change_of_the_rules_that_finds_no_room_is_refused_whole_and_counted() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let _server = PlainServer::start(&lab.server, Family::V4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let own = client.address(Family::V4).to_string();
+    let file = |rules: &[&str]| {
+        let rule = |cidr: &&str| format!("[[rule]]\ncidr = \"{cidr}\"\naction = \"deny\"\n");
+        let rules = rules.iter().map(rule).collect::<Vec<_>>().concat();
+        Limiter::config_file(&format!(
+            "[kernel]\ninterfaces = [\"{}\"]\nmax_rules = 3\n[limits]\nconnection_rate = 0\n[[service]]\nname = \"chat\"\nport = \
+             {PORT}\n{rules}",
+            client.server_interface()
+        ))
+    };
+    let attach = |rules: &[&str]| {
+        let file = file(rules)?;
+        limiter.outcome(["attach".as_ref(), "--config".as_ref(), file.path().as_os_str()])
+    };
+    let shown = || -> Result<Vec<Option<u64>>> {
+        let status = limiter.json("status")?;
+        Ok(["rules", "rules_size", "rules_full"].iter().map(|key| status[key].as_u64()).collect())
+    };
+    let cidrs = || -> Result<Vec<String>> {
+        let rules = limiter.json("rules")?;
+        let rules = rules["rules"].as_array().context("a list")?;
+        Ok(rules.iter().filter_map(|rule| rule["cidr"].as_str().map(str::to_owned)).collect())
+    };
+    let first = attach(&[&own, "203.0.113.0/24"])?;
+    assert!(first.status.success(), "{}", first.stderr);
+    assert_eq!(shown()?, [Some(2), Some(3), Some(0)]);
+
+    limiter.output(["deny", "198.51.100.1", "--for", "1s"])?;
+    eventually_equal(SOON, "it has ended", &2, || Ok(cidrs()?.len()))?;
+    limiter.output(["deny", "198.51.100.2"])?;
+    let held = cidrs()?;
+    assert!(held.contains(&"198.51.100.2/32".to_owned()), "what has ended makes room: {held:?}");
+    let outcome = limiter.outcome(["deny", "198.51.100.3"])?;
+    assert_eq!(outcome.status.code(), Some(1), "{}", outcome.stderr);
+    assert!(
+        outcome.stderr.contains("there is room for 3; nothing was changed")
+            && outcome.stderr.contains("kernel.max_rules"),
+        "{}",
+        outcome.stderr
+    );
+    assert_eq!(shown()?, [Some(3), Some(3), Some(1)]);
+    limiter.output(["allow", "198.51.100.2"])?;
+    limiter.output(["deny", "198.51.100.2"])?;
+
+    // A file whose rules and those of commands are too many together.
+    let outcome = attach(&["203.0.113.0/24", "192.0.2.1", "192.0.2.2"])?;
+    assert_eq!(outcome.status.code(), Some(1), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("4 rules are too many: there is room for 3"), "{}", outcome.stderr);
+    assert_eq!(cidrs()?, held, "nothing of it is in force");
+    let refused = Crowd::connect(&client.namespace, client.service(Family::V4), 1, NO_ANSWER)?;
+    assert_eq!(refused.served.len(), 0, "the old rules hold");
+    assert_eq!(shown()?, [Some(3), Some(3), Some(2)]);
+    let said = limiter.output(["status"])?;
+    assert!(said.contains("Rules       3 of 3") && said.contains("The rules were full: 2 changes"), "{said}");
+
+    limiter.output(["forget", "198.51.100.2"])?;
+    let outcome = attach(&["203.0.113.0/24", "192.0.2.1", "192.0.2.2"])?;
+    assert!(outcome.status.success(), "{}", outcome.stderr);
+    drop(refused);
+    drop(connect_served(&client.namespace, client.service(Family::V4), SOON)?);
+    limiter.wait_empty()
 }

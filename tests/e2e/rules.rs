@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result};
 use limiter_tests::{
     both_families,
-    lab::{Family, Lab, PORT},
+    lab::{Client, Family, Lab, PORT},
     limiter::Limiter,
     process::Process,
     raw::RawClient,
@@ -300,6 +300,8 @@ fn what_is_saved_is_in_force_and_in_the_file(family: Family) -> Result<()> {
     assert_eq!(now()?, rule("action = \"deny\"\n"));
     let refused = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
     assert_eq!(refused.unanswered.len(), 1);
+    // It would ask again, and get a slot.
+    drop(refused);
     // It says what the file says, so that the file changes nothing.
     limiter.attach(["--config", path])?;
     assert_eq!(limiter.json("rules")?["rules"].as_array().map(Vec::len), Some(1));
@@ -342,26 +344,28 @@ fn what_is_saved_is_in_force_and_in_the_file(family: Family) -> Result<()> {
         (&rules["rules"][0]["action"], &rules["rules"][0]["connection_rate"]),
         (&Value::from("limit"), &Value::Null)
     );
-    drop((refused, crowd));
+    drop(crowd);
     limiter.wait_empty()
 }
 
 #[test]
 fn a_hundred_thousand_rules_load_in_seconds_and_hold() -> Result<()> {
     const RULES: u32 = 100_000;
-    let lab = Lab::new(1)?;
-    let client = &lab.clients[0];
+    let lab = Lab::new(3)?;
+    let (client, denied, other) = (&lab.clients[0], &lab.clients[1], &lab.clients[2]);
     let _server = PlainServer::start(&lab.server, Family::V4)?;
     let limiter = Limiter::new(&lab.server)?;
+    let interfaces: Vec<_> = lab.clients.iter().map(Client::server_interface).collect();
     let mut text = format!(
-        "[kernel]\ninterfaces = [\"{}\"]\n[[service]]\nname = \"chat\"\nport = {PORT}\n",
-        client.server_interface()
+        "[kernel]\ninterfaces = {interfaces:?}\nmax_rules = 150_000\n[limits]\nconnections_per_source = 3\n[[service]]\nname = \
+         \"chat\"\nport = {PORT}\n"
     );
     for number in 0..RULES {
         let network = std::net::Ipv4Addr::from_bits(10 << 24 | number << 6);
         writeln!(text, "[[rule]]\ncidr = \"{network}/26\"\naction = \"deny\"")?;
     }
     writeln!(text, "[[rule]]\ncidr = \"{}\"\nconnections_per_source = 2", client.address(Family::V4))?;
+    writeln!(text, "[[rule]]\ncidr = \"{}\"\naction = \"deny\"", denied.address(Family::V4))?;
     let file = Limiter::config_file(&text)?;
     let begin = Instant::now();
     // Seconds for what is shipped on a quiet host; a debug build on one that is busy takes its time.
@@ -370,11 +374,19 @@ fn a_hundred_thousand_rules_load_in_seconds_and_hold() -> Result<()> {
     let taken = begin.elapsed();
     assert!(attached.status.success(), "{}", attached.stderr);
     let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 5, NO_ANSWER)?;
-    assert_eq!(crowd.served.len(), 2);
+    assert_eq!(crowd.served.len(), 2, "it has a limit of its own");
+    let refused = Crowd::connect(&denied.namespace, denied.service(Family::V4), 1, NO_ANSWER)?;
+    assert_eq!(refused.unanswered.len(), 1, "it is denied");
+    let elsewhere = Crowd::connect(&other.namespace, other.service(Family::V4), 5, NO_ANSWER)?;
+    assert_eq!(elsewhere.served.len(), 3, "no rule is about it");
+    for (address, verdict) in [("10.0.0.1", "denied"), ("10.97.167.255", "denied"), ("10.97.168.0", "admitted")] {
+        let explained: Value = serde_json::from_str(&limiter.output(["explain", address, "--json"])?)?;
+        assert!(explained.to_string().contains(verdict), "{address}: {explained}");
+    }
     let rules = limiter.json("rules")?;
-    assert_eq!(rules["rules"].as_array().map(Vec::len), Some(RULES as usize + 1));
+    assert_eq!(rules["rules"].as_array().map(Vec::len), Some(RULES as usize + 2));
     eprintln!("{RULES} rules were attached in {taken:?}");
-    drop(crowd);
+    drop((crowd, refused, elsewhere));
     limiter.wait_empty()
 }
 

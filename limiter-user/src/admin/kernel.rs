@@ -127,6 +127,12 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
     )?;
     writer.gauge("sources", "Sources that hold a connection", [(&[][..], status.sources)])?;
     writer.gauge("ledger_size", "Connections that the ledger has room for", [(&[][..], status.ledger_size.into())])?;
+    writer.gauge("rules_size", "Rules that there is room for", [(&[][..], status.rules_size.into())])?;
+    writer.counter(
+        "rules_full",
+        "Changes of the rules that found no room and changed nothing",
+        [(&[][..], status.rules_full)],
+    )?;
     writer.gauge(
         "connections_per_source_limit",
         "Connections that one source may hold; 0: any number",

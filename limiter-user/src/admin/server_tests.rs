@@ -101,6 +101,8 @@ fn status() -> Status {
         sources: 2,
         audited: None,
         drift: 6,
+        rules_size: 500,
+        rules_full: 4,
         headers_unreadable: 9,
         repairs: 1,
     }

@@ -3,6 +3,7 @@
 use std::{fmt::Write as _, time::Duration};
 
 use limiter_common::{Counter, DenyReason, event::Stage};
+use serde::Serialize;
 
 use super::{
     Global,
@@ -17,21 +18,31 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
-    let status = Pinned::open(&global.pin_path()?)?.status()?;
-    args.format.print(&status, || text(&status))
+    let pinned = Pinned::open(&global.pin_path()?)?;
+    let (status, rules) = (pinned.status()?, pinned.rules()?.count()?);
+    args.format.print(&Document { status: &status, rules }, || text(&status, rules))
 }
 
-fn text(status: &Status) -> String {
+#[derive(Serialize)]
+struct Document<'s> {
+    #[serde(flatten)]
+    status: &'s Status,
+    /// Rules that there are, those among them that have ended and were not removed yet.
+    rules: u64,
+}
+
+fn text(status: &Status, rules: u64) -> String {
     let daemon = status.daemon.map_or_else(|| "none; the limits stay in force".to_owned(), |pid| format!("pid {pid}"));
     let mut text = format!(
         "Pinned at   {} (layout {})\nDaemon      {daemon}\nAccounting  {}\nLedger      {} of {} connections, {} sources\n\
-         Audit       {}\n\n",
+         Rules       {rules} of {}\nAudit       {}\n\n",
         status.pin_path,
         status.abi,
         status.accounting,
         status.ledger_entries,
         status.ledger_size,
         status.sources,
+        status.rules_size,
         audit(status),
     );
     let over_all = status.services.first().map_or(0, |service| service.limits.connections_total_all);
@@ -76,6 +87,15 @@ fn text(status: &Status) -> String {
             "\nOf {} packets not even the port could be read that they were for: cut in two within their first bytes, or with more tags or \
              extension headers than anybody needs.",
             status.headers_unreadable
+        );
+    }
+    if status.rules_full > 0 {
+        // A String takes whatever is written to it.
+        let _ = writeln!(
+            text,
+            "\nThe rules were full: {} changes found no room and changed nothing. `limiter forget` makes room, or a higher \
+             kernel.max_rules when it is attached again after `limiter detach`.",
+            status.rules_full
         );
     }
     let uncounted: u64 = status.services.iter().map(|service| service.counters.get(Counter::LedgerFull)).sum();
@@ -208,6 +228,8 @@ mod tests {
             }],
             ledger_entries: 3,
             ledger_size: 1000,
+            rules_size: 500,
+            rules_full: 0,
             sources: 1,
             audited: Some(Duration::from_millis(2700)),
             drift: 0,
@@ -223,6 +245,7 @@ Pinned at   /sys/fs/bpf/limiter (layout 1)
 Daemon      none; the limits stay in force
 Accounting  socket
 Ledger      3 of 1000 connections, 1 sources
+Rules       7 of 500
 Audit       2s ago: drift 0, 4 repairs
 
 INTERFACE                        INDEX  MODE    HOOK  WHY
@@ -243,7 +266,9 @@ chat     ledger_full       2
 
 The ledger was full: 2 connections passed uncounted. Raise kernel.max_connections and attach anew.
 ";
-        assert_eq!(text(&status()), expected);
+        assert_eq!(text(&status(), 7), expected);
+        let full = text(&Status { rules_full: 2, ..status() }, 500);
+        assert!(full.contains("\nThe rules were full: 2 changes found no room and changed nothing."), "{full}");
     }
 
     #[test]
@@ -266,12 +291,16 @@ The ledger was full: 2 connections passed uncounted. Raise kernel.max_connection
     fn a_limit_over_all_services_is_shown() {
         let mut status = status();
         status.services[0].limits.connections_total_all = 500;
-        assert!(text(&status).contains("repairs\nAll         3 of 500 connections over all services\n\nINTERFACE"));
+        assert!(text(&status, 0).contains("repairs\nAll         3 of 500 connections over all services\n\nINTERFACE"));
     }
 
     #[test]
     fn the_document_has_the_keys_of_the_configuration() {
-        let document = serde_json::to_value(status()).unwrap();
+        let document = serde_json::to_value(Document { status: &status(), rules: 7 }).unwrap();
+        assert_eq!(
+            (&document["rules"], &document["rules_size"], &document["rules_full"]),
+            (&7.into(), &500.into(), &0.into())
+        );
         assert_eq!(document["services"][0]["connections_per_source"], 20);
         assert_eq!(document["services"][0]["counters"]["syn_admitted"], 5);
         assert_eq!(document["interfaces"][1]["name"], serde_json::Value::Null);

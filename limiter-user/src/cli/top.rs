@@ -162,6 +162,8 @@ mod tests {
             sources: 2,
             audited: None,
             drift: 0,
+            rules_size: 500,
+            rules_full: 0,
             headers_unreadable: 0,
             repairs: 0,
         }

@@ -27,6 +27,9 @@ use crate::policy::{Action, Cidr, Limits, OwnLimits, Rule};
 /// Most connections that a ledger may hold: about 2 GiB of kernel memory.
 pub(super) const LARGEST_LEDGER: u32 = 1 << 24;
 
+/// Most rules that there may be: some GiB of kernel memory.
+pub(super) const MOST_RULES: u32 = 1 << 24;
+
 /// An audit reads the whole ledger: one after the other would be all that the host does.
 const SHORTEST_AUDIT_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -144,6 +147,7 @@ fn kernel(mut section: Section, kernel: &mut Kernel) {
     section.read("max_connections", &mut kernel.max_connections, |item| {
         value::integer(item, 1..=LARGEST_LEDGER, "connections")
     });
+    section.read("max_rules", &mut kernel.max_rules, |item| value::integer(item, 1..=MOST_RULES, "rules"));
     section.read("audit_interval", &mut kernel.audit_interval, |item| {
         let interval = value::duration(item, Duration::ZERO, value::LONGEST)?;
         if !interval.is_zero() && interval < SHORTEST_AUDIT_INTERVAL {

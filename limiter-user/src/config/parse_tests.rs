@@ -36,6 +36,7 @@ fn every_key_is_read() {
         on_full = "closed"
         pin_path = "/run/bpf/x"
         max_connections = 1_000
+        max_rules = 2_000
         audit_interval = "0s"
         challenge = "auto"
         challenge_threshold = 2
@@ -146,6 +147,7 @@ fn every_key_is_read() {
             on_full: OnFull::Closed,
             pin_path: PathBuf::from("/run/bpf/x"),
             max_connections: 1000,
+            max_rules: 2000,
             audit_interval: Duration::ZERO,
             challenge: ChallengeMode::Auto,
             challenge_threshold: 2,
@@ -317,6 +319,7 @@ fn each_problem_is_told_with_its_place() {
         ("[kernel]\ninterfaces = [\"lo\", \"lo\"]", "2:21", "the string \"lo\" is given twice"),
         ("[kernel]\ninterfaces = [\"a name that is too long\"]", "2:15", "can't be the name of a network interface"),
         ("[kernel]\npin_path = \"bpf/limiter\"", "2:12", "expected an absolute path"),
+        ("[kernel]\nmax_rules = 0", "2:13", "expected a whole number from 1 to 16777216 (rules)"),
         ("[kernel]\nmax_connections = 0", "2:19", "expected a whole number from 1 to 16777216 (connections)"),
         ("[kernel]\nmax_connections = 99999999999999999999999", "2:19", "from 1 to 16777216"),
         (

@@ -43,6 +43,8 @@ pub struct Kernel {
     pub pin_path: PathBuf,
     /// Size of the ledger, in connections.
     pub max_connections: u32,
+    /// How many rules there may be, those of commands among them.
+    pub max_rules: u32,
     /// How often the daemon compares the ledger with the kernel's sockets; zero: never.
     pub audit_interval: Duration,
     /// Whether SYNs are answered by cookies before the stack sees them.
@@ -64,6 +66,7 @@ impl Default for Kernel {
             on_full: OnFull::Open,
             pin_path: "/sys/fs/bpf/limiter".into(),
             max_connections: limiter_common::abi::DEFAULT_MAX_CONNECTIONS,
+            max_rules: limiter_common::abi::DEFAULT_MAX_RULES,
             audit_interval: Duration::from_secs(5),
             challenge: ChallengeMode::Never,
             challenge_threshold: 1000,

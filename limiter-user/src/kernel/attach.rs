@@ -176,14 +176,20 @@ impl Attach<'_> {
     ) -> Result<Parts, KernelError> {
         let mut warnings = Vec::new();
         if self.taken_over {
-            let size = layout::check(self.pins)?;
+            let sizes = layout::check(self.pins)?;
             if !self.pins.netns(self.netns_cookie).is_dir() {
                 return Err(KernelError::OtherNamespace { pin_path: self.pins.root().to_owned() });
             }
-            if size != self.config.max_connections {
+            if sizes.ledger != self.config.max_connections {
                 warnings.push(format!(
-                    "the pinned ledger has room for {size} connections, not for {}: it keeps its size until `limiter detach`",
-                    self.config.max_connections
+                    "the pinned ledger has room for {} connections, not for {}: it keeps its size until `limiter detach`",
+                    sizes.ledger, self.config.max_connections
+                ));
+            }
+            if sizes.rules != self.config.max_rules {
+                warnings.push(format!(
+                    "what is pinned has room for {} rules, not for {}: that stays so until `limiter detach`",
+                    sizes.rules, self.config.max_rules
                 ));
             }
         } else {

@@ -109,7 +109,9 @@ pub enum KernelError {
         count: usize,
     },
     /// There are more rules than the maps have room for.
-    #[error("{count} rules are too many: there is room for {room}; nothing was changed")]
+    #[error(
+        "{count} rules are too many: there is room for {room}; nothing was changed. `limiter forget` makes room, or a higher kernel.max_rules when it is attached again after `limiter detach`"
+    )]
     TooManyRules {
         /// How many.
         count: usize,

@@ -42,8 +42,8 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<(), ()>(abi::MAP_EVENTS, MapType::RingBuf, Some(abi::EVENTS_BYTES)),
     shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, Some(abi::MAX_RESERVATIONS)),
     shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
-    shape::<RuleKey, RuleEntry>(abi::MAP_RULES[0], MapType::LpmTrie, Some(abi::MAX_RULES)),
-    shape::<RuleKey, RuleEntry>(abi::MAP_RULES[1], MapType::LpmTrie, Some(abi::MAX_RULES)),
+    shape::<RuleKey, RuleEntry>(abi::MAP_RULES[0], MapType::LpmTrie, None),
+    shape::<RuleKey, RuleEntry>(abi::MAP_RULES[1], MapType::LpmTrie, None),
     shape::<u32, AuditReport>(abi::MAP_AUDIT, MapType::Array, Some(abi::MAX_SERVICES)),
     shape::<u32, InForce>(abi::MAP_IN_FORCE, MapType::Array, Some(1)),
     shape::<u32, TagSecret>(abi::MAP_TAG_SECRET, MapType::Array, Some(1)),
@@ -51,9 +51,18 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, Challenge>(abi::MAP_CHALLENGES, MapType::Array, Some(abi::MAX_SERVICES)),
 ];
 
-/// Checks every pinned map. Returns the size of the ledger.
-pub fn check(pins: &Pins) -> Result<u32, KernelError> {
-    let mut ledger_size = 0;
+/// What the maps have room for that are made as configured.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sizes {
+    /// Connections in the ledger.
+    pub ledger: u32,
+    /// Rules.
+    pub rules: u32,
+}
+
+/// Checks every pinned map.
+pub fn check(pins: &Pins) -> Result<Sizes, KernelError> {
+    let mut sizes = Sizes::default();
     for shape in &SHAPES {
         let path = pins.map(shape.name);
         let info = match MapData::from_pin(&path).and_then(|map| map.info()) {
@@ -82,10 +91,12 @@ pub fn check(pins: &Pins) -> Result<u32, KernelError> {
             ));
         }
         if shape.name == abi::MAP_LEDGER {
-            ledger_size = info.max_entries();
+            sizes.ledger = info.max_entries();
+        } else if shape.name == abi::MAP_RULES[0] {
+            sizes.rules = info.max_entries();
         }
     }
-    Ok(ledger_size)
+    Ok(sizes)
 }
 
 /// That there is nothing of another version under the pin path.

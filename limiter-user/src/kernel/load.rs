@@ -134,6 +134,9 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32
         // There are never more sources of a tier than connections.
         .map_max_entries(abi::MAP_SOURCES, config.max_connections.saturating_mul(tiers))
         .map_max_entries(abi::MAP_MEMBERS, config.max_connections);
+    for name in abi::MAP_RULES {
+        loader.map_max_entries(name, config.max_rules);
+    }
     for (field, offset) in abi::LISTENER_FIELDS.iter().zip(&offsets.listener) {
         loader.override_global(field.global, offset, true);
     }

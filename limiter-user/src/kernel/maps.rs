@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap as StdHashMap,
-    fmt,
+    fmt, io,
     net::IpAddr,
     path::Path,
     sync::{Mutex, PoisonError},
@@ -193,7 +193,7 @@ impl Services {
     pub fn counters(&self, index: u32) -> Result<Counters, KernelError> {
         Counter::ALL
             .into_iter()
-            .filter(|counter| *counter != Counter::HeadersUnreadable)
+            .filter(|counter| !matches!(counter, Counter::HeadersUnreadable | Counter::RulesFull))
             .map(|counter| Ok((counter.name(), self.counter(index, counter)?)))
             .collect::<Result<_, _>>()
             .map(Counters)
@@ -202,6 +202,11 @@ impl Services {
     /// How many packets there were of which nobody can know what service they are for.
     pub fn headers_unreadable(&self) -> Result<u64, KernelError> {
         self.counter(0, Counter::HeadersUnreadable)
+    }
+
+    /// How many changes of the rules there was no room for.
+    pub fn rules_full(&self) -> Result<u64, KernelError> {
+        self.counter(0, Counter::RulesFull)
     }
 
     fn counter(&self, index: u32, counter: Counter) -> Result<u64, KernelError> {
@@ -243,6 +248,19 @@ impl Services {
             .set(u32::from(port), word, 0)
             .map_err(KernelError::failed(format!("can't give port {port} to a service")))
     }
+}
+
+/// Counts a change of the rules that there was no room for. Under the lock of changes: nobody else writes to this counter.
+pub(super) fn count_rules_full(pins: &Pins) -> Result<(), KernelError> {
+    const WHAT: &str = "can't count that there was no room for a rule";
+    let place = Counter::RulesFull as u32;
+    let mut counters: PerCpuArray<_, u64> = open(&pins.map(abi::MAP_COUNTERS), Map::PerCpuArray)?;
+    let mut values = counters.get(&place, 0).map_err(KernelError::failed(WHAT))?.to_vec();
+    if let Some(value) = values.first_mut() {
+        *value += 1;
+    }
+    let values = values.try_into().map_err(KernelError::failed::<io::Error>(WHAT))?;
+    counters.set(place, values, 0).map_err(KernelError::failed(WHAT))
 }
 
 /// The ledger, to look at. Only kernel programs write to it.

@@ -12,7 +12,8 @@ use super::{
     AttachedInterface, ConnectionRow, EventLog, Exception, KernelError, REPAIRS, ServiceRow, SourceRow, Status,
     challenge::{self, Challenges},
     change::Change,
-    host, in_force, layout,
+    host, in_force,
+    layout::{self, Sizes},
     maps::{Audits, Ledger, ServiceEntry, Services, Sources},
     pins::Pins,
     placement::Pin,
@@ -28,7 +29,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Pinned {
     pins: Pins,
-    ledger_size: u32,
+    sizes: Sizes,
     services: Services,
 }
 
@@ -46,8 +47,8 @@ impl Pinned {
             layout::check_version(&pins)?;
             return Err(KernelError::NotAttached { pin_path: pin_path.to_owned() });
         }
-        let ledger_size = layout::check(&pins)?;
-        Ok(Self { services: Services::open(&pins)?, pins, ledger_size })
+        let sizes = layout::check(&pins)?;
+        Ok(Self { services: Services::open(&pins)?, pins, sizes })
     }
 
     /// What is in force.
@@ -76,7 +77,9 @@ impl Pinned {
             syncookies_before: SYNCOOKIES.before(&self.pins),
             timestamps_before: TIMESTAMPS.before(&self.pins),
             ledger_entries: services.iter().map(|service| service.connections).sum(),
-            ledger_size: self.ledger_size,
+            ledger_size: self.sizes.ledger,
+            rules_size: self.sizes.rules,
+            rules_full: self.services.rules_full()?,
             repairs: services
                 .iter()
                 .flat_map(|service| REPAIRS.iter().map(|(counter, _)| service.counters.get(*counter)))
@@ -220,7 +223,7 @@ impl Pinned {
 
     /// Connections that the ledger has room for.
     pub(super) fn ledger_size(&self) -> u64 {
-        self.ledger_size.into()
+        self.sizes.ledger.into()
     }
 
     /// Where the maps are.

@@ -30,6 +30,10 @@ pub struct Status {
     pub ledger_entries: u64,
     /// Room in the ledger.
     pub ledger_size: u32,
+    /// Rules that there is room for.
+    pub rules_size: u32,
+    /// Changes of the rules that were refused, because there was no room for all that there would be.
+    pub rules_full: u64,
     /// Sources that hold a connection.
     pub sources: u64,
     /// Packets of which not even the port could be read that they are for; they are dropped, unless the first service only observes.

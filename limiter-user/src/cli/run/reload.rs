@@ -160,6 +160,7 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
     keep("kernel.attach_mode", &old_kernel.attach_mode, &mut new_kernel.attach_mode, &mut restart);
     keep("kernel.pin_path", &old_kernel.pin_path, &mut new_kernel.pin_path, &mut restart);
     keep("kernel.max_connections", &old_kernel.max_connections, &mut new_kernel.max_connections, &mut restart);
+    keep("kernel.max_rules", &old_kernel.max_rules, &mut new_kernel.max_rules, &mut restart);
     keep("kernel.challenge", &old_kernel.challenge, &mut new_kernel.challenge, &mut restart);
     let threshold = &mut new_kernel.challenge_threshold;
     keep("kernel.challenge_threshold", &old_kernel.challenge_threshold, threshold, &mut restart);
@@ -193,6 +194,7 @@ mod tests {
         let mut new = old.clone();
         assert_eq!(keep_fixed(&old, &mut new), Vec::<&str>::new());
         new.kernel.attach_mode = AttachMode::Generic;
+        new.kernel.max_rules = 7;
         new.kernel.challenge = ChallengeMode::Auto;
         new.kernel.challenge_threshold = 5;
         new.kernel.challenge_timestamps = true;
@@ -203,6 +205,7 @@ mod tests {
         new.kernel.audit_interval = Duration::from_secs(1);
         let named = [
             "kernel.attach_mode",
+            "kernel.max_rules",
             "kernel.challenge",
             "kernel.challenge_threshold",
             "kernel.challenge_timestamps",

@@ -13,12 +13,12 @@ use std::{collections::HashMap, fmt, net::IpAddr, time::Duration};
 
 use aya::maps::lpm_trie::Key;
 use limiter_common::{
-    Address, abi,
+    Address,
     policy::InForce,
     rule::{RuleEntry, RuleOrigin},
 };
 
-use super::{KernelError, copies::Word, host, pins::Pins};
+use super::{KernelError, copies::Word, host, maps::count_rules_full, pins::Pins};
 use crate::policy::{Cidr, Rule};
 use entry::{Place, cidr, ends_ns, entry, from_entry, has_ended, is_same, key, place};
 use trie::Copies;
@@ -111,7 +111,16 @@ impl Rules {
         if !in_force.has_rules() {
             self.in_force.write(in_force.with_rules(true))?;
         }
-        self.copies.insert(in_force, &key(rule.cidr), &entry(rule, expires_ns, from_file))
+        let (key, entry) = (key(rule.cidr), entry(rule, expires_ns, from_file));
+        match self.copies.insert(in_force, &key, &entry) {
+            // Those that have ended may take the room.
+            Err(KernelError::TooManyRules { .. }) => {
+                self.remove_ended_in(in_force)?;
+                let put = self.copies.insert(in_force, &key, &entry);
+                self.count_if_full(put)
+            }
+            put => put,
+        }
     }
 
     /// Takes a rule away. `false` if there is none of that prefix.
@@ -124,8 +133,17 @@ impl Rules {
     /// Removes what has ended. The programs do without, but every look-up that meets one looks twice.
     pub fn remove_ended(&mut self) -> Result<(), KernelError> {
         let _lock = self.pins.lock_policy()?;
-        let now = nanoseconds(host::monotonic());
         let in_force = self.in_force.read()?;
+        self.remove_ended_in(in_force)
+    }
+
+    /// How many rules there are, ended or not.
+    pub fn count(&self) -> Result<u64, KernelError> {
+        self.in_force.read_with(|in_force| self.copies.count(in_force))
+    }
+
+    fn remove_ended_in(&mut self, in_force: InForce) -> Result<(), KernelError> {
+        let now = nanoseconds(host::monotonic());
         for (key, entry) in self.copies.entries(in_force)? {
             if has_ended(&entry, now) {
                 self.copies.delete(in_force, &key)?;
@@ -154,8 +172,9 @@ impl Rules {
         if wanted == known {
             return Ok(None);
         }
-        if wanted.len() > abi::MAX_RULES as usize {
-            return Err(KernelError::TooManyRules { count: wanted.len(), room: abi::MAX_RULES });
+        let room = self.copies.room();
+        if wanted.len() > room as usize {
+            return self.count_if_full(Err(KernelError::TooManyRules { count: wanted.len(), room }));
         }
         let other = in_force.other_rules();
         // Left over from a change that died half-way.
@@ -168,6 +187,17 @@ impl Rules {
             }
         }
         Ok(Some(!wanted.is_empty()))
+    }
+
+    /// Counts a change that there was no room for; `changed`: what came of it. Under the lock of changes.
+    fn count_if_full<T>(&self, changed: Result<T, KernelError>) -> Result<T, KernelError> {
+        if matches!(changed, Err(KernelError::TooManyRules { .. }))
+            && let Err(error) = count_rules_full(&self.pins)
+        {
+            // That there was no room is what is to be told.
+            tracing::warn!(%error, "a change of the rules that found no room is not counted");
+        }
+        changed
     }
 
     /// Empties the copy that this word says, which must not be in force.
