@@ -22,7 +22,12 @@ use limiter_tests::{
     wait::{SOON, eventually_equal},
 };
 
-both_families!(a_full_ledger_that_is_open_lets_pass_uncounted, a_full_ledger_that_is_closed_refuses);
+both_families!(
+    a_full_ledger_that_is_open_lets_pass_uncounted,
+    a_full_ledger_that_is_closed_refuses,
+    a_full_map_of_sources_that_is_open_lets_pass_uncounted,
+    a_full_map_of_sources_that_is_closed_refuses,
+);
 
 /// What the ledger has room for.
 const ROOM: usize = 16;
@@ -102,6 +107,66 @@ fn a_full_ledger_that_is_closed_refuses(family: Family) -> Result<()> {
     limiter.wait_held(second.address(family), 0)?;
     drop(connect_served(&third.namespace, third.service(family), SOON)?);
     drop(held);
+    limiter.wait_empty()
+}
+
+/// With room in the ledger, and none for one more source: it takes a wider tier that was configured after the map was made.
+fn a_full_map_of_sources_that_is_open_lets_pass_uncounted(family: Family) -> Result<()> {
+    let lab = Lab::new(2)?;
+    let server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let (_config, arguments) = arguments(&lab, "open")?;
+    let _daemon = limiter.run(arguments)?;
+    let [known, new] = [&lab.clients[0], &lab.clients[1]];
+    let some = Crowd::connect(&known.namespace, known.service(family), 2, SOON)?;
+    limiter.wait_held(known.address(family), 2)?;
+    let mut state = State::open(&limiter)?;
+    let others = state.fill_sources()?;
+    assert_eq!(others.len(), ROOM - 1);
+
+    let uncounted = Crowd::connect(&new.namespace, new.service(family), 3, SOON)?;
+    let counted = Crowd::connect(&known.namespace, known.service(family), 1, SOON)?;
+    assert_eq!((uncounted.served.len(), counted.served.len()), (3, 1), "they pass");
+    assert_eq!(server.seen(new.address(family)).open, 3);
+    state.wait_audited()?;
+    assert_eq!(limiter.counter("ledger_full")?, 3, "each is counted once");
+    let said = limiter.output(["status"])?;
+    assert!(said.contains("The ledger was full: 3 connections passed uncounted"), "{said}");
+    assert_eq!((limiter.ledger()?.len(), limiter.held_by(known.address(family))?), (3, 3), "who has a source counts");
+
+    state.remove_sources(&others)?;
+    eventually_equal(SOON, "the uncounted are counted", &6, || Ok(limiter.ledger()?.len()))?;
+    limiter.wait_held(new.address(family), 3)?;
+    drop((some, uncounted, counted));
+    limiter.wait_empty()
+}
+
+fn a_full_map_of_sources_that_is_closed_refuses(family: Family) -> Result<()> {
+    let lab = Lab::new(2)?;
+    let server = PlainServer::start(&lab.server, family)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let (_config, arguments) = arguments(&lab, "closed")?;
+    let _daemon = limiter.run(arguments)?;
+    let [known, new] = [&lab.clients[0], &lab.clients[1]];
+    let some = Crowd::connect(&known.namespace, known.service(family), 2, SOON)?;
+    limiter.wait_held(known.address(family), 2)?;
+    let mut state = State::open(&limiter)?;
+    let others = state.fill_sources()?;
+
+    let mut raw = RawClient::new(new, family)?;
+    let mut connections = raw.half_open(3)?;
+    raw.complete(&connections)?;
+    assert_eq!(raw.reset_when_sending(&mut connections, 3)?, 3, "told that they are not connected");
+    assert_eq!(server.seen(raw.address()).accepted, 0);
+    assert_eq!((limiter.counter("handshake_ledger_full")?, limiter.counter("ledger_full")?), (3, 0));
+    let said = limiter.output(["status"])?;
+    assert!(said.contains("ledger_full"), "{said}");
+    let counted = connect_served(&known.namespace, known.service(family), SOON)?;
+    limiter.wait_held(known.address(family), 3)?;
+
+    state.remove_sources(&others)?;
+    drop(connect_served(&new.namespace, new.service(family), SOON)?);
+    drop((some, counted));
     limiter.wait_empty()
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData},
+    maps::{Array, HashMap, Map, MapData, MapError},
 };
 use limiter_common::{
     ConnectionKey, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
@@ -83,6 +83,26 @@ impl State {
         let mut held = self.sources.get(source, 0).context("the source holds a connection")?;
         held.connections = held.connections.wrapping_add_signed(by);
         Ok(self.sources.insert(source, held, 0)?)
+    }
+
+    /// Has sources hold connections that are in no ledger, until there is room for no other source. Gives these sources.
+    pub fn fill_sources(&mut self) -> Result<Vec<SourceKey>> {
+        let mut made = Vec::new();
+        for number in 1.. {
+            let address = IpAddr::from(Ipv4Addr::from_bits(10 << 24 | number)).into();
+            let key = SourceKey::new(0, &address, 32, 64);
+            match self.sources.insert(key, SourceEntry { connections: 1, key, ..SourceEntry::default() }, 0) {
+                Ok(()) => made.push(key),
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => break,
+                Err(error) => return Err(error).context("can't make a source"),
+            }
+        }
+        Ok(made)
+    }
+
+    /// Takes sources away, whatever they hold.
+    pub fn remove_sources(&mut self, sources: &[SourceKey]) -> Result<()> {
+        sources.iter().try_for_each(|source| self.sources.remove(source)).context("can't take a source away")
     }
 
     /// Puts a rule in force for each of these addresses, where there is a rule already.
