@@ -3,13 +3,13 @@
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
 use limiter_tests::{
     both_families,
-    lab::{CLIENT_INTERFACE, Family, Lab, PORT},
+    lab::{CLIENT_INTERFACE, Client, Family, Lab, PORT},
     limiter::{Daemon, Limiter},
     monitor::{self, Monitor},
     netns::Namespace,
@@ -24,6 +24,7 @@ both_families!(
     a_client_that_vanishes_gives_its_slot_back,
     a_new_limit_holds_at_once_and_cuts_nobody,
     without_the_kernel_a_client_is_told_that_it_is_past_the_limit,
+    without_the_kernel_services_count_together_and_rules_end,
     behind_a_proxy_the_gateway_limits_by_the_true_address,
 );
 
@@ -163,6 +164,42 @@ fn without_the_kernel_a_client_is_told_that_it_is_past_the_limit(family: Family)
     eventually(SOON, "its place is free", || {
         Ok(matches!(websocket::handshake(&client.namespace, None, client.service(family))?, Handshake::Open(_)))
     })
+}
+
+fn without_the_kernel_services_count_together_and_rules_end(family: Family) -> Result<()> {
+    let lab = Lab::new(2)?;
+    let (client, other) = (&lab.clients[0], &lab.clients[1]);
+    let limiter = Limiter::new(&lab.server)?;
+    // Long enough for what is tried before it ends.
+    let ends = humantime::format_rfc3339_millis(SystemTime::now() + Duration::from_secs(8));
+    let config = Limiter::config_file(&format!(
+        "[limits]\nconnections_total_all = 3\nconnection_rate = 0\n\
+         [gateway]\nlisten = [\"0.0.0.0:{PORT}\", \"[::]:{PORT}\", \"0.0.0.0:8081\", \"[::]:8081\"]\n\
+         [[service]]\nname = \"chat\"\nport = {PORT}\n[[service]]\nname = \"game\"\nport = 8081\n\
+         [[rule]]\ncidr = \"{}\"\naction = \"deny\"\nexpires = {ends}\n",
+        other.address(family)
+    ))?;
+    let daemon = limiter.run(["--config".as_ref(), config.path().as_os_str()])?;
+    let chat = client.service(family);
+    let game = SocketAddr::new(chat.ip(), 8081);
+    let answer = |client: &Client, server| -> Result<u16> {
+        match websocket::handshake(&client.namespace, None, server)? {
+            Handshake::Open(_) => Ok(101),
+            Handshake::Refused(response) => Ok(response.status().as_u16()),
+        }
+    };
+    assert_eq!(answer(other, other.service(family))?, 403, "a rule denies it");
+    let mut held = Vec::new();
+    for server in [chat, game, chat] {
+        held.push(websocket::open(&client.namespace, server)?);
+    }
+    assert_eq!((answer(client, chat)?, answer(client, game)?), (503, 503), "of either service");
+    let (_, metrics) = daemon.http_get("/metrics").context("metrics")?;
+    assert!(metrics.contains("limiter_handshakes_total{result=\"total_full\"} 2"), "{metrics}");
+    drop(held.swap_remove(1));
+    eventually(SOON, "there is room again, for either", || Ok(answer(client, chat)? == 101))?;
+    // Nobody reads the file again.
+    eventually(SOON, "the rule has ended", || Ok(answer(other, other.service(family))? == 101))
 }
 
 #[test]
