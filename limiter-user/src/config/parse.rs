@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     ops::Range,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use limiter_common::{abi::MAX_SERVICES, policy::SERVICE_NAME_BYTES};
@@ -118,7 +118,13 @@ fn file(report: &Report, table: &DeTable) -> File {
     let base =
         Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
     config.services = services(report, root.sections("service"), &base);
-    config.rules = rules(report, root.sections("rule"), config.limits.connection_burst);
+    config.rules = rules(
+        report,
+        root.sections("rule"),
+        config.limits.connection_burst,
+        config.kernel.max_rules,
+        SystemTime::now(),
+    );
     let Places { listen, certificates, upstream_tls, auth, schemas } =
         gateway(report, root.section("gateway"), &mut config.gateway);
     let (admin_listen, token) = admin(root.section("admin"), &mut config.admin);
@@ -229,8 +235,10 @@ fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Serv
     services
 }
 
-/// `burst`: how many connections at once where a rule says only how many per second.
-fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32) -> Vec<Rule> {
+/// `burst`: how many connections at once where a rule says only how many per second. `most`: how many rules there may be that
+/// have not ended by `now`.
+fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32, most: u32, now: SystemTime) -> Vec<Rule> {
+    let mut held = 0;
     let mut rules = Vec::with_capacity(sections.len());
     let mut seen: HashMap<Cidr, usize> = HashMap::with_capacity(sections.len());
     for (span, mut section) in sections {
@@ -276,7 +284,15 @@ fn rules(report: &Report, sections: Vec<(Range<usize>, Section)>, burst: u32) ->
             Some(RuleAction::Deny) => Action::Deny,
             None => Action::Limit(own),
         };
-        rules.push(Rule { cidr, action, expires });
+        let rule = Rule { cidr, action, expires };
+        if !rule.has_ended(now) {
+            // Of all that are too many, the first is enough to say so.
+            if held == most {
+                report.add(&span, format!("rule: there may be {most} rules at most (kernel.max_rules)"));
+            }
+            held = held.saturating_add(1);
+        }
+        rules.push(rule);
     }
     rules
 }

@@ -529,6 +529,16 @@ proptest! {
 }
 
 #[test]
+fn rules_that_have_ended_take_no_room() {
+    let rule = |last: u8, more: &str| format!("[[rule]]\ncidr = \"192.0.2.{last}\"\naction = \"deny\"\n{more}");
+    let ended = rule(1, "expires = 2001-09-09T01:46:40Z\n");
+    let two = format!("[kernel]\nmax_rules = 2\n{ended}{}{}", rule(2, ""), rule(3, ""));
+    assert_eq!(good(&two).rules.len(), 3);
+    let problems = refused(&format!("{two}{}{}", rule(4, ""), rule(5, "")));
+    assert_eq!(problems, ["limiter.toml:13:1: rule: there may be 2 rules at most (kernel.max_rules)"]);
+}
+
+#[test]
 fn the_end_of_a_rule_is_a_point_in_time() {
     let rule = |expires: &str| format!("[[rule]]\ncidr = \"192.0.2.7\"\naction = \"deny\"\nexpires = {expires}\n");
     let end = |expires: &str| good(&rule(expires)).rules[0].expires;
