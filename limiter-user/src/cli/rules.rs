@@ -144,9 +144,9 @@ fn set(pinned: &Pinned, rule: Rule, file: Option<&Path>) -> anyhow::Result<SetDo
     let mut rules = pinned.rules()?;
     let before = rules.get(rule.cidr)?;
     let from_file = file.is_some();
+    rules.remove_ended()?;
     rules.set(&rule, from_file)?;
     let saved = commit(&mut rules, rule.cidr, before, file)?;
-    rules.remove_ended()?;
     let left = rule.expires.map(|expires| expires.duration_since(SystemTime::now()).unwrap_or_default());
     let rule = Row::new(&RuleInForce { rule, left, from_file });
     Ok(SetDocument { rule, instead_of: before.map(|before| before.rule.action.name()), cut: None, saved })
@@ -310,6 +310,7 @@ pub(super) fn set_own(
     let file = file.map(|path| prepare_rule(path, &rule)).transpose()?;
     let (left, was_from_file) = before.map_or((None, false), |before| (before.left, before.from_file));
     let from_file = was_from_file || file.is_some();
+    rules.remove_ended()?;
     rules.set(&rule, from_file)?;
     commit(&mut rules, cidr, before, file)?;
     Ok(RuleInForce { rule, left, from_file })

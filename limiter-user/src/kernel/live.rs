@@ -4,7 +4,7 @@
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use super::{
@@ -17,17 +17,40 @@ use super::{
 };
 use crate::policy::{Action, Cidr, Connection, Limits, Policy, Rule, Source};
 
+/// How many times as long as it took to look for rules that have ended it is not done again: with a great many rules it takes a
+/// good part of a second, and whoever offends on purpose decides how often somebody is denied.
+const SWEEP_PAUSE: u32 = 20;
+
 /// One service's policy, read anew at every question.
 #[derive(Debug)]
 pub struct LivePolicy {
     services: Services,
     rules: Rules,
-    /// The same, for changes.
-    denials: Mutex<Rules>,
+    denials: Mutex<Denials>,
     index: u32,
     control: Arc<Control>,
     /// What to go by should the map not be readable.
     last: Mutex<Limits>,
+}
+
+/// The rules, for changes.
+#[derive(Debug)]
+struct Denials {
+    rules: Rules,
+    /// When those that have ended are looked for again.
+    sweep_at: Instant,
+}
+
+impl Denials {
+    /// Denies a prefix that has no rule, until then.
+    fn deny(&mut self, cidr: Cidr, expires: Option<SystemTime>) -> Result<(), KernelError> {
+        let begin = Instant::now();
+        if begin >= self.sweep_at {
+            self.rules.remove_ended()?;
+            self.sweep_at = Instant::now() + begin.elapsed() * SWEEP_PAUSE;
+        }
+        self.rules.set(&Rule { expires, ..Rule::new(cidr, Action::Deny) }, false)
+    }
 }
 
 impl LivePolicy {
@@ -36,7 +59,7 @@ impl LivePolicy {
         Ok(Self {
             services: Services::open(pins)?,
             rules: Rules::open(pins)?,
-            denials: Mutex::new(Rules::open(pins)?),
+            denials: Mutex::new(Denials { rules: Rules::open(pins)?, sweep_at: Instant::now() }),
             index,
             control,
             last: Mutex::new(limits),
@@ -103,12 +126,10 @@ impl Policy for LivePolicy {
                 // The configuration bounds the time.
                 let expires = SystemTime::now().checked_add(time);
                 let mut denials = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
-                match denials.get(cidr) {
+                match denials.rules.get(cidr) {
                     // Of the operator's, for this very source: it would be lost.
                     Ok(Some(_)) => return false,
-                    Ok(None) => denials
-                        .remove_ended()
-                        .and_then(|()| denials.set(&Rule { expires, ..Rule::new(cidr, Action::Deny) }, false)),
+                    Ok(None) => denials.deny(cidr, expires),
                     Err(error) => Err(error),
                 }
             }

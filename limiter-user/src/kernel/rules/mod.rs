@@ -112,15 +112,8 @@ impl Rules {
             self.in_force.write(in_force.with_rules(true))?;
         }
         let (key, entry) = (key(rule.cidr), entry(rule, expires_ns, from_file));
-        match self.copies.insert(in_force, &key, &entry) {
-            // Those that have ended may take the room.
-            Err(KernelError::TooManyRules { .. }) => {
-                self.remove_ended_in(in_force)?;
-                let put = self.copies.insert(in_force, &key, &entry);
-                self.count_if_full(put)
-            }
-            put => put,
-        }
+        let put = self.copies.insert(in_force, &key, &entry);
+        self.count_if_full(put)
     }
 
     /// Takes a rule away. `false` if there is none of that prefix.
@@ -130,26 +123,23 @@ impl Rules {
         self.copies.delete(copy, &key(cidr))
     }
 
-    /// Removes what has ended. The programs do without, but every look-up that meets one looks twice.
+    /// Removes what has ended. The programs do without, but every look-up that meets one looks twice, and it takes room. Looks
+    /// at every rule there is.
     pub fn remove_ended(&mut self) -> Result<(), KernelError> {
         let _lock = self.pins.lock_policy()?;
-        let in_force = self.in_force.read()?;
-        self.remove_ended_in(in_force)
-    }
-
-    /// How many rules there are, ended or not.
-    pub fn count(&self) -> Result<u64, KernelError> {
-        self.in_force.read_with(|in_force| self.copies.count(in_force))
-    }
-
-    fn remove_ended_in(&mut self, in_force: InForce) -> Result<(), KernelError> {
         let now = nanoseconds(host::monotonic());
+        let in_force = self.in_force.read()?;
         for (key, entry) in self.copies.entries(in_force)? {
             if has_ended(&entry, now) {
                 self.copies.delete(in_force, &key)?;
             }
         }
         Ok(())
+    }
+
+    /// How many rules there are, ended or not.
+    pub fn count(&self) -> Result<u64, KernelError> {
+        self.in_force.read_with(|in_force| self.copies.count(in_force))
     }
 
     /// Writes the rules of the configuration file that have not ended, and those of commands that are in force, into the copy
