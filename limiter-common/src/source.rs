@@ -64,15 +64,15 @@ pub struct SourceEntry {
     pub reported_ns: u64,
     /// Refusals since then that were not reported; a few may be missing where several CPUs refuse at once.
     pub unreported: u64,
-    /// The entry's own key. The kernel may reuse an element for another key at any time after it was removed: whoever
-    /// has changed `connections` checks here that it was the right one.
+    /// The entry's own key. The kernel may reuse an element for another key at any time after it was removed: whoever has
+    /// added to `connections` looks up whether it was the right one, and else takes the addition away from this one.
     pub key: SourceKey,
     /// Always 0.
     pub reserved: u32,
 }
 
-/// [`SourceEntry::connections`] of an entry that is being removed. Far above any count, so additions to it can be told
-/// from real ones ([`is_gone`]) and taken back.
+/// [`SourceEntry::connections`] of an entry that is being removed, far above any count. Nobody but its remover writes to such an
+/// entry: by then it may be another's.
 pub const SOURCE_GONE: u64 = 1 << 63;
 
 /// Whether a value of [`SourceEntry::connections`] is that of an entry on its way out.
