@@ -134,7 +134,12 @@ impl<'lab> Limiter<'lab> {
 
     /// Starts `limiter run`, and waits until it is ready.
     pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Daemon<'_>> {
-        let mut daemon = Daemon { process: self.start(arguments)?, limiter: self };
+        self.ready(self.start(arguments)?)
+    }
+
+    /// Waits until a `limiter run` that was started is ready.
+    pub fn ready(&self, process: Process) -> Result<Daemon<'_>> {
+        let mut daemon = Daemon { process, limiter: self };
         eventually(SOON, "limiter run was ready", || {
             ensure!(daemon.process.is_running()?, "limiter run ended at once: {}", daemon.process.stderr());
             Ok(http_get(self.server, "/readyz").is_some_and(|(status, _)| status == 200))

@@ -45,7 +45,7 @@ async fn setup() -> Setup {
     };
     let (rooms, echo) = (start(config::Upstream::Broadcast), start(config::Upstream::Echo));
     let admin = Admin::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
-    let admin = admin.showing(Metrics::default(), Readiness::default(), Some(control));
+    let admin = admin.showing(Metrics::default(), Readiness::default(), Arc::default(), Some(control));
     let address = admin.local_addr();
     running.spawn(admin.run(std::future::pending()));
     Setup { admin: address, rooms, echo, secret, _running: running }
@@ -248,7 +248,7 @@ async fn wrong_secrets_are_slowed_down_and_the_right_one_is_not() {
 #[tokio::test]
 async fn without_a_token_file_nobody_controls_and_is_told_how_to() {
     let admin = Admin::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
-    let admin = admin.showing(Metrics::default(), Readiness::default(), None);
+    let admin = admin.showing(Metrics::default(), Readiness::default(), Arc::default(), None);
     let address = admin.local_addr();
     let running = tokio::spawn(admin.run(std::future::pending()));
     let (status, head, problem) = ask(address, &request("POST", "/v1/publish", &authorized(), "{}")).await;

@@ -1,7 +1,7 @@
 //! The admin address: metrics and health over HTTP, for Prometheus, load balancers and people with curl.
 //!
 //! - `/metrics`: what is counted, in the `OpenMetrics` text format.
-//! - `/healthz`: 200 as long as the process answers.
+//! - `/healthz`: 200 as long as the process answers; with how overloaded it is.
 //! - `/readyz`: 200 while clients are served; 503 with the reason as JSON while it starts or drains.
 //!
 //! These are for everybody who reaches the address, which is a loopback one unless the configuration says otherwise, and change

@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use super::{Control, Metrics, Readiness, State, control};
+use crate::gateway::Overload;
 
 /// Connections that are served at the same time; more wait in the backlog.
 const MOST_CONNECTIONS: usize = 64;
@@ -77,6 +78,7 @@ pub struct Admin {
 struct Context {
     metrics: Metrics,
     readiness: Readiness,
+    overload: Arc<Overload>,
     /// One scrape at a time: each reads the kernel's maps.
     scrape: Semaphore,
     control: Option<Control>,
@@ -92,10 +94,18 @@ pub struct Bound {
 
 impl Bound {
     /// The server that will show these, and let be controlled what `control` leads to.
-    pub fn showing(self, metrics: Metrics, readiness: Readiness, control: Option<Control>) -> Admin {
+    pub fn showing(
+        self,
+        metrics: Metrics,
+        readiness: Readiness,
+        overload: Arc<Overload>,
+        control: Option<Control>,
+    ) -> Admin {
         let Self { listener, address } = self;
         let is_loopback = address.ip().to_canonical().is_loopback();
-        let context = Context { metrics, readiness, scrape: Semaphore::new(1), control: control.clone(), is_loopback };
+        let control_of = control.clone();
+        let context =
+            Context { metrics, readiness, overload, scrape: Semaphore::new(1), control: control_of, is_loopback };
         let router = Router::new()
             .route("/metrics", get(metrics_text))
             .route("/healthz", get(healthz))
@@ -203,8 +213,11 @@ async fn controlled(
     control::answer(context.control.as_ref(), context.is_loopback, peer, request).await
 }
 
-async fn healthz() -> Json<serde_json::Value> {
-    Json(json!({ "alive": true }))
+/// Overload does not make it dead, nor unready: it serves those that are in, and most often some more.
+async fn healthz(Shared(context): Shared<Arc<Context>>) -> Json<serde_json::Value> {
+    let strain = context.overload.strain();
+    let overload = json!({ "refused_share": strain.refused_share, "because": strain.because });
+    Json(json!({ "alive": true, "overload": overload }))
 }
 
 async fn readyz(Shared(context): Shared<Arc<Context>>) -> (StatusCode, Json<serde_json::Value>) {

@@ -24,7 +24,7 @@ impl Running {
     async fn start(metrics: Metrics) -> Self {
         let readiness = Readiness::default();
         let bound = Admin::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
-        let admin = bound.showing(metrics, readiness.clone(), None);
+        let admin = bound.showing(metrics, readiness.clone(), Arc::default(), None);
         let address = admin.local_addr();
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(admin.run(async {

@@ -14,7 +14,7 @@ use toml::de::DeTable;
 use super::{
     Admin, AdminToken, Config, ConfigError, Gateway, Kernel, Log, Messages, Push, RuleAction, Schema, Service,
     auth_parse::{self, AuthSpans},
-    messages,
+    messages, overload,
     read::{Fault, Item, Report, Section},
     resolve::uncovered_listen,
     route,
@@ -378,6 +378,7 @@ fn gateway(report: &Report, mut section: Section, gateway: &mut Gateway) -> Plac
     };
     read_messages(section.section("messages"), &mut gateway.messages);
     push(section.section("push"), &mut gateway.push);
+    overload::parse(section.section("overload"), &mut gateway.overload);
     let certificates = tls::parse(&mut section, &mut gateway.tls);
     let auth = auth_parse::parse(&mut section, !gateway.allowed_origins.is_empty(), &mut gateway.auth);
     let has_auth = gateway.auth.is_some();

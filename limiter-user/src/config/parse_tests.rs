@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{
     Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Health, Kinds, LogFormat, Messages, OnDeny,
-    OnFull, OnViolation, Overrides, Purpose, Sanitize, Tls, TlsHost, UpstreamTls,
+    OnFull, OnViolation, Overload, Overrides, Purpose, Sanitize, Tls, TlsHost, UpstreamTls,
 };
 use crate::policy::{Action, OwnLimits, Rule};
 
@@ -114,6 +114,12 @@ fn every_key_is_read() {
         deny_for = "1h"
         [gateway.push]
         queue = "64KiB"
+        [gateway.overload]
+        memory = 1
+        memory_pressure = 2
+        cpu_pressure = 99
+        descriptors = 0
+        lag = "1s"
         [gateway.tls]
         certificate = "/c.pem"
         key = "/k.pem"
@@ -235,6 +241,13 @@ fn every_key_is_read() {
                 deny_for: Duration::from_hours(1),
             },
             push: Push { queue: 1 << 16 },
+            overload: Overload {
+                memory: 1,
+                memory_pressure: 2,
+                cpu_pressure: 99,
+                descriptors: 0,
+                lag: Duration::from_secs(1),
+            },
         },
         admin: Admin { listen: None, token_file: Some("/t".into()) },
         log: Log { level: "info,limiter::gateway=debug".into(), format: LogFormat::Json },
@@ -260,6 +273,13 @@ fn each_problem_is_told_with_its_place() {
         ("[kernel]\naudit_interval = \"50ms\"", "2:18", "100ms at least"),
         ("[gateway.pusher]\n", "1:10", "unknown key gateway.pusher; did you mean push?"),
         ("[gateway.push]\nqueue = \"1KiB\"", "2:9", "expected a size from 4.0 KiB"),
+        (
+            "[gateway.overload]\nmemory = 100",
+            "2:10",
+            "expected a whole number from 0 to 99 (percent; 0: not looked at)",
+        ),
+        ("[gateway.overload]\nlag = \"1ms\"", "2:7", "10ms at least"),
+        ("[gateway.overload]\nmemroy = 1", "2:1", "did you mean memory?"),
         ("[gateway.tls]\ncert = \"/c\"", "2:1", "unknown key gateway.tls.cert; known here: certificate, key, hosts"),
         ("[gateway.tls]\ncertificate = \"c\"\nkey = \"/k\"", "2:15", "expected an absolute path, or \"\" for none"),
         ("[gateway.tls]\ncertificate = \"/c\"", "1:1", "gateway.tls.key: a certificate is of no use without its key"),

@@ -6,7 +6,7 @@ use hyper::http::uri::PathAndQuery;
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
-use super::{AllowedOrigin, Auth, CertificateFiles, Listen, Messages, Route, Target, Tls};
+use super::{AllowedOrigin, Auth, CertificateFiles, Listen, Messages, Overload, Route, Target, Tls};
 use crate::policy::{Limits, Rule};
 
 /// A whole configuration, checked.
@@ -205,6 +205,8 @@ pub struct Gateway {
     pub messages: Messages,
     /// `[gateway.push]`
     pub push: Push,
+    /// `[gateway.overload]`
+    pub overload: Overload,
 }
 
 /// `[gateway.push]`: messages that others have for a client.
@@ -245,6 +247,7 @@ impl Default for Gateway {
             routes: Vec::new(),
             messages: Messages::default(),
             push: Push::default(),
+            overload: Overload::default(),
         }
     }
 }

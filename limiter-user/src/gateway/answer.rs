@@ -60,6 +60,8 @@ pub(crate) enum Refusal {
     AllFull,
     /// Connections to the service are opened faster than it takes them.
     ServiceRate,
+    /// The host runs short of something.
+    Overloaded,
     /// The gateway is being shut down.
     Draining,
     /// An application that uses [`crate::guard`] was put together wrong.
@@ -104,6 +106,7 @@ impl Refusal {
             Self::ServiceFull => "service_full",
             Self::AllFull => "total_full",
             Self::ServiceRate => "service_rate",
+            Self::Overloaded => "overloaded",
             Self::Draining => "draining",
             Self::Unguarded => "unguarded",
             Self::UpstreamUnreachable(_) => "upstream_unreachable",
@@ -123,9 +126,12 @@ impl Refusal {
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
             Self::SourceFull(_) | Self::SourceRate | Self::Crowded(_) => StatusCode::TOO_MANY_REQUESTS,
-            Self::ServiceFull | Self::AllFull | Self::ServiceRate | Self::Draining | Self::ForwardUnavailable(_) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::ServiceFull
+            | Self::AllFull
+            | Self::ServiceRate
+            | Self::Overloaded
+            | Self::Draining
+            | Self::ForwardUnavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Unguarded => StatusCode::INTERNAL_SERVER_ERROR,
             // What goes wrong behind the gateway is no fault of the client; only what it can act on is passed on.
@@ -175,6 +181,7 @@ impl Refusal {
             Self::SourceRate => "too many new connections from your address at once".into(),
             Self::ServiceFull | Self::AllFull => "the service has no room for another connection at the moment".into(),
             Self::ServiceRate => "too many new connections to this service at once".into(),
+            Self::Overloaded => "the server is overloaded at the moment".into(),
             Self::Draining => "the server is shutting down".into(),
             Self::Unguarded => "this server is not set up correctly".into(),
             Self::UpstreamUnreachable(_) => "the application behind this server cannot be reached".into(),
@@ -189,7 +196,9 @@ impl Refusal {
             // Whole seconds, and not a moment too early.
             Self::Crowded(Crowded::Attempts(wait)) => Some(u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX)),
             Self::SourceFull(_) | Self::Crowded(Crowded::Connections(_)) => Some(fastrand::u16(5..=10)),
-            Self::ServiceFull | Self::AllFull | Self::ForwardUnavailable(_) => Some(fastrand::u16(5..=15)),
+            Self::ServiceFull | Self::AllFull | Self::Overloaded | Self::ForwardUnavailable(_) => {
+                Some(fastrand::u16(5..=15))
+            }
             Self::SourceRate | Self::ServiceRate => Some(fastrand::u16(1..=3)),
             Self::Draining => Some(fastrand::u16(1..=5)),
             _ => None,

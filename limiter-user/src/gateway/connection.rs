@@ -25,7 +25,7 @@ use super::{
     arrival::{self, Arrived, Endpoints},
     auth::{Member, Visitor},
     forwarded::{self, Identity},
-    handshake, origin, proxy_hint,
+    handshake, origin, overload, proxy_hint,
     push::Mailbox,
     route::OnRoute,
     session::{self, Established},
@@ -74,8 +74,10 @@ pub(super) fn serve(socket: Socket, shared: Arc<Shared>) -> impl Future<Output =
 async fn establish(socket: Socket, shared: Arc<Shared>) -> Option<Box<Established>> {
     let since = Instant::now();
     let deadline = since + shared.config.handshake_timeout;
+    let is_turned_away = shared.metrics.overload.draw() && !shared.drain.begun();
+    let socket = if is_turned_away { Box::pin(overload::turn_away(socket, &shared)).await? } else { socket };
     let arrived = arrival::arrive(socket, &shared, deadline).await?;
-    let (socket, early, accepted) = shake_hands(arrived, &shared, deadline).await?;
+    let (socket, early, accepted) = shake_hands(arrived, &shared, deadline, is_turned_away).await?;
     Some(Box::new(Established { socket, early, accepted, since }))
 }
 
@@ -85,10 +87,11 @@ async fn shake_hands(
     Arrived { socket, endpoints }: Arrived,
     shared: &Arc<Shared>,
     deadline: Instant,
+    is_turned_away: bool,
 ) -> Option<(Socket, Vec<u8>, Accepted)> {
     let peer = endpoints.remote.ip();
     let answered: Arc<Mutex<Answered>> = Arc::default();
-    let service = service_fn(|request| answer(request, endpoints, deadline, shared, &answered));
+    let service = service_fn(|request| answer(request, endpoints, deadline, is_turned_away, shared, &answered));
     let mut http = http1::Builder::new()
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
@@ -159,6 +162,7 @@ fn answer(
     request: Request<Incoming>,
     endpoints: Endpoints,
     deadline: Instant,
+    is_turned_away: bool,
     shared: &Arc<Shared>,
     answered: &Arc<Mutex<Answered>>,
 ) -> Answering {
@@ -171,7 +175,7 @@ fn answer(
         let identity = forwarded::identify(peer, is_proxy, &head.headers, &shared.config.trusted_proxies);
         let client = identity.as_ref().map_or(peer, |identity| identity.ip);
         let decided = match identity {
-            Ok(identity) => decide(&mut head, endpoints, identity, deadline, &shared).await,
+            Ok(identity) => decide(&mut head, endpoints, identity, deadline, is_turned_away, &shared).await,
             Err(refusal) => Err(refusal),
         };
         let (response, outcome) = match decided {
@@ -186,12 +190,13 @@ fn answer(
     })
 }
 
-/// Whether this client gets a session, and the application's side of it.
+/// Whether this client gets a session, and the application's side of it. `is_turned_away`: unless its route is exempt, it does not.
 async fn decide(
     head: &mut Parts,
     endpoints: Endpoints,
     identity: Identity,
     deadline: Instant,
+    is_turned_away: bool,
     shared: &Arc<Shared>,
 ) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
     let mut handshake = handshake::check(head)?;
@@ -199,6 +204,9 @@ async fn decide(
     origin::check(&head.headers, &shared.config.allowed_origins)?;
     if shared.drain.begun() {
         return Err(Refusal::Draining);
+    }
+    if is_turned_away && !route.exempt {
+        return Err(Refusal::Overloaded);
     }
     // The kernel has seen to those that it sees.
     let is_seen_below = shared.policy.is_kept_below() && identity.ip == endpoints.peer && endpoints.are_seen_below();
@@ -276,6 +284,9 @@ async fn decide(
 pub(super) fn refused(shared: &Shared, client: IpAddr, refusal: &Refusal) {
     let reason = refusal.label();
     shared.metrics.handshake(reason);
+    if matches!(refusal, Refusal::Overloaded) {
+        shared.metrics.overload.count();
+    }
     if let Some(left_out) = shared.log.admit(reason) {
         match refusal.fault() {
             None => tracing::info!(%client, reason, left_out, "handshake refused"),

@@ -1,6 +1,6 @@
 //! What the gateway counts.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 use tokio::time::Instant;
 
-use super::upstream::ServerMetrics;
+use super::{overload::Overload, upstream::ServerMetrics};
 
 /// From a millisecond to the usual deadline.
 const HANDSHAKE_SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
@@ -32,6 +32,8 @@ pub struct Metrics {
     messages: Family<MessageLabels, Counter>,
     message_bytes: Family<DirectionLabel, Counter>,
     pub(super) upstreams: ServerMetrics,
+    /// How overloaded the process is, which is one for all gateways.
+    pub(super) overload: Arc<Overload>,
     pub(super) accept_errors: Counter,
     pub(super) sources_denied: Counter,
     /// Rooms of the application `broadcast` that have members.
@@ -126,6 +128,7 @@ impl Default for Metrics {
             schema_reloads: Family::default(),
             users: Gauge::default(),
             upstreams: ServerMetrics::default(),
+            overload: Arc::default(),
             accept_errors: Counter::default(),
             sources_denied: Counter::default(),
             rooms: Gauge::default(),
@@ -144,6 +147,7 @@ impl Metrics {
     /// Adds them to `registry`, whose prefix should be `limiter`. Done once; a second time would write each twice.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(self.upstreams.clone()));
+        self.overload.register(registry);
         registry.register("handshakes", "WebSocket handshakes, by what came of them", self.handshakes.clone());
         registry.register(
             "handshake_seconds",
@@ -202,6 +206,11 @@ impl Metrics {
             "Failed accepts; out of file descriptors, mostly",
             self.accept_errors.clone(),
         );
+    }
+
+    /// How overloaded the process is, for whoever is asked for its health.
+    pub fn overload(&self) -> Arc<Overload> {
+        Arc::clone(&self.overload)
     }
 
     /// A handshake came to an end.

@@ -4,7 +4,7 @@
 //! comes ahead of the request, `connection` reads the HTTP head, `handshake`
 //! says whether it asks for a WebSocket, `admission` whether there is room, `auth` who the client is, `route` what holds for what it asks for, `application` opens what stands behind,
 //! and `session` sees to the messages until the close: by `relay` to an upstream, by `builtin` without one, and by `push` for those that
-//! others have for it. Whatever happens on that way, dropping the `socket` tells
+//! others have for it. Under `overload` some are turned away at the beginning of it. Whatever happens on that way, dropping the `socket` tells
 //! the policy, once, that the connection is over.
 
 mod address;
@@ -27,6 +27,7 @@ mod messages;
 mod metrics;
 mod offenders;
 mod origin;
+mod overload;
 mod proxy_hint;
 mod proxy_protocol;
 mod push;
@@ -53,6 +54,7 @@ pub use application::room_name;
 pub use drain::DrainReport;
 pub use listen::BindError;
 pub use metrics::Metrics;
+pub use overload::{Overload, Strain};
 pub use push::{Content, LONGEST_ROOM, Listed, Push, Recipients};
 pub use settings::{PreparedSettings, Settings};
 
@@ -220,6 +222,7 @@ impl Gateway {
         let mut watching = JoinSet::new();
         watching.spawn(settings::watch_files(current.subscribe()));
         watching.spawn(upstream::probe(current.subscribe()));
+        watching.spawn(overload::watch(current.subscribe()));
         let mut connections = listen::serve(listeners, &current.subscribe(), shutdown).await;
         let shared = Arc::clone(&current.borrow());
         drain::finish(&mut connections, &shared).await

@@ -75,6 +75,11 @@ impl Routes {
         &self.reach
     }
 
+    /// Whether there is one on which limits are not kept.
+    pub(super) fn has_exempt(&self) -> bool {
+        self.listed.iter().any(|route| route.exempt)
+    }
+
     /// What stands behind each.
     pub(super) fn applications(&self) -> impl Iterator<Item = &Application> {
         self.listed.iter().chain([&self.default]).map(|route| &route.application)

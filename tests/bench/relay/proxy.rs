@@ -122,12 +122,13 @@ fn anonymous_memory(id: u32) -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
-/// Every limit on messages is on, and none is reached.
+/// Every limit on messages is on, and none is reached. The number of descriptors is what ends the number of connections here, so that
+/// nobody is to be turned away before.
 fn limiter_config(addr: SocketAddr, upstream: SocketAddr) -> String {
     format!(
         "[limits]\nconnections_per_source = 0\nconnections_total = 0\nconnection_rate = 0\n[gateway]\nlisten = [\"{addr}\"]\n\
          upstream = \"ws://{upstream}\"\n[gateway.messages]\nmax_size = \"64KiB\"\nrate = 4000000000\nwindow = \
-         \"1m\"\n[admin]\nlisten = \"\"\n[log]\nlevel = \"warn\"\n"
+         \"1m\"\n[gateway.overload]\ndescriptors = 0\n[admin]\nlisten = \"\"\n[log]\nlevel = \"warn\"\n"
     )
 }
 

@@ -194,7 +194,8 @@ impl Addresses {
         }
         let reloader = Reloader::new(typed, config.clone(), running, kernel_settings, metrics.registry());
         let readiness = Readiness::default();
-        let admin = self.admin.map(|bound| bound.showing(metrics, readiness.clone(), self.control));
+        let admin =
+            self.admin.map(|bound| bound.showing(metrics, readiness.clone(), gateway_metrics.overload(), self.control));
         Ok(Daemon { gateways, admin, readiness, kernel, reloader })
     }
 }

@@ -10,6 +10,7 @@ mod liveness;
 mod malformed;
 mod message_limits;
 mod origins;
+mod overloads;
 mod proxies;
 mod proxy_headers;
 mod relayed_frames;

@@ -115,6 +115,8 @@ pub fn quiet() -> config::Gateway {
         listen: vec!["127.0.0.1:0".parse().unwrap()],
         handshake_timeout: PATIENCE,
         messages: config::Messages { rate: 0, ..config::Messages::default() },
+        // Other tests load the host.
+        overload: config::Overload::OFF,
         ..config::Gateway::default()
     }
 }
@@ -128,9 +130,14 @@ pub fn start(config: &config::Gateway) -> Running {
 }
 
 pub fn start_with(config: &config::Gateway, limits: Limits) -> Running {
+    start_counting(config, limits, Metrics::default())
+}
+
+/// With metrics that have something of their own.
+pub fn start_counting(config: &config::Gateway, limits: Limits, metrics: Metrics) -> Running {
     let policy = Arc::new(Recorder::default());
     policy.set(limits);
-    let metrics = Arc::new(Metrics::default());
+    let metrics = Arc::new(metrics);
     let gateway = Gateway::bind(config, Arc::clone(&policy) as Arc<dyn Policy>, Arc::clone(&metrics)).unwrap();
     let addr = gateway.local_addrs()[0];
     let admission = Arc::clone(&gateway.current.borrow().admission);

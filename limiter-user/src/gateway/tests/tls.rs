@@ -23,14 +23,14 @@ use super::{relays, support::*};
 use crate::config::{self, CertificateFiles, Tls, TlsHost};
 
 /// A certificate in a folder of its own, and the settings of a gateway that has it.
-struct Setup {
+pub(super) struct Setup {
     folder: TempDir,
     files: CertificateFiles,
     der: CertificateDer<'static>,
 }
 
 impl Setup {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let folder = TempDir::new().unwrap();
         let files =
             CertificateFiles { certificate: folder.path().join("cert.pem"), key: folder.path().join("key.pem") };
@@ -52,13 +52,13 @@ impl Setup {
         self.der = made.cert.der().clone();
     }
 
-    fn config(&self) -> config::Gateway {
+    pub(super) fn config(&self) -> config::Gateway {
         let tls = Tls { default: self.files.clone(), hosts: Vec::new() };
         config::Gateway { tls: Some(tls), ..quiet() }
     }
 
     /// A client that trusts this certificate.
-    fn client(&self, version: &'static SupportedProtocolVersion) -> ClientConfig {
+    pub(super) fn client(&self, version: &'static SupportedProtocolVersion) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(self.der.clone()).unwrap();
         client_config(roots, version)
@@ -78,7 +78,11 @@ async fn secure(stream: TcpStream, config: ClientConfig, name: &str) -> std::io:
     timeout(PATIENCE, TlsConnector::from(Arc::new(config)).connect(name, stream)).await.expect("an end")
 }
 
-async fn connect(gateway: &Running, config: ClientConfig, name: &str) -> std::io::Result<TlsStream<TcpStream>> {
+pub(super) async fn connect(
+    gateway: &Running,
+    config: ClientConfig,
+    name: &str,
+) -> std::io::Result<TlsStream<TcpStream>> {
     secure(TcpStream::connect(gateway.addr).await.unwrap(), config, name).await
 }
 
