@@ -64,7 +64,7 @@ impl Running {
         let address = gateway.local_addrs()[0];
         runtime.spawn(gateway.run(std::future::pending()));
         let admin = runtime.block_on(Admin::bind("127.0.0.1:0".parse().unwrap())).unwrap();
-        let admin = admin.showing(Metrics::default(), Readiness::default(), Some(control));
+        let admin = admin.showing(Metrics::default(), Readiness::default(), Arc::default(), Some(control));
         let admin_address = admin.local_addr();
         runtime.spawn(admin.run(std::future::pending()));
         drop(context);
