@@ -28,8 +28,8 @@ pub(crate) enum Refusal {
     Version,
     /// A handshake that breaks RFC 6455; with what is wrong.
     Bad(&'static str),
-    /// No HTTP/1 at all. The HTTP library has its own answers for most of it.
-    Malformed,
+    /// No request of HTTP/1, or one that is too long; with the status that says which.
+    Malformed(StatusCode),
     /// Not complete before `handshake_timeout`.
     Timeout,
     /// A web page of an origin that is not allowed; with the origin.
@@ -89,7 +89,7 @@ impl Refusal {
             Self::NotWebSocket => "not_websocket",
             Self::Version => "version",
             Self::Bad(_) => "bad_request",
-            Self::Malformed => "malformed",
+            Self::Malformed(_) => "malformed",
             Self::Timeout => "timeout",
             Self::Origin(_) => "origin",
             Self::Unauthenticated(rejection) => rejection.label(),
@@ -118,11 +118,9 @@ impl Refusal {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::NotWebSocket | Self::Version => StatusCode::UPGRADE_REQUIRED,
-            Self::Bad(_) | Self::Malformed | Self::ProxyHeader(_) | Self::Tls(_) | Self::NotTls => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::Bad(_) | Self::ProxyHeader(_) | Self::Tls(_) | Self::NotTls => StatusCode::BAD_REQUEST,
             Self::Timeout => StatusCode::REQUEST_TIMEOUT,
-            Self::ForwardRefused(status, _) => *status,
+            Self::Malformed(status) | Self::ForwardRefused(status, _) => *status,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Origin(_) | Self::Denied => StatusCode::FORBIDDEN,
             Self::SourceFull(_) | Self::SourceRate | Self::Crowded(_) => StatusCode::TOO_MANY_REQUESTS,
@@ -164,7 +162,10 @@ impl Refusal {
             Self::Version => "this server speaks version 13 of the WebSocket protocol".into(),
             Self::NotTls => "this server speaks TLS: connect to wss://".into(),
             Self::Bad(what) | Self::ProxyHeader(what) | Self::Tls(what) => (*what).into(),
-            Self::Malformed => "this is no HTTP/1.1 request".into(),
+            Self::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE | StatusCode::URI_TOO_LONG) => {
+                "the head of the request is longer than this server takes, or has more lines".into()
+            }
+            Self::Malformed(_) => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),
             Self::Unauthenticated(rejection) => rejection.detail().into(),

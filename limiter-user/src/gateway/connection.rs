@@ -10,7 +10,9 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn};
+use hyper::{
+    Request, Response, StatusCode, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn,
+};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncWriteExt,
@@ -25,7 +27,9 @@ use super::{
     arrival::{self, Arrived, Endpoints},
     auth::{Member, Visitor},
     forwarded::{self, Identity},
-    handshake, origin, overload, proxy_hint,
+    handshake,
+    muted::Muted,
+    origin, overload, proxy_hint,
     push::Mailbox,
     route::OnRoute,
     session::{self, Established},
@@ -35,11 +39,8 @@ use super::{
 use crate::policy::{Limits, TooFast};
 
 /// Longest head of a request, in bytes, and most header lines in it. A cookie and a token fit with room to spare.
-const MAX_HEAD: usize = 16 * 1024;
-const MAX_HEADERS: usize = 64;
-
-/// How a client begins that takes us for an HTTP/2 server.
-const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0";
+pub(super) const MAX_HEAD: usize = 16 * 1024;
+pub(super) const MAX_HEADERS: usize = 64;
 
 /// How long a client that was refused may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
@@ -95,7 +96,7 @@ async fn shake_hands(
     let mut http = http1::Builder::new()
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(socket), service);
+        .serve_connection(TokioIo::new(Muted::new(socket, Arc::clone(&answered))), service);
 
     // The HTTP side is polled here rather than in a task of its own, so that the socket can always be taken back.
     let served = tokio::select! {
@@ -103,7 +104,7 @@ async fn shake_hands(
         refusal = out_of_time(shared, deadline) => Err(refusal),
     };
     let parts = http.into_parts();
-    let mut socket = parts.io.into_inner();
+    let (mut socket, held_back) = parts.io.into_inner().into_parts();
     let answered = std::mem::take(&mut *answered.lock().unwrap_or_else(PoisonError::into_inner));
 
     match (served, answered) {
@@ -111,14 +112,13 @@ async fn shake_hands(
             return Some((socket, parts.read_buf.to_vec(), *accepted));
         }
         (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
-        // The HTTP side has answered what it could not parse, if there was anything.
-        (Ok(Err(e)), _) if e.is_parse() => {
-            refused(shared, peer, &Refusal::Malformed);
-            // All but this, which it takes for the wrong kind of connection.
-            if parts.read_buf.starts_with(HTTP2_PREFACE) {
-                _ = timeout(LINGER, socket.write_all(&Refusal::Malformed.raw())).await;
+        // What came is no request. (The HTTP side has no answer for one that begins like HTTP/2.)
+        (Ok(Err(e)), Answered::Nothing) if e.is_parse() => {
+            let refusal = Refusal::Malformed(held_back.unwrap_or(StatusCode::BAD_REQUEST));
+            refused(shared, peer, &refusal);
+            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
+                socket.linger(LINGER).await;
             }
-            socket.linger(LINGER).await;
         }
         // It was counted, and does not take the answer.
         (Err(_), Answered::Refused) => {}
@@ -136,7 +136,7 @@ async fn shake_hands(
 
 /// What the HTTP side came to.
 #[derive(Default)]
-enum Answered {
+pub(super) enum Answered {
     #[default]
     Nothing,
     Refused,

@@ -38,7 +38,11 @@ pub(super) fn check(head: &Parts) -> Result<Handshake, Refusal> {
     if !has_token(headers, &CONNECTION, "upgrade") {
         return Err(Refusal::Bad("the Connection header does not say \"Upgrade\""));
     }
-    only(headers, &HOST, "the handshake must have one Host header")?;
+    let host = only(headers, &HOST, "the handshake must have one Host header")?;
+    // A proxy may have chosen us by the one, and the application's virtual hosts go by the other.
+    if head.uri.authority().is_some_and(|target| !host.as_bytes().eq_ignore_ascii_case(target.as_str().as_bytes())) {
+        return Err(Refusal::Bad("the request names one host in its first line and another in its Host header"));
+    }
     let version = only(headers, &SEC_WEBSOCKET_VERSION, "the handshake must have one Sec-WebSocket-Version header")?;
     if version != "13" {
         return Err(Refusal::Version);
@@ -47,7 +51,7 @@ pub(super) fn check(head: &Parts) -> Result<Handshake, Refusal> {
     if !is_key(key.as_bytes()) {
         return Err(Refusal::Bad("Sec-WebSocket-Key is not 16 bytes in base64"));
     }
-    if headers.contains_key(TRANSFER_ENCODING) || headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0") {
+    if headers.contains_key(TRANSFER_ENCODING) || headers.get_all(CONTENT_LENGTH).iter().any(|length| length != "0") {
         return Err(Refusal::Bad("a WebSocket handshake has no body"));
     }
     Ok(Handshake { accept: derive_accept_key(key.as_bytes()), protocols: protocols(headers)?, fallback_protocol: None })

@@ -25,6 +25,7 @@ pub(crate) mod listen;
 mod liveness;
 mod messages;
 mod metrics;
+mod muted;
 mod offenders;
 mod origin;
 mod overload;

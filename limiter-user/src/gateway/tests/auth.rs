@@ -23,14 +23,14 @@ use crate::{
 };
 
 /// A gateway that takes the tokens of one key, wherever they are shown.
-struct Setup {
-    folder: TempDir,
-    signer: Signer,
-    auth: Auth,
+pub struct Setup {
+    pub folder: TempDir,
+    pub signer: Signer,
+    pub auth: Auth,
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = TempDir::new().unwrap();
         let signer = Signer::es256();
         let public_keys = vec![signer.write(folder.path(), "key.pem")];
@@ -44,7 +44,7 @@ impl Setup {
         Self { folder, signer, auth: Auth { places, jwt: Some(jwt), ..Auth::default() } }
     }
 
-    fn config(&self) -> config::Gateway {
+    pub fn config(&self) -> config::Gateway {
         config::Gateway { auth: Some(self.auth.clone()), ..quiet() }
     }
 }
@@ -170,7 +170,7 @@ async fn a_session_whose_key_is_gone_is_closed_with_4401_and_others_go_on() {
     let _new = connect(&gateway, "/", &bearer(&renewed.token_of("alice", 60))).await.unwrap();
 }
 
-fn users(connections: u32, on_excess: OnExcess, attempts_per_minute: u32) -> UserLimits {
+pub fn users(connections: u32, on_excess: OnExcess, attempts_per_minute: u32) -> UserLimits {
     UserLimits { connections, on_excess, attempts_per_minute }
 }
 

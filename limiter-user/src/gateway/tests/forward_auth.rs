@@ -13,14 +13,14 @@ use crate::config::{self, Auth, Forward, UserLimits};
 
 /// A service that gives one answer to everybody, which can be changed, and keeps what it was asked.
 #[derive(Clone)]
-struct Service {
+pub struct Service {
     addr: SocketAddr,
     answer: Arc<Mutex<String>>,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Service {
-    async fn start(answer: &str) -> Self {
+    pub async fn start(answer: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let service = Self {
             addr: listener.local_addr().unwrap(),
@@ -46,11 +46,11 @@ impl Service {
         service
     }
 
-    fn answers(&self, answer: &str) {
+    pub fn answers(&self, answer: &str) {
         answer.clone_into(&mut self.answer.lock().unwrap());
     }
 
-    fn config(&self) -> config::Gateway {
+    pub fn config(&self) -> config::Gateway {
         let url = format!("http://{}/check?x=1", self.addr).parse().unwrap();
         let forward = Forward { url, timeout: Duration::from_secs(1), user_header: "X-User".into() };
         let users = UserLimits { attempts_per_minute: 0, connections: 0, ..UserLimits::default() };
@@ -58,7 +58,7 @@ impl Service {
     }
 }
 
-const ALICE: &str = "HTTP/1.1 204 No Content\r\nX-User: alice\r\n\r\n";
+pub const ALICE: &str = "HTTP/1.1 204 No Content\r\nX-User: alice\r\n\r\n";
 
 #[tokio::test]
 async fn whom_the_service_lets_in_has_the_name_that_it_gives() {

@@ -1,7 +1,9 @@
 //! The gateway with real sockets on loopback.
 
 mod admissions;
+mod answers;
 mod auth;
+mod bad_requests;
 mod broadcast;
 mod drains;
 mod forward_auth;

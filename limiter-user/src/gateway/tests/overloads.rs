@@ -26,7 +26,7 @@ use crate::{
 
 /// Memory in use, in percent.
 #[derive(Clone, Default)]
-struct Memory(Arc<AtomicU32>);
+pub struct Memory(Arc<AtomicU32>);
 
 impl Memory {
     fn set(&self, percent: u32) {
@@ -43,17 +43,17 @@ impl Sense for Memory {
 }
 
 /// From 80 percent of the memory on some are turned away, from 95 on all.
-fn watched() -> config::Gateway {
+pub fn watched() -> config::Gateway {
     config::Gateway { overload: config::Overload { memory: 80, ..config::Overload::OFF }, ..quiet() }
 }
 
-struct Strained {
-    gateway: Running,
-    memory: Memory,
+pub struct Strained {
+    pub gateway: Running,
+    pub memory: Memory,
     overload: Arc<Overload>,
 }
 
-fn start_strained(config: &config::Gateway) -> Strained {
+pub fn start_strained(config: &config::Gateway) -> Strained {
     let memory = Memory::default();
     let overload = Arc::new(Overload::measured_by(memory.clone()));
     let mut metrics = Metrics::default();
@@ -63,7 +63,7 @@ fn start_strained(config: &config::Gateway) -> Strained {
 }
 
 impl Strained {
-    async fn memory_is(&self, percent: u32, tenths: u64) {
+    pub async fn memory_is(&self, percent: u32, tenths: u64) {
         self.memory.set(percent);
         eventually("the level follows", || self.gateway.metric("limiter_overload_level") == tenths).await;
     }

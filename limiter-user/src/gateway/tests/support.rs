@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -45,6 +48,8 @@ pub struct Recorder {
     /// Sources that the gateway had denied.
     pub convicted: Mutex<Vec<(Source, Duration)>>,
     closed: Mutex<HashMap<Connection, u32>>,
+    /// Whether nobody below keeps rules and rates.
+    pub is_alone: AtomicBool,
     /// The users of connections, in the order in which they were told.
     pub users: Mutex<Vec<(Connection, String)>>,
 }
@@ -56,6 +61,10 @@ impl Policy for Recorder {
 
     fn limits_for(&self, client: IpAddr) -> Limits {
         if self.allowed.lock().unwrap().contains(&client) { unlimited() } else { self.limits() }
+    }
+
+    fn is_kept_below(&self) -> bool {
+        !self.is_alone.load(Ordering::Relaxed)
     }
 
     fn denies(&self, client: IpAddr) -> bool {
@@ -168,6 +177,16 @@ impl Running {
         sampler(&self.metrics)
     }
 
+    /// All the metrics as they are written, also for when the gateway is gone.
+    pub fn exposition(&self) -> impl Fn() -> String + use<> {
+        exposition(&self.metrics)
+    }
+
+    /// Who is let in, also for when the gateway is gone.
+    pub fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.admission)
+    }
+
     /// Waits until no slot is taken.
     pub async fn wait_released(&self) {
         eventually("every slot is free", || self.admission.total() == 0).await;
@@ -190,10 +209,17 @@ impl Running {
 
     /// Sends raw bytes on a connection of their own and returns all that comes back until the end.
     pub async fn raw(&self, request: &[u8]) -> String {
+        self.raw_of("a request", request).await
+    }
+
+    /// The same of a case that has a name. What comes back is read while more is sent, as it must be where that is long.
+    pub async fn raw_of(&self, case: &str, request: &[u8]) -> String {
         let mut stream = TcpStream::connect(self.addr).await.unwrap();
-        stream.write_all(request).await.unwrap();
+        let (mut read, mut write) = stream.split();
         let mut answer = Vec::new();
-        timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer").unwrap();
+        let both = async { tokio::join!(write.write_all(request), read.read_to_end(&mut answer)) };
+        let (sent, ended) = timeout(PATIENCE, both).await.unwrap_or_else(|_| panic!("{case}: no end"));
+        sent.and(ended.map(|_| ())).unwrap_or_else(|e| panic!("{case}: {e}; an answer may be lost so"));
         // Frames may follow the head.
         String::from_utf8_lossy(&answer).into_owned()
     }
@@ -201,13 +227,22 @@ impl Running {
 
 /// Gives one sample of metrics, by its name and labels; 0 if it isn't there.
 pub fn sampler(metrics: &Metrics) -> impl Fn(&str) -> u64 + use<> {
-    let mut registry = Registry::with_prefix("limiter");
-    metrics.register(&mut registry);
+    let text = exposition(metrics);
     move |sample| {
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let text = text();
         let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
         line.map_or(0, |value| value.parse().unwrap())
+    }
+}
+
+/// All the metrics as they are written.
+pub fn exposition(metrics: &Metrics) -> impl Fn() -> String + use<> {
+    let mut registry = Registry::with_prefix("limiter");
+    metrics.register(&mut registry);
+    move || {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        text
     }
 }
 

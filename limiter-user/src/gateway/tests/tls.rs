@@ -23,14 +23,14 @@ use super::{relays, support::*};
 use crate::config::{self, CertificateFiles, Tls, TlsHost};
 
 /// A certificate in a folder of its own, and the settings of a gateway that has it.
-pub(super) struct Setup {
+pub struct Setup {
     folder: TempDir,
     files: CertificateFiles,
     der: CertificateDer<'static>,
 }
 
 impl Setup {
-    pub(super) fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let folder = TempDir::new().unwrap();
         let files =
             CertificateFiles { certificate: folder.path().join("cert.pem"), key: folder.path().join("key.pem") };
@@ -52,7 +52,7 @@ impl Setup {
         self.der = made.cert.der().clone();
     }
 
-    pub(super) fn config(&self) -> config::Gateway {
+    pub fn config(&self) -> config::Gateway {
         let tls = Tls { default: self.files.clone(), hosts: Vec::new() };
         config::Gateway { tls: Some(tls), ..quiet() }
     }
