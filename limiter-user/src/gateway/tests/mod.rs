@@ -8,6 +8,7 @@ mod broadcast;
 mod drains;
 mod forward_auth;
 mod handshakes;
+mod interleavings;
 mod liveness;
 mod malformed;
 mod message_limits;
