@@ -9,6 +9,8 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+#[cfg(any(test, limiter_fuzz))]
+pub mod fuzz;
 pub mod gateway;
 pub mod guard;
 pub mod kernel;

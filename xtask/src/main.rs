@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod fuzz;
 mod lint;
 mod process;
 mod recipe;
@@ -27,6 +28,8 @@ enum Xtask {
     Test(test::Args),
     /// Check format, lints, documentation, licences and spelling
     Lint(lint::Args),
+    /// Look for input that breaks a property, for a bounded time
+    Fuzz(fuzz::Args),
     /// Measure what each verdict costs
     Bench(bench::Args),
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Xtask::Run(args) => args.run(),
         Xtask::Test(args) => args.run(),
         Xtask::Lint(args) => args.run(),
+        Xtask::Fuzz(args) => args.run(),
         Xtask::Bench(args) => args.run(),
     };
     match done {

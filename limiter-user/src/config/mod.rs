@@ -49,5 +49,19 @@ pub use token_keys::{TokenKey, TokenKeyError, TokenKeys};
 pub(crate) use upstream::Place;
 pub use upstream::{InvalidUpstream, Target};
 
+#[cfg(any(test, limiter_fuzz))]
+pub(crate) mod fuzz {
+    //! See [`crate::fuzz`].
+
+    use std::path::Path;
+
+    use super::{Config, ConfigError};
+
+    /// A file by itself: what it names is not looked at.
+    pub(crate) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+        super::parse::parse(path, text).map(|file| file.config)
+    }
+}
+
 /// A commented file with every key at its default.
 pub const EXAMPLE: &str = include_str!("example.toml");

@@ -164,6 +164,12 @@ fn elements(line: &[u8]) -> Option<Vec<Hop>> {
     Some(hops)
 }
 
+#[cfg(any(test, limiter_fuzz))]
+/// The addresses of one line of Forwarded; `None` if it breaks the grammar.
+pub(super) fn nodes(line: &[u8]) -> Option<Vec<Option<IpAddr>>> {
+    Some(elements(line)?.iter().map(|hop| hop.ip).collect())
+}
+
 /// One element, `None` for an empty one, and what follows its comma.
 fn element(mut rest: &[u8]) -> Option<(Option<Hop>, &[u8])> {
     let mut node: Option<Vec<u8>> = None;

@@ -18,6 +18,8 @@ mod close;
 mod connection;
 mod drain;
 mod forwarded;
+#[cfg(any(test, limiter_fuzz))]
+pub(crate) mod fuzz;
 mod handshake;
 mod inherited;
 mod json;

@@ -82,7 +82,7 @@ fn take(stream: &Wire, mut seen: &mut [u8]) -> Result<(), HeaderError> {
 
 /// The header that `bytes` begin with, and its length; `None`: it goes on beyond them. Of what can't become a header any
 /// more, no further byte is waited for.
-fn parse(bytes: &[u8]) -> Result<Option<(Header, usize)>, HeaderError> {
+pub(super) fn parse(bytes: &[u8]) -> Result<Option<(Header, usize)>, HeaderError> {
     if begins_alike(bytes, SIGNATURE) {
         parse_v2(bytes)
     } else if begins_alike(bytes, V1) {

@@ -113,8 +113,8 @@ fn cargo_deny() -> Result<Command> {
 /// Only whether they parse: bash is all that is sure to be there.
 fn shell_scripts() -> Result<Outcome> {
     passed(
-        ["bash", "sh"].into_iter().zip([".ci/run", "xtask/as-root"]).try_for_each(|(shell, script)| {
-            run(Command::new(shell).args(["-n", script]).current_dir(workspace::root()))
-        }),
+        [("bash", ".ci/run"), ("sh", "xtask/as-root"), ("sh", "xtask/instrument")].into_iter().try_for_each(
+            |(shell, script)| run(Command::new(shell).args(["-n", script]).current_dir(workspace::root())),
+        ),
     )
 }

@@ -5,6 +5,9 @@ mod credential;
 mod forward;
 #[cfg(test)]
 pub(in crate::gateway) mod signing;
+#[cfg(any(test, limiter_fuzz))]
+pub(in crate::gateway) mod token;
+#[cfg(not(any(test, limiter_fuzz)))]
 mod token;
 mod users;
 

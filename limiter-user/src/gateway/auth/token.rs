@@ -19,7 +19,7 @@ const LONGEST_TOKEN: usize = 8 * 1024;
 const NEVER_SECONDS: f64 = 1e11;
 
 /// Checks tokens.
-pub(super) struct Tokens {
+pub(in crate::gateway) struct Tokens {
     config: Jwt,
     keys: RwLock<Arc<TokenKeys>>,
     watch: FileWatch,
@@ -27,8 +27,8 @@ pub(super) struct Tokens {
 
 /// What a good token says.
 #[derive(Debug)]
-pub(super) struct Token {
-    pub(super) user: Arc<str>,
+pub(in crate::gateway) struct Token {
+    pub(in crate::gateway) user: Arc<str>,
     /// The [id](crate::config::TokenKey::id) of the key that signed it.
     pub(super) key: [u8; 32],
     /// From when on it is not taken any more: its own time, and the leeway.
@@ -36,7 +36,7 @@ pub(super) struct Token {
 }
 
 impl Tokens {
-    pub(super) fn new(config: &Jwt) -> Result<Self, TokenKeyError> {
+    pub(in crate::gateway) fn new(config: &Jwt) -> Result<Self, TokenKeyError> {
         let watch = FileWatch::new(config.files().cloned());
         let keys = RwLock::new(Arc::new(TokenKeys::load(config)?));
         Ok(Self { config: config.clone(), keys, watch })
@@ -66,7 +66,7 @@ impl Tokens {
     ///
     /// The library's own `decode` is not used: it takes its cryptography from a setting of the whole process, which is not
     /// a library's to make, and lets claims pass that have the wrong type.
-    pub(super) fn verify(&self, token: &str, now: SystemTime) -> Result<Token, Rejection> {
+    pub(in crate::gateway) fn verify(&self, token: &str, now: SystemTime) -> Result<Token, Rejection> {
         if token.len() > LONGEST_TOKEN {
             return Err(Rejection::Malformed);
         }

@@ -11,6 +11,8 @@ pub(super) use schema::{SchemaFile, Schemas};
 
 use crate::config::Sanitize;
 use sanitize::NotJson;
+#[cfg(any(test, limiter_fuzz))]
+pub(super) use sanitize::is_forbidden;
 
 /// What is asked of the text messages of a route. There is none where nothing is.
 pub(super) struct Screen<'a> {

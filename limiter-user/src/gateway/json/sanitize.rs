@@ -94,7 +94,7 @@ fn clean(raw: &str, how: Sanitize) -> Option<String> {
 }
 
 /// Control characters (C0 but for tab and line ends, DEL, C1), and those that turn the direction of text around.
-pub(super) fn is_forbidden(char: char) -> bool {
+pub(in crate::gateway) fn is_forbidden(char: char) -> bool {
     match char {
         '\t' | '\n' | '\r' => false,
         '\0'..='\u{1f}' | '\u{7f}'..='\u{9f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,

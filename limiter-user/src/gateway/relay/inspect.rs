@@ -88,15 +88,15 @@ pub(in crate::gateway) struct Seen {
     pub(super) gap: Option<usize>,
     /// So many of the bytes that came are done with. The others begin a header or a control frame, and must come again
     /// with more behind them.
-    pub(super) consumed: usize,
+    pub(in crate::gateway) consumed: usize,
     /// What may pass, where the buffer has no room for it: where whole messages are looked at.
     spill: Option<Vec<u8>>,
-    pub(super) stop: Option<Stop>,
+    pub(in crate::gateway) stop: Option<Stop>,
 }
 
 impl Seen {
     /// What may pass of the `buffer` that was looked at, or has come earlier.
-    pub(super) fn bytes<'a>(&'a self, buffer: &'a [u8]) -> &'a [u8] {
+    pub(in crate::gateway) fn bytes<'a>(&'a self, buffer: &'a [u8]) -> &'a [u8] {
         match &self.spill {
             Some(spill) => spill,
             None => &buffer[..self.passed],
@@ -106,7 +106,7 @@ impl Seen {
 
 /// Where in what one side sends we are.
 #[derive(Debug)]
-pub(super) struct Inspector {
+pub(in crate::gateway) struct Inspector {
     /// The message, where it is to be looked at whole before it passes.
     held: Option<Box<Held>>,
     /// Bytes that are still to come of the frame's payload.
@@ -195,7 +195,7 @@ impl Cursor<'_> {
 }
 
 impl Inspector {
-    pub(super) fn new(sender: Sender) -> Self {
+    pub(in crate::gateway) fn new(sender: Sender) -> Self {
         Self {
             held: None,
             left: 0,
@@ -222,7 +222,7 @@ impl Inspector {
     }
 
     /// Looks at the bytes that came: those that were not `consumed` last time, and what was read since.
-    pub(super) fn look(&mut self, buffer: &mut [u8], judge: &mut impl Judge, now: Instant) -> Seen {
+    pub(in crate::gateway) fn look(&mut self, buffer: &mut [u8], judge: &mut impl Judge, now: Instant) -> Seen {
         if !judge.screens() && self.held.take().is_some() {
             // Whoever judges now would not see it whole.
             self.dropped = true;

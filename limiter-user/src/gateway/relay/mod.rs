@@ -16,6 +16,8 @@ mod inspect_tests;
 
 pub(super) use closing::{close, close_client};
 pub(super) use header::{CONTROL_MAX, Header, Opcode, Sender};
+#[cfg(any(test, limiter_fuzz))]
+pub(super) use inspect::Inspector;
 pub(super) use inspect::{Judge, Stop, Verdict, Whole};
 pub(super) use pipe::{BUFFER, Ended, Intake, Outlet, ping_frame};
 
