@@ -72,6 +72,7 @@ impl<'a> Relay<'a> {
         config: &'a config::Gateway,
         shared: &'a Shared,
     ) -> Self {
+        upstream.stream.give_up_after(config.ping_interval, config.pong_timeout);
         Self {
             client,
             upstream: upstream.stream,

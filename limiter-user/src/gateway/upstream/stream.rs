@@ -18,8 +18,14 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::config::{self, CertificateError, Place, Target};
 
-/// After how much silence the kernel asks whether the upstream's host is still there.
-const KEEPALIVE: Duration = Duration::from_secs(30);
+/// After how much silence the kernel asks whether an upstream's host is still there, where clients are never asked.
+const ASK_AFTER: Duration = Duration::from_secs(30);
+
+/// How often it asks before it gives up.
+const QUESTIONS: u32 = 3;
+
+/// The shortest time that the kernel takes for these.
+const SECOND: Duration = Duration::from_secs(1);
 
 /// A connection to an upstream. TLS is boxed: most of its room is elsewhere anyway, and the others should not have it.
 pub(in crate::gateway) enum Stream {
@@ -100,14 +106,33 @@ impl Stream {
             Place::Host(host, port) => (host.as_str(), *port),
         };
         let stream = TcpStream::connect((host, port)).await.map_err(|error| format!("cannot connect: {error}"))?;
-        // Neither is worth a session.
+        // It only makes things faster.
         _ = stream.set_nodelay(true);
-        _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE));
         match (target.tls, tls) {
             (false, _) => Ok(Self::Tcp(stream)),
             (true, Some(tls)) => tls.connect(host, stream).await.map(|stream| Self::Tls(Box::new(stream))),
             (true, None) => Err("TLS is not set up".to_owned()),
         }
+    }
+
+    /// Has the connection break when the upstream's host has vanished without a word: `patience` after it should have acknowledged
+    /// data, or the first question after `ask_after` of silence; both count from when it was last heard of. (An application that
+    /// hangs on a host that is there is a matter of health checks.)
+    ///
+    /// The kernel sees to it: nothing is kept for it in a session, nothing of it is in the stream, and data that waits for an
+    /// acknowledgement, which questions don't look after, has the same deadline.
+    pub(in crate::gateway) fn give_up_after(&self, ask_after: Duration, patience: Duration) {
+        let stream = match self {
+            Self::Tcp(stream) => stream,
+            Self::Tls(stream) => stream.get_ref().0,
+            Self::Unix(_) => return,
+        };
+        let ask_after = if ask_after.is_zero() { ASK_AFTER } else { ask_after.max(SECOND) };
+        let pause = (patience / QUESTIONS).max(SECOND);
+        let socket = SockRef::from(stream);
+        // Without them the session works just as well, as long as nothing vanishes.
+        _ = socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(ask_after).with_interval(pause));
+        _ = socket.set_tcp_user_timeout(Some(ask_after + patience));
     }
 
     /// Says in TLS, if that is spoken, that nothing more comes; the upstream could else take the end for an attack.
