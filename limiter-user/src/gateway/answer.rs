@@ -14,6 +14,8 @@ use serde::Serialize;
 use super::{
     auth::{Crowded, Rejection},
     handshake::Handshake,
+    overload::Overload,
+    retry::Wait,
 };
 
 /// Headers of an upstream's refusal that a client can do something with.
@@ -192,26 +194,30 @@ impl Refusal {
     }
 
     /// Seconds after which to try again. Jittered, so that those who were refused together don't return together.
-    fn retry_after(&self) -> Option<u16> {
-        match self {
+    fn retry_after(&self, told: impl FnOnce(Wait) -> u16) -> Option<u16> {
+        let wait = match self {
             // Whole seconds, and not a moment too early.
-            Self::Crowded(Crowded::Attempts(wait)) => Some(u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX)),
-            Self::SourceFull(_) | Self::Crowded(Crowded::Connections(_)) => Some(fastrand::u16(5..=10)),
-            Self::ServiceFull | Self::AllFull | Self::Overloaded | Self::ForwardUnavailable(_) => {
-                Some(fastrand::u16(5..=15))
+            Self::Crowded(Crowded::Attempts(wait)) => {
+                return Some(u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX));
             }
-            Self::SourceRate | Self::ServiceRate => Some(fastrand::u16(1..=3)),
-            Self::Draining => Some(fastrand::u16(1..=5)),
-            _ => None,
-        }
+            Self::SourceFull(_) | Self::Crowded(Crowded::Connections(_)) => Wait::of_client(5, 5),
+            Self::ServiceFull | Self::AllFull | Self::Overloaded | Self::ForwardUnavailable(_) => {
+                Wait::of_service(5, 10)
+            }
+            Self::SourceRate => Wait::of_client(1, 2),
+            Self::ServiceRate => Wait::of_service(1, 2),
+            Self::Draining => Wait::of_service(1, 4),
+            _ => return None,
+        };
+        Some(told(wait))
     }
 
-    pub(super) fn response(&self) -> Response<Full<Bytes>> {
-        self.response_as()
+    pub(super) fn response(&self, overload: &Overload) -> Response<Full<Bytes>> {
+        self.response_as(|wait| overload.retry_after(wait))
     }
 
-    /// The same with a body of another type.
-    pub(crate) fn response_as<B: From<Bytes>>(&self) -> Response<B> {
+    /// The same with a body of another type; `told` says after how many seconds to try again.
+    pub(crate) fn response_as<B: From<Bytes>>(&self, told: impl FnOnce(Wait) -> u16) -> Response<B> {
         let status = self.status();
         let mut response = Response::new(B::from(self.body()));
         *response.status_mut() = status;
@@ -223,7 +229,7 @@ impl Refusal {
             headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
             headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
         }
-        if let Some(seconds) = self.retry_after() {
+        if let Some(seconds) = self.retry_after(told) {
             headers.insert(RETRY_AFTER, seconds.into());
         }
         if let Self::Unauthenticated(rejection) = self {
@@ -247,10 +253,11 @@ impl Refusal {
     }
 
     /// The whole answer as bytes, for a client whose request did not get as far as an HTTP server's answer.
-    pub(super) fn raw(&self) -> Vec<u8> {
+    pub(super) fn raw(&self, overload: &Overload) -> Vec<u8> {
         let status = self.status();
         let body = self.body();
-        let retry = self.retry_after().map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
+        let retry = self.retry_after(|wait| overload.retry_after(wait));
+        let retry = retry.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
         let mut raw = format!(
             "HTTP/1.1 {status}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n{retry}connection: \
              close\r\n\r\n",

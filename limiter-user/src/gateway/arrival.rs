@@ -100,7 +100,8 @@ pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instan
             refused(shared, endpoints.remote.ip(), &refusal);
             match refusal {
                 Refusal::NotTls => {
-                    if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
+                    if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw(&shared.metrics.overload))).await
+                    {
                         socket.linger(LINGER).await;
                     }
                 }

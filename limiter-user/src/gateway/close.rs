@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, frame::coding::CloseCode};
 
-use super::messages::Violation;
+use super::{messages::Violation, overload::Overload};
 
 /// How long the Close frame may take to leave.
 pub(super) const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -83,8 +83,8 @@ impl End {
         matches!(self, Self::Malformed(..) | Self::Violation(_) | Self::SlowConsumer)
     }
 
-    /// The Close frame for the client.
-    pub(super) fn for_client(&self) -> Option<CloseFrame> {
+    /// The Close frame for the client. Who loses its session together with others is told when to come back.
+    pub(super) fn for_client(&self, overload: &Overload) -> Option<CloseFrame> {
         let (code, reason) = match self {
             Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
             Self::Kicked(frame) => return Some((**frame).clone()),
@@ -102,7 +102,13 @@ impl End {
             Self::UpstreamGone => (CloseCode::Restart, "application went away"),
             Self::UpstreamMalformed => (CloseCode::Error, "application error"),
         };
-        Some(CloseFrame { code, reason: reason.into() })
+        let reason = match self {
+            Self::TooOld | Self::Draining | Self::UpstreamGone => {
+                format!("{reason}; reconnect in {} s", overload.reconnect_after()).into()
+            }
+            _ => reason.into(),
+        };
+        Some(CloseFrame { code, reason })
     }
 
     /// Whether the reader stopped where no frame begins, or before one that will not be read: there is no Close frame to be

@@ -116,7 +116,7 @@ async fn shake_hands(
         (Ok(Err(e)), Answered::Nothing) if e.is_parse() => {
             let refusal = Refusal::Malformed(held_back.unwrap_or(StatusCode::BAD_REQUEST));
             refused(shared, peer, &refusal);
-            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
+            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw(&shared.metrics.overload))).await {
                 socket.linger(LINGER).await;
             }
         }
@@ -126,7 +126,7 @@ async fn shake_hands(
         (Ok(_), _) | (Err(_), Answered::Accepted(_)) => shared.metrics.handshake("left"),
         (Err(refusal), Answered::Nothing) => {
             refused(shared, peer, &refusal);
-            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw())).await {
+            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw(&shared.metrics.overload))).await {
                 socket.linger(LINGER).await;
             }
         }
@@ -182,7 +182,7 @@ fn answer(
             Ok((response, accepted)) => (response, Answered::Accepted(Box::new(accepted))),
             Err(refusal) => {
                 refused(&shared, client, &refusal);
-                (refusal.response(), Answered::Refused)
+                (refusal.response(&shared.metrics.overload), Answered::Refused)
             }
         };
         *answered.lock().unwrap_or_else(PoisonError::into_inner) = outcome;

@@ -36,6 +36,7 @@ mod proxy_protocol;
 mod push;
 mod rate;
 mod relay;
+pub(crate) mod retry;
 mod route;
 mod sampler;
 mod session;

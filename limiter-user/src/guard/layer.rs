@@ -12,7 +12,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{Guest, Refused};
-use crate::gateway::answer::Refusal;
+use crate::gateway::{answer::Refusal, retry::Wait};
 
 /// Puts [`Admit`] in front of a service.
 #[derive(Clone, Copy, Debug, Default)]
@@ -69,7 +69,7 @@ where
                 Err(Refused::Service | Refused::Gone) => Refusal::ServiceFull,
             },
         };
-        Box::pin(async move { Ok(refusal.response_as()) })
+        Box::pin(async move { Ok(refusal.response_as(Wait::alone)) })
     }
 }
 

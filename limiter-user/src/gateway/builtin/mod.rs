@@ -87,10 +87,10 @@ impl<'a> BuiltIn<'a> {
 
     /// Closes the client's side, and says whether the client agreed to the end, or was cut off.
     pub(super) async fn close(self, end: &End, drain_timeout: Duration) -> bool {
-        let Self { client, intake, outlet, mail, .. } = self;
+        let Self { client, intake, outlet, mail, metrics, .. } = self;
         // From here on it has no turns, and nobody must wait for one.
         drop(mail);
-        relay::close_client(client, intake, outlet, end, drain_timeout).await
+        relay::close_client(client, intake, outlet, end, drain_timeout, &metrics.overload).await
     }
 
     /// Sends what others have for the client, as long as it takes it; ready: that is all for now.

@@ -37,7 +37,7 @@ pub(in crate::gateway) async fn turn_away(mut socket: Socket, shared: &Shared) -
     let answer = if is_tls && (shared.config.proxy_protocol || !first[0].is_ascii_uppercase()) {
         ALERT.to_vec()
     } else {
-        Refusal::Overloaded.raw()
+        Refusal::Overloaded.raw(overload)
     };
     if let Ok(Ok(())) = timeout(PATIENCE, socket.write_all(&answer)).await {
         socket.linger(PATIENCE).await;

@@ -32,7 +32,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::Shared;
+use super::{
+    Shared,
+    retry::{Retry, Wait},
+};
 use crate::config;
 use sensors::Host;
 
@@ -54,6 +57,8 @@ pub struct Overload {
     turned_away: AtomicU64,
     /// Clients that are being told.
     told: AtomicUsize,
+    /// Who was told when to come back; all the later, the more of this there is.
+    retry: Retry,
     sensors: Arc<Mutex<Box<dyn Sense>>>,
     level_gauge: Gauge,
     ratios: Family<SignalLabel, Gauge<f64, AtomicU64>>,
@@ -86,6 +91,7 @@ impl Default for Overload {
             because: Lock::default(),
             turned_away: AtomicU64::default(),
             told: AtomicUsize::default(),
+            retry: Retry::default(),
             sensors: Arc::new(Mutex::new(Box::<Host>::default())),
             level_gauge: Gauge::default(),
             ratios: Family::default(),
@@ -116,6 +122,16 @@ impl Overload {
     pub fn strain(&self) -> Strain {
         let because = *self.because.lock().unwrap_or_else(PoisonError::into_inner);
         Strain { refused_share: self.level().share(), because: because.map(Signal::name) }
+    }
+
+    /// Seconds after which somebody who is refused may come back.
+    pub(super) fn retry_after(&self, wait: Wait) -> u16 {
+        self.retry.after(wait, self.level().share())
+    }
+
+    /// Seconds after which somebody whose session is closed may come back.
+    pub(super) fn reconnect_after(&self) -> u16 {
+        self.retry.reconnect(self.level().share())
     }
 
     /// Draws a new client's lot: whether it is turned away.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::gateway::{
     close::{CLOSE_TIMEOUT, End, FLUSH_TIMEOUT},
+    overload::Overload,
     socket::Socket,
     upstream::Stream,
 };
@@ -31,14 +32,14 @@ pub(in crate::gateway) async fn close(
     // From here on it takes nothing, and nobody must wait for it.
     relay.mail = None;
     let agreed = settle(&mut relay, end).await;
-    let Relay { client, upstream, up, down, .. } = relay;
+    let Relay { client, upstream, up, down, outbound, .. } = relay;
     let may_write_down = down.intake.unfinished() == 0;
     let may_write_up = up.intake.unfinished() == 0;
     // One that has answered, or has been answered, needs no frame of ours; one that is gone gets none.
     let to_client = match end {
         End::Lost => Vec::new(),
         _ if agreed => Vec::new(),
-        end => close_frame(end.for_client().as_ref(), Sender::Server),
+        end => close_frame(end.for_client(&outbound.metrics.overload).as_ref(), Sender::Server),
     };
     let to_upstream = match end {
         End::UpstreamGone => Vec::new(),
@@ -60,10 +61,11 @@ pub(in crate::gateway) async fn close_client(
     mut outlet: Outlet,
     end: &End,
     drain_timeout: Duration,
+    overload: &Overload,
 ) -> bool {
     let frame = match end {
         End::Lost => Vec::new(),
-        end => close_frame(end.for_client().as_ref(), Sender::Server),
+        end => close_frame(end.for_client(overload).as_ref(), Sender::Server),
     };
     if matches!(end, End::SlowConsumer | End::NoPong | End::Kicked(_)) {
         outlet.keep_first();

@@ -276,6 +276,14 @@ pub async fn next_close<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocke
     }
 }
 
+/// A close that is all its sessions' at once: its code, and its reason without the hint, which has to be there, when to come back.
+pub fn without_hint((code, reason): (u16, String)) -> (u16, String) {
+    let (reason, hint) = reason.split_once("; reconnect in ").expect("a hint when to come back");
+    let seconds: u16 = hint.strip_suffix(" s").unwrap().parse().unwrap();
+    assert!(seconds > 0, "{hint}");
+    (code, reason.to_owned())
+}
+
 pub async fn echoes<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocketStream<S>, text: &str) {
     client.send(Message::text(text)).await.unwrap();
     assert_eq!(next(client).await, Message::text(text));

@@ -185,7 +185,7 @@ async fn full_rows() -> Vec<Row> {
         Row::new("source_rate", 429, "from your address at once", fast, hidden.clone()).retry(1..=3),
         Row::new("service_rate", 503, "to this service at once", busy, hidden).retry(1..=3),
         Row::new("overloaded", 503, "overloaded", strained.gateway, good.clone())
-            .retry(5..=15)
+            .retry(5..=45)
             .holding(strained.memory),
         Row::new("total_full", 503, "no room", together, good.clone()).retry(5..=15).holding(in_all),
         Row::new("service_full", 503, "no room", service, good.clone()).retry(5..=15).holding(in_service),
