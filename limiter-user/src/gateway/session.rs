@@ -100,7 +100,7 @@ fn begin(established: Box<Established>, shared: &Shared) -> Begun<'_> {
     let config = shared.routes.settings_of(&place);
     let open = shared.metrics.session_opened(since.elapsed());
     let inbound = Inbound::new(shared, &place, address, user.as_deref());
-    let who = Who { address, remote: socket.connection().remote, user };
+    let who = Who { address, user };
     let held = Held { who, permit, open, witness: shared.drain.session(), place };
     let built_in = match application {
         Opened::Relay(upstream) => {
@@ -137,31 +137,42 @@ async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
         })
         .await
     };
-    ends(&end, held, shared);
+    ends(&end, held, turns.remote(), shared);
     end
 }
 
-fn ends(end: &End, held: &mut Held<'_>, shared: &Shared) {
+fn ends(end: &End, held: &mut Held<'_>, remote: SocketAddr, shared: &Shared) {
     held.open.ends(end.label());
-    log(end, &held.who, held.open.lasted(), shared);
+    log(end, &held.who, remote, held.open.lasted(), shared);
 }
 
 /// Who is at the other end of a session.
 struct Who {
     address: IpAddr,
-    remote: SocketAddr,
     /// `None` where anybody may connect. Boxed, because there it should take no room.
     user: Option<Box<Member>>,
 }
 
-fn log(end: &End, who: &Who, lasted: Duration, shared: &Shared) {
+fn log(end: &End, who: &Who, remote: SocketAddr, lasted: Duration, shared: &Shared) {
     let reason = end.label();
-    let Who { address, remote, user } = who;
+    let Who { address, user } = who;
     let user = user.as_deref().map(Member::user);
     tracing::debug!(client = %address, %remote, user, reason, ?lasted, "session ends");
     if end.is_abuse()
         && let Some(left_out) = shared.log.admit(reason)
     {
         tracing::info!(client = %address, %remote, user, reason, left_out, "session closed for what its client does");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It is what thousands of quiet connections need; docs/benchmarks.md has the whole.
+    #[test]
+    fn a_relayed_session_is_small() {
+        let size = size_of::<Session<'_, Relay<'_>>>();
+        assert!(size <= 816, "{size} bytes");
     }
 }

@@ -2,6 +2,7 @@
 //! too long.
 
 use std::{
+    net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -21,6 +22,9 @@ pub(super) trait Turns {
 
     /// When to look again; an error is why it is over.
     fn due(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<Instant, End>;
+
+    /// The other end of the client's connection, which may be a proxy.
+    fn remote(&self) -> SocketAddr;
 
     /// Called now and then: a quiet session keeps what it needs.
     fn settle(&mut self, now: Instant);

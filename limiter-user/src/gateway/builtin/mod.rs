@@ -8,6 +8,7 @@ mod assembly;
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     pin::pin,
     task::{Context, Poll},
     time::Duration,
@@ -170,6 +171,10 @@ impl<'a> BuiltIn<'a> {
 }
 
 impl Turns for BuiltIn<'_> {
+    fn remote(&self) -> SocketAddr {
+        self.client.connection().remote
+    }
+
     fn settle(&mut self, now: Instant) {
         self.inbound.settle(now);
     }

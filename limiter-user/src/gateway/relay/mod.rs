@@ -22,6 +22,7 @@ pub(super) use inspect::{Judge, Stop, Verdict, Whole};
 pub(super) use pipe::{BUFFER, Ended, Intake, Outlet, ping_frame};
 
 use std::{
+    net::SocketAddr,
     pin::pin,
     task::{Context, Poll},
 };
@@ -89,6 +90,10 @@ impl<'a> Relay<'a> {
 }
 
 impl Turns for Relay<'_> {
+    fn remote(&self) -> SocketAddr {
+        self.client.connection().remote
+    }
+
     fn settle(&mut self, now: Instant) {
         self.inbound.settle(now);
     }

@@ -57,7 +57,7 @@ pub(super) struct Pipe {
 pub(in crate::gateway) struct Intake {
     inspector: Inspector,
     /// Bytes that were read and not yet passed: the beginning of a header or a control frame.
-    carried: Vec<u8>,
+    carried: Box<[u8]>,
     /// Whether what is carried has to be looked at before more is read.
     fresh: bool,
 }
@@ -65,14 +65,15 @@ pub(in crate::gateway) struct Intake {
 /// The side that receives.
 pub(in crate::gateway) struct Outlet {
     /// What it did not take at once. A frame for many is the same piece of memory for all of them.
-    held: VecDeque<Bytes>,
+    held: Pieces,
     /// Whether what was written may have to be flushed.
     dirty: bool,
     /// Writing failed: nothing more gets there.
     broken: bool,
     /// When it must have taken what is held.
     due: Option<Instant>,
-    timeout: Duration,
+    /// How long it may take, in milliseconds.
+    timeout: u32,
 }
 
 impl Pipe {
@@ -208,7 +209,7 @@ impl Intake {
     /// `early` came together with the handshake.
     pub(in crate::gateway) fn new(sender: Sender, early: Vec<u8>) -> Self {
         let fresh = !early.is_empty();
-        Self { inspector: Inspector::new(sender), carried: early, fresh }
+        Self { inspector: Inspector::new(sender), carried: early.into(), fresh }
     }
 
     /// How many bytes are missing of a frame that has passed in part.
@@ -244,7 +245,7 @@ impl Intake {
             };
             buffer[..carried].copy_from_slice(&self.carried);
             let seen = self.inspector.look(&mut buffer[..end], judge, now);
-            self.carried = buffer[seen.consumed..end].to_vec();
+            self.carried = Box::from(&buffer[seen.consumed..end]);
             self.fresh = seen.stop.is_some();
             if seen.passed > 0 {
                 pass(cx, seen.bytes(buffer), &seen);
@@ -275,7 +276,8 @@ impl Intake {
 impl Outlet {
     /// The receiver may take `timeout`, and a little more for a long message, to take what it is sent.
     pub(in crate::gateway) fn new(timeout: Duration) -> Self {
-        Self { held: VecDeque::new(), dirty: false, broken: false, due: None, timeout }
+        let timeout = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        Self { held: Pieces::default(), dirty: false, broken: false, due: None, timeout }
     }
 
     /// Sends, and holds what is not taken at once.
@@ -312,11 +314,7 @@ impl Outlet {
         if self.broken {
             return;
         }
-        if self.held.is_empty() {
-            self.held = frames;
-        } else {
-            self.held.extend(frames);
-        }
+        self.held.append(frames);
         _ = self.poll_drain(cx, sink, now);
     }
 
@@ -326,8 +324,12 @@ impl Outlet {
         if bytes.is_empty() {
             return;
         }
-        self.held.push_back(Bytes::copy_from_slice(bytes));
+        self.held.push(Bytes::copy_from_slice(bytes));
         self.set_due(now);
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout.into())
     }
 
     fn set_due(&mut self, now: Instant) {
@@ -335,7 +337,7 @@ impl Outlet {
             let held: usize = self.held.iter().map(Bytes::len).sum();
             #[expect(clippy::cast_precision_loss, reason = "a length in bytes is far below 2^53")]
             let allowance = Duration::from_secs_f64(held as f64 / MIN_SPEED);
-            self.due = Some(now + self.timeout + allowance);
+            self.due = Some(now + self.timeout() + allowance);
         }
     }
 
@@ -348,7 +350,7 @@ impl Outlet {
     ) -> Poll<()> {
         while !self.held.is_empty() {
             let mut slices = [IoSlice::new(&[]); MOST_PIECES];
-            for (slice, piece) in slices.iter_mut().zip(&self.held) {
+            for (slice, piece) in slices.iter_mut().zip(self.held.iter()) {
                 *slice = IoSlice::new(piece);
             }
             let pieces = self.held.len().min(MOST_PIECES);
@@ -367,15 +369,13 @@ impl Outlet {
                 }
             }
         }
-        if self.held.capacity() > 0 {
-            self.held = VecDeque::new();
-        }
+        self.held.clear();
         if self.dirty {
             match Pin::new(&mut *sink).poll_flush(cx) {
                 Poll::Ready(Ok(())) => self.dirty = false,
                 Poll::Ready(Err(_)) => self.break_off(),
                 Poll::Pending => {
-                    self.due.get_or_insert(now + self.timeout);
+                    self.due.get_or_insert(now + self.timeout());
                     return Poll::Pending;
                 }
             }
@@ -386,13 +386,13 @@ impl Outlet {
 
     /// So many bytes of what is held are written.
     fn gone(&mut self, mut written: usize) {
-        while let Some(first) = self.held.front_mut() {
+        while let Some(first) = self.held.first_mut() {
             if written < first.len() {
                 first.advance(written);
                 break;
             }
             written -= first.len();
-            self.held.pop_front();
+            self.held.pop();
         }
     }
 
@@ -404,7 +404,7 @@ impl Outlet {
 
     fn break_off(&mut self) {
         self.broken = true;
-        self.held = VecDeque::new();
+        self.held.clear();
         self.dirty = false;
         self.due = None;
     }
@@ -416,6 +416,57 @@ impl Outlet {
 
     pub(in crate::gateway) fn is_broken(&self) -> bool {
         self.broken
+    }
+}
+
+/// What waits to be sent. A quiet connection has nothing, and then it takes one word.
+#[derive(Default)]
+struct Pieces(Option<Box<VecDeque<Bytes>>>);
+
+impl Pieces {
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn len(&self) -> usize {
+        self.0.as_ref().map_or(0, |pieces| pieces.len())
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Bytes> {
+        self.0.iter().flat_map(|pieces| pieces.iter())
+    }
+
+    fn push(&mut self, piece: Bytes) {
+        self.0.get_or_insert_default().push_back(piece);
+    }
+
+    fn append(&mut self, mut pieces: VecDeque<Bytes>) {
+        match &mut self.0 {
+            Some(held) => held.append(&mut pieces),
+            None => self.0 = (!pieces.is_empty()).then(|| Box::new(pieces)),
+        }
+    }
+
+    fn first_mut(&mut self) -> Option<&mut Bytes> {
+        self.0.as_mut()?.front_mut()
+    }
+
+    /// Takes the first away.
+    fn pop(&mut self) {
+        if let Some(pieces) = &mut self.0 {
+            pieces.pop_front();
+        }
+    }
+
+    fn truncate(&mut self, length: usize) {
+        if let Some(pieces) = &mut self.0 {
+            pieces.truncate(length);
+        }
+    }
+
+    /// Forgets them all, and gives their room back.
+    fn clear(&mut self) {
+        self.0 = None;
     }
 }
 
