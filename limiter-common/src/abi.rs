@@ -1,7 +1,7 @@
 //! The names and sizes by which user space finds what the kernel holds. A map or a program is named here and nowhere else.
 
 /// Version of the layout of every pinned map; part of the pin path, so that two layouts never meet.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The XDP program that admits or refuses.
 pub const PROGRAM_XDP: &str = "limiter_xdp";
@@ -11,6 +11,9 @@ pub const PROGRAM_TC: &str = "limiter_tc";
 pub const PROGRAM_TC_L3: &str = "limiter_tc_l3";
 /// The `sock_ops` program that confirms and closes ledger entries.
 pub const PROGRAM_SOCK_OPS: &str = "limiter_sockops";
+/// The program that sees what is delivered to a listener which XDP does not see packets of as they arrive there: behind a
+/// translation of addresses or ports, or in another network namespace (at the root of the cgroup v2 hierarchy).
+pub const PROGRAM_DELIVERY: &str = "limiter_delivery";
 /// The program by which user space takes entries out of the ledger (run by `BPF_PROG_TEST_RUN`, never attached).
 pub const PROGRAM_CONTROL: &str = "limiter_control";
 
@@ -23,8 +26,11 @@ pub const MAP_LEDGER: &str = "LEDGER";
 /// [`crate::SourceKey`] → [`crate::SourceEntry`]: every source that holds a connection.
 pub const MAP_SOURCES: &str = "SOURCES";
 /// Destination port → in each half of the word, the service index + 1 in one copy of the policy, or 0 where no service
-/// listens ([`crate::policy::InForce::service`]).
+/// listens, and where the sockets are that a packet may lead to ([`crate::policy::InForce::service`]).
 pub const MAP_PORTS: &str = "PORTS";
+/// Port of a socket → in each half of the word, for one copy of the policy, the service index + 1 of such sockets in the namespace
+/// that limiter was attached in, and in the upper 16 bits in any other ([`crate::policy::InForce::service_of_socket`]).
+pub const MAP_SOCKET_PORTS: &str = "SOCKET_PORTS";
 /// [`crate::policy::InForce::place_of`] a service → [`crate::ServicePolicy`]: two copies, one of which is in force.
 pub const MAP_SERVICES: &str = "SERVICES";
 /// Service index → [`crate::policy::ServiceState`]: connections in all. At [`ALL_SERVICES`]: those of all services.
@@ -57,10 +63,11 @@ pub const MAP_MEMBERS: &str = "MEMBERS";
 pub const MAP_CHALLENGES: &str = "CHALLENGES";
 
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 16] = [
+pub const PINNED_MAPS: [&str; 17] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
+    MAP_SOCKET_PORTS,
     MAP_SERVICES,
     MAP_SERVICE_STATE,
     MAP_COUNTERS,

@@ -35,7 +35,7 @@ pub mod op {
     /// as [`crate::Counter::OpenedAdopted`], it is never cut; as [`crate::Counter::OpenedAudit`], it is marked if it is past
     /// its limits.
     pub const ADOPT: u32 = 3;
-    /// Only count, for the service that has the connection's local port.
+    /// Only count, for the service that counts the connection's socket.
     pub const COUNT: u32 = 4;
     /// Say what a SYN of the connection's client to its local port would get now. Counts nothing, reports nothing and
     /// changes nothing; only the client's address and the local port are looked at.

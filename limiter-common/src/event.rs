@@ -12,7 +12,7 @@ pub struct Refusal {
     /// Refusals of the same source (or of the same service, if that was full) since the last report, this one not
     /// counted.
     pub unreported: u64,
-    /// The packet's addresses and ports.
+    /// The packet's addresses and ports; at [`Stage::Open`], those of the socket.
     pub connection: Endpoints,
     /// Index of the service.
     pub service: u16,

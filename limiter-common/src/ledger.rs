@@ -6,7 +6,8 @@
 
 use crate::{Address, SourceKey};
 
-/// Both ends of a TCP connection, from the point of view of the host that accepted it.
+/// Both ends of a TCP connection, from the point of view of the host that accepted it. Addresses mean something in one network
+/// namespace, so it is among them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Endpoints {
@@ -16,14 +17,19 @@ pub struct Endpoints {
     pub local: Address,
     /// The client's port, in host order.
     pub remote_port: u16,
-    /// The service's port, in host order.
+    /// The port that its socket has, in host order.
     pub local_port: u16,
+    /// The network namespace that its socket is in.
+    pub netns: Netns,
 }
 
 impl Endpoints {
     /// The key of the connection's entry.
     #[inline(always)]
     pub const fn key(&self, secret: &TagSecret) -> ConnectionKey {
+        if !self.netns.is_own() {
+            return ConnectionKey::of_other(self, secret);
+        }
         let ports = ports_word(self.remote_port, self.local_port);
         if self.remote.is_v4() {
             ConnectionKey::of_v4(self.remote.v4_word(), self.local.v4_word(), ports)
@@ -39,12 +45,16 @@ impl Endpoints {
 /// addresses and ports. The addresses of an IPv6 connection stand in it as a tag of 60 bits, and whole in the
 /// [entry](LedgerEntry::remote). The tag is made with a [secret](TagSecret), so nobody can look for two connections that
 /// have the same one; by chance two of the same ports do once in 2^60. The second then finds no room.
+///
+/// A connection of another network namespace than the programs of admission work in may have the addresses and ports of one
+/// in theirs. All of it but the client's port is in a tag of 64 bits, with the namespace, and in the place of its own port there
+/// is 0: no service has that, so nobody looks such a key up for a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct ConnectionKey {
     /// IPv4: the client's address and the one that it connected to, in network order. IPv6: the tag.
     addresses: [u32; 2],
-    /// The client's port and the service's, in network order, as they lie in a TCP header.
+    /// The client's port and the service's (or 0), in network order, as they lie in a TCP header.
     ports: u32,
 }
 
@@ -67,15 +77,19 @@ impl ConnectionKey {
     #[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
     #[inline(always)]
     pub const fn of_v6(remote: &[u32; 4], local: &[u32; 4], ports: u32, secret: &TagSecret) -> Self {
-        let mut sum = 0_u64;
-        let mut word = 0;
-        while word < 4 {
-            sum = sum
-                .wrapping_add(secret.0[word].wrapping_mul(remote[word] as u64))
-                .wrapping_add(secret.0[4 + word].wrapping_mul(local[word] as u64));
-            word += 1;
-        }
+        let sum = tag(remote, local, secret);
         Self { addresses: [(sum >> 32) as u32 & !TAG_MARK_MASK | TAG_MARK, sum as u32], ports }
+    }
+
+    /// That of a connection of another namespace.
+    #[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
+    #[inline(always)]
+    const fn of_other(ends: &Endpoints, secret: &TagSecret) -> Self {
+        let sum = tag(&ends.remote.words(), &ends.local.words(), secret)
+            .wrapping_add(secret.0[8].wrapping_mul(ends.netns.0[0] as u64))
+            .wrapping_add(secret.0[9].wrapping_mul(ends.netns.0[1] as u64))
+            .wrapping_add(secret.0[10].wrapping_mul(ends.local_port as u64));
+        Self { addresses: [(sum >> 32) as u32, sum as u32], ports: ports_word(ends.remote_port, 0) }
     }
 
     /// The client's port, in host order.
@@ -85,12 +99,26 @@ impl ConnectionKey {
         u16::from_be_bytes([a, b])
     }
 
-    /// The service's port, in host order.
+    /// The service's port, in host order; 0 if the connection is one of another namespace.
     #[inline(always)]
     pub const fn local_port(&self) -> u16 {
         let [_, _, a, b] = self.ports.to_ne_bytes();
         u16::from_be_bytes([a, b])
     }
+}
+
+/// The sum that tags are cut from.
+#[inline(always)]
+const fn tag(remote: &[u32; 4], local: &[u32; 4], secret: &TagSecret) -> u64 {
+    let mut sum = 0_u64;
+    let mut word = 0;
+    while word < 4 {
+        sum = sum
+            .wrapping_add(secret.0[word].wrapping_mul(remote[word] as u64))
+            .wrapping_add(secret.0[4 + word].wrapping_mul(local[word] as u64));
+        word += 1;
+    }
+    sum
 }
 
 /// Both ports as they lie in a TCP header.
@@ -100,10 +128,41 @@ const fn ports_word(remote: u16, local: u16) -> u32 {
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// What the tags of IPv6 connections are made with: random numbers, chosen once for a ledger, and known to nobody else.
+/// A network namespace, as seen from the one that limiter was attached in: its cookie (`SO_NETNS_COOKIE`, never used again as
+/// long as the host runs), or 0 for that one itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct Netns([u32; 2]);
+
+impl Netns {
+    /// The namespace that limiter was attached in.
+    pub const OWN: Self = Self([0; 2]);
+
+    /// That of this cookie, which is not the one that limiter was attached in.
+    #[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
+    #[inline(always)]
+    pub const fn other(cookie: u64) -> Self {
+        Self([cookie as u32, (cookie >> 32) as u32])
+    }
+
+    /// Its cookie; 0 for the one that limiter was attached in.
+    #[inline(always)]
+    pub const fn cookie(self) -> u64 {
+        self.0[0] as u64 | (self.0[1] as u64) << 32
+    }
+
+    /// Whether it is the one that limiter was attached in.
+    #[inline(always)]
+    pub const fn is_own(self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0
+    }
+}
+
+/// What the tags are made with: random numbers, chosen once for a ledger, and known to nobody else. Eight for the addresses, two
+/// for the namespace, one for the port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct TagSecret(pub [u64; 8]);
+pub struct TagSecret(pub [u64; 11]);
 
 /// What the ledger holds of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,22 +176,39 @@ pub struct LedgerEntry {
     /// The source that it counts against. Kept here, because the prefix lengths can change while it is open.
     pub source: SourceKey,
     /// [`FLAG_ADOPTED`], [`FLAG_PAST_LIMIT`]; set when the entry is made.
-    pub flags: u16,
+    pub flags: u8,
     /// Length of the prefix of the wider source that it counts against, too; 0: of none.
     pub wide_prefix: u8,
-    /// Always 0.
-    pub reserved: u8,
+    /// The port of its socket, in host order.
+    pub local_port: u16,
     /// The client.
     pub remote: Address,
     /// The address that it connected to.
     pub local: Address,
+    /// The network namespace of its socket.
+    pub netns: Netns,
 }
 
 impl LedgerEntry {
     /// Whether it is the entry of that connection, and not that of another with the same key.
     #[inline(always)]
     pub fn is_of(&self, connection: &Endpoints) -> bool {
-        self.remote == connection.remote && self.local == connection.local
+        self.remote == connection.remote
+            && self.local == connection.local
+            && self.local_port == connection.local_port
+            && self.netns == connection.netns
+    }
+
+    /// Both ends of its connection, of which the client's port is in the key alone.
+    #[inline(always)]
+    pub const fn ends(&self, key: &ConnectionKey) -> Endpoints {
+        Endpoints {
+            remote: self.remote,
+            local: self.local,
+            remote_port: key.remote_port(),
+            local_port: self.local_port,
+            netns: self.netns,
+        }
     }
 
     /// The source of the wider tier that it counts against, if it does.
@@ -146,10 +222,10 @@ impl LedgerEntry {
 }
 
 /// In [`LedgerEntry::flags`]: the connection was open before the limiter was attached. It is never cut.
-pub const FLAG_ADOPTED: u16 = 1;
+pub const FLAG_ADOPTED: u8 = 1;
 
 /// In [`LedgerEntry::flags`]: the connection got past XDP and past its limits, and is to be cut.
-pub const FLAG_PAST_LIMIT: u16 = 2;
+pub const FLAG_PAST_LIMIT: u8 = 2;
 
 /// A slot that was reserved when a handshake completed and that the stack has yet to confirm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -194,9 +270,9 @@ pub const fn is_reservation(owner: u64) -> bool {
 
 #[cfg(any(test, feature = "user"))]
 mod host {
-    use super::Endpoints;
     #[cfg(feature = "user")]
     use super::{ConnectionKey, LedgerEntry, Reservation, TagSecret};
+    use super::{Endpoints, Netns};
     use core::net::{IpAddr, SocketAddr};
 
     // SAFETY: repr(C), integers only, no padding, every bit pattern valid.
@@ -213,9 +289,10 @@ mod host {
     unsafe impl aya::Pod for TagSecret {}
 
     impl Endpoints {
-        /// The ends of the connection that a client at `remote` opened to `local`.
+        /// The ends of the connection that a client at `remote` opened to `local`, in the namespace that limiter was attached in.
         pub fn new(remote: SocketAddr, local: SocketAddr) -> Self {
             Self {
+                netns: Netns::OWN,
                 remote: remote.ip().into(),
                 local: local.ip().into(),
                 remote_port: remote.port(),
@@ -242,7 +319,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn ends(remote: IpAddr, local: IpAddr, remote_port: u16, local_port: u16) -> Endpoints {
-        Endpoints { remote: remote.into(), local: local.into(), remote_port, local_port }
+        Endpoints { remote: remote.into(), local: local.into(), remote_port, local_port, netns: Netns::OWN }
     }
 
     proptest! {
@@ -252,7 +329,8 @@ mod tests {
             b: (u128, u128, u16, u16),
             v4: (u32, u32, u16, u16),
             flipped in 0..256_u32,
-            secret: [u64; 8],
+            secret: [u64; 11],
+            cookie: u64,
         ) {
             let secret = TagSecret(secret);
             let v6 = |ends_: (u128, u128, u16, u16)| {
@@ -273,13 +351,32 @@ mod tests {
             prop_assert_eq!((of_v4.remote_port(), of_v4.local_port()), (v4.remote_port, v4.local_port));
             let of_v6 = Endpoints { remote_port: v4.remote_port, local_port: v4.local_port, ..v6(a) }.key(&secret);
             prop_assert_ne!(of_v4, of_v6);
+
+            // The same addresses and ports in three namespaces are three connections.
+            prop_assume!(v4.local_port != 0 && a.3 != 0 && cookie != 0 && cookie != u64::MAX);
+            for here in [v4, v6(a)] {
+                let there = [cookie, cookie + 1].map(|cookie| Endpoints { netns: Netns::other(cookie), ..here });
+                let [key, one, two] = [here, there[0], there[1]].map(|ends| ends.key(&secret));
+                prop_assert!(key != one && key != two && one != two);
+                prop_assert_eq!((one.remote_port(), one.local_port()), (here.remote_port, 0));
+                let entry = LedgerEntry {
+                    remote: here.remote,
+                    local: here.local,
+                    local_port: here.local_port,
+                    netns: there[0].netns,
+                    ..LedgerEntry::default()
+                };
+                prop_assert!(entry.is_of(&there[0]) && !entry.is_of(&there[1]) && !entry.is_of(&here));
+                prop_assert_eq!(entry.ends(&one), there[0]);
+                prop_assert_eq!(there[0].netns.cookie(), cookie);
+            }
         }
     }
 
     #[test]
     fn the_tag_depends_on_the_secret() {
         let ends = ends(Ipv6Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), 1, 2);
-        assert_ne!(ends.key(&TagSecret([1; 8])), ends.key(&TagSecret([2; 8])));
+        assert_ne!(ends.key(&TagSecret([1; 11])), ends.key(&TagSecret([2; 11])));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub mod user;
 pub mod verdict;
 
 pub use address::Address;
-pub use ledger::{ConnectionKey, Endpoints, LedgerEntry, TagSecret};
+pub use ledger::{ConnectionKey, Endpoints, LedgerEntry, Netns, TagSecret};
 pub use policy::ServicePolicy;
 pub use source::{SourceEntry, SourceKey};
 pub use verdict::{Counter, DenyReason};

@@ -28,8 +28,11 @@ pub struct ServicePolicy {
     pub on_deny: u8,
     /// An [`OnFull`].
     pub on_full: u8,
+    /// 1: some of its sockets are not where its packets seem to go, but behind a translation, or in another network namespace; 0: none.
+    /// Who answers a SYN in the name of a socket here may then answer for the wrong one.
+    pub is_elsewhere: u8,
     /// Always 0.
-    pub reserved: [u8; 2],
+    pub reserved: u8,
     /// New connections per second that one source may open; 0: any number. For user space; the programs go by `rate`.
     pub connection_rate: u32,
     /// How many of them it may open at once. For user space, like `connection_rate`.
@@ -85,11 +88,40 @@ impl InForce {
         copy * MAX_SERVICES + service as u32
     }
 
-    /// The service of a port, from the port's word: in each half that of one copy, plus 1; 0 for none.
+    /// The service of a port, from the port's word: in each half that of one copy, plus 1, and what a [`Port`] says besides; 0 for
+    /// none.
     #[inline(always)]
     pub const fn service(self, word: u32) -> Option<u16> {
-        let half = if self.0 & Self::PORTS == 0 { word & 0xffff } else { word >> 16 };
+        let half = self.half(word) & !Port::NOT_HERE;
         if half == 0 { None } else { Some(((half - 1) & 0xffff) as u16) }
+    }
+
+    #[inline(always)]
+    const fn half(self, word: u32) -> u32 {
+        if self.0 & Self::PORTS == 0 { word & 0xffff } else { word >> 16 }
+    }
+
+    /// The same, but none where no packet is for a socket of this port in this namespace ([`Port::is_not_here`]).
+    #[inline(always)]
+    pub const fn service_here(self, word: u32) -> Option<u16> {
+        let half = self.half(word);
+        if half.wrapping_sub(1) >= Port::NOT_HERE - 1 { None } else { Some(((half - 1) & 0xffff) as u16) }
+    }
+
+    /// All that a port's word says in the copy in force.
+    pub const fn port(self, word: u32) -> Option<Port> {
+        match self.service(word) {
+            None => None,
+            Some(service) => Some(Port { service, is_not_here: self.half(word) & Port::NOT_HERE != 0 }),
+        }
+    }
+
+    /// The service that counts sockets of a port, from the port's word in [`crate::abi::MAP_SOCKET_PORTS`].
+    #[inline(always)]
+    pub const fn service_of_socket(self, word: u64, is_own: bool) -> Option<u16> {
+        let half = if self.0 & Self::PORTS == 0 { (word & 0xffff_ffff) as u32 } else { (word >> 32) as u32 };
+        let number = if is_own { half & 0xffff } else { half >> 16 };
+        if number == 0 { None } else { Some(((number - 1) & 0xffff) as u16) }
     }
 
     /// Which copy of the rules is in force, 0 or 1.
@@ -134,14 +166,48 @@ impl InForce {
         Self(self.0.wrapping_add(Self::CHANGE))
     }
 
-    /// A port's word with that service in this copy, and whatever it had in the other.
+    /// A port's word with that in this copy, and whatever it had in the other.
     #[must_use]
-    pub const fn with_service(self, word: u32, service: Option<u16>) -> u32 {
-        let half = match service {
-            Some(service) => service as u32 + 1,
+    pub const fn with_port(self, word: u32, port: Option<Port>) -> u32 {
+        let half = match port {
+            Some(port) => (port.service as u32 + 1) | if port.is_not_here { Port::NOT_HERE } else { 0 },
             None => 0,
         };
         if self.0 & Self::PORTS == 0 { word & 0xffff_0000 | half } else { word & 0xffff | half << 16 }
+    }
+
+    /// The word of a port of sockets with these services in this copy, and whatever it had in the other.
+    #[must_use]
+    pub const fn with_sockets(self, word: u64, own: Option<u16>, others: Option<u16>) -> u64 {
+        let half = number(own) | number(others) << 16;
+        if self.0 & Self::PORTS == 0 { word & !0xffff_ffff | half } else { word & 0xffff_ffff | half << 32 }
+    }
+}
+
+/// A service's index plus 1; 0 for none.
+const fn number(service: Option<u16>) -> u64 {
+    match service {
+        Some(service) => service as u64 + 1,
+        None => 0,
+    }
+}
+
+/// A port of packets, as the programs of admission know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// The index of its service.
+    pub service: u16,
+    /// None of its packets is for a socket of this port in this namespace. There is no need to look for one.
+    pub is_not_here: bool,
+}
+
+impl Port {
+    /// In each half of a port's word. Indexes of services are far below.
+    const NOT_HERE: u32 = 1 << 15;
+
+    /// One whose sockets are all here.
+    pub const fn here(service: u16) -> Self {
+        Self { service, is_not_here: false }
     }
 }
 
@@ -236,8 +302,24 @@ mod tests {
         let first = InForce::default();
         let second = first.other_ports();
         for (one, other) in [(None, Some(0)), (Some(63), Some(5)), (Some(7), None), (None, None)] {
-            let word = second.with_service(first.with_service(0xdead_beef, one), other);
+            let [one_port, other_port] = [one, other].map(|service| service.map(Port::here));
+            let word = second.with_port(first.with_port(0xdead_beef, one_port), other_port);
             assert_eq!((first.service(word), second.service(word)), (one, other));
+            assert_eq!((first.service_here(word), second.service_here(word)), (one, other));
+            let word = first.with_port(word, one_port.map(|port| Port { is_not_here: true, ..port }));
+            assert_eq!((first.service(word), second.service(word)), (one, other));
+            assert_eq!((first.service_here(word), second.service_here(word)), (None, other));
+        }
+    }
+
+    #[test]
+    fn a_port_of_sockets_has_services_here_and_in_other_namespaces_in_each_copy() {
+        let first = InForce::default();
+        let second = first.other_ports();
+        for (own, others) in [(None, Some(0)), (Some(63), Some(5)), (Some(7), None), (None, None)] {
+            let word = second.with_sockets(first.with_sockets(0xdead_beef_dead_beef, own, others), others, own);
+            assert_eq!((first.service_of_socket(word, true), first.service_of_socket(word, false)), (own, others));
+            assert_eq!((second.service_of_socket(word, true), second.service_of_socket(word, false)), (others, own));
         }
     }
 }

@@ -19,8 +19,8 @@ use crate::{
     completion::PROOF_SHIFT,
     context::{Packet, Skb},
     counters::count,
+    expiry,
     headers::{ACK, FIN, RST, SYN},
-    ledger,
     maps::{LEDGER, SERVICE_STATE, SOURCES, TAG_SECRET},
     packet::{self, Segment, Unread},
     policy, rates,
@@ -82,14 +82,14 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
             return None;
         }
         let in_force = policy::in_force();
-        let service = in_force.service(word)?;
+        let service = in_force.service_here(word)?;
         let proof = ctx.prove(service);
         if proof != 0 {
             let refused = ctx.handshake(service, in_force);
             if refused != 0 {
                 ctx.refuse(service, in_force, refused | (proof << PROOF_SHIFT));
             }
-            ledger::limiter_expire();
+            expiry::limiter_expire();
         }
         None
     } else {
@@ -165,7 +165,8 @@ fn syn(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<Verdict> {
         if segment.has_options() && policy.on_deny != OnDeny::Observe as u8 {
             ctx.void_fast_open(&segment);
         }
-        if challenge::is_on(service) {
+        // The stack takes a cookie for the socket whose listener has made it.
+        if policy.is_elsewhere == 0 && challenge::is_on(service) {
             return Some(Verdict::Challenge);
         }
         count(service, Counter::SynAdmitted);
@@ -173,7 +174,7 @@ fn syn(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<Verdict> {
     };
     let observed = policy.on_deny == OnDeny::Observe as u8;
     count(service, Counter::of_refusal(reason, Stage::Syn, observed));
-    report(sampler, &Refused { connection: *ends, service, reason, stage: Stage::Syn, observed });
+    report(sampler, &Refused { connection: ends, service, reason, stage: Stage::Syn, observed });
     debug!(ctx, "service {}: SYN refused, reason {}", service, reason as u8);
     // SAFETY: the pointer comes from a look-up in an array; its elements stay.
     if unsafe { atomic::load(&raw const (*state).unconfirmed) } != 0 {
@@ -283,7 +284,7 @@ fn expire_for_refused(state: *mut ServiceState) {
         }
         (&raw mut (*state).expired_ns).write_volatile(now_ns);
         for _ in 0..EXPIRE_ON_REFUSAL {
-            if !ledger::expire_one(now_ns) {
+            if !expiry::expire_one(now_ns) {
                 break;
             }
         }

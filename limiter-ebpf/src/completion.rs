@@ -83,7 +83,12 @@ pub extern "C" fn limiter_handshake_skb(skb: *mut __sk_buff, has_ethernet: u32, 
 
 #[inline(always)]
 fn completed(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<u32> {
-    let ends = &packet::segment(ctx).ok()?.endpoints();
+    complete(&packet::segment(ctx).ok()?.endpoints(), service, in_force)
+}
+
+/// A handshake between these ends is complete: reserves its slot. `None` if it passes, and otherwise why it is refused.
+#[inline(always)]
+pub fn complete(ends: &Endpoints, service: u16, in_force: InForce) -> Option<u32> {
     let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
     let policy = policy::of_service(service, in_force)?;
     // SAFETY: the helper has no precondition.
@@ -125,17 +130,8 @@ pub extern "C" fn limiter_refuse_skb(
 #[inline(always)]
 fn refuse(ctx: &impl Packet, service: u16, in_force: InForce, refused: u32) -> Option<()> {
     let segment = &packet::segment(ctx).ok()?;
-    let ends = &segment.endpoints();
-    let policy = policy::of_service(service, in_force)?;
-    let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
-    let reason = DenyReason::from_number((refused & REASON) as u8)?;
-    let observed = refused & OBSERVED != 0;
-    count(service, Counter::of_refusal(reason, Stage::Handshake, observed));
-    report(
-        handshake_sampler(ends, service, policy, state, reason),
-        &Refused { connection: *ends, service, reason, stage: Stage::Handshake, observed },
-    );
-    debug!(ctx, "service {}: handshake refused, reason {}", service, reason as u8);
+    let observed = note(&segment.endpoints(), service, in_force, refused)?;
+    debug!(ctx, "service {}: handshake refused, reason {}", service, refused & REASON);
     if !observed {
         if refused >> PROOF_SHIFT == BY_COOKIE {
             // There is nothing to forget: the stack finds no valid cookie, and answers with a RST of its own.
@@ -146,6 +142,21 @@ fn refuse(ctx: &impl Packet, service: u16, in_force: InForce, refused: u32) -> O
         }
     }
     Some(())
+}
+
+/// Counts and reports that a handshake is refused. Returns whether that is only observed.
+#[inline(always)]
+pub fn note(ends: &Endpoints, service: u16, in_force: InForce, refused: u32) -> Option<bool> {
+    let policy = policy::of_service(service, in_force)?;
+    let state = SERVICE_STATE.get_ptr_mut(u32::from(service))?;
+    let reason = DenyReason::from_number((refused & REASON) as u8)?;
+    let observed = refused & OBSERVED != 0;
+    count(service, Counter::of_refusal(reason, Stage::Handshake, observed));
+    report(
+        handshake_sampler(ends, service, policy, state, reason),
+        &Refused { connection: ends, service, reason, stage: Stage::Handshake, observed },
+    );
+    Some(observed)
 }
 
 /// Who the refusal of a handshake is noted for.

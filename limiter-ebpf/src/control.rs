@@ -4,15 +4,18 @@ use core::mem;
 
 use aya_ebpf::{helpers::bpf_ktime_get_ns, programs::XdpContext};
 use limiter_common::{
-    Counter,
+    Counter, Endpoints,
     control::{EXPIRE_BATCH, Request, answer, op},
+    policy::InForce,
 };
 
 use crate::{
     admission,
     counters::count_at,
-    ledger::{self, Assigned, Entered},
-    policy::{in_force, service_on},
+    expiry,
+    ledger::{self, Entered},
+    members::{self, Assigned},
+    policy::{in_force, service_of_socket, service_on},
 };
 
 /// Serves one request.
@@ -37,7 +40,7 @@ pub fn serve(ctx: &XdpContext) -> u32 {
             // SAFETY: the helper has no precondition.
             let now_ns = unsafe { bpf_ktime_get_ns() };
             for _ in 0..EXPIRE_BATCH {
-                if !ledger::expire_one(now_ns) {
+                if !expiry::expire_one(now_ns) {
                     return answer::DONE;
                 }
             }
@@ -50,7 +53,7 @@ pub fn serve(ctx: &XdpContext) -> u32 {
                 _ => return answer::MALFORMED,
             };
             let in_force = in_force();
-            let Some(service) = service_on(request.connection.local_port, in_force) else { return answer::NOT_THERE };
+            let Some(service) = service_of(&request.connection, in_force) else { return answer::NOT_THERE };
             // SAFETY: the helper has no precondition.
             let now_ns = unsafe { bpf_ktime_get_ns() };
             match ledger::adopt(&request.connection, service, in_force, request.owner, counter, now_ns) {
@@ -60,12 +63,12 @@ pub fn serve(ctx: &XdpContext) -> u32 {
             }
         }
         op::COUNT if request.counter < Counter::ALL.len() as u32 => {
-            let Some(service) = service_on(request.connection.local_port, in_force()) else { return answer::NOT_THERE };
+            let Some(service) = service_of(&request.connection, in_force()) else { return answer::NOT_THERE };
             count_at(service, request.counter);
             answer::DONE
         }
         op::COUNT_FOR_USER => {
-            match ledger::count_for_user(&ledger::key_of(&request.connection), request.owner, &request.member) {
+            match members::count_for_user(&ledger::key_of(&request.connection), request.owner, &request.member) {
                 Assigned::Yes => answer::DONE,
                 Assigned::Already => answer::THERE_ALREADY,
                 Assigned::NotThere => answer::NOT_THERE,
@@ -80,4 +83,10 @@ pub fn serve(ctx: &XdpContext) -> u32 {
         }
         _ => answer::MALFORMED,
     }
+}
+
+/// The service that counts the socket of a connection.
+#[inline(always)]
+fn service_of(connection: &Endpoints, in_force: InForce) -> Option<u16> {
+    service_of_socket(connection.local_port, connection.netns, in_force)
 }

@@ -3,7 +3,10 @@
 //! A segment that acknowledges the sequence number of our SYN-ACK can only come from one who saw it (or guessed 32 bits).
 //! So its source address is not spoofed, and the stack is about to open the connection.
 
-use core::mem::{self, MaybeUninit};
+use core::{
+    ffi::c_void,
+    mem::{self, MaybeUninit},
+};
 
 use aya_ebpf::{
     bindings::{
@@ -14,6 +17,8 @@ use aya_ebpf::{
         bpf_probe_read_kernel, bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_tcp_check_syncookie,
     },
 };
+
+use limiter_common::{Address, Endpoints};
 
 use crate::{
     context::Packet,
@@ -47,7 +52,7 @@ pub fn prove(ctx: &impl Packet, segment: &Segment) -> Proof {
     // SAFETY: the socket is not null, and we hold a reference.
     let state = unsafe { (*socket).state };
     let proof = if state == BPF_TCP_NEW_SYN_RECV {
-        acknowledges_request(socket, segment)
+        acknowledges_request(socket, segment.acknowledgement())
     } else if state == BPF_TCP_LISTEN {
         // A valid cookie, or a stray segment to a listener. The stack answers that one with a RST.
         if has_cookie(socket, segment) { Proof::CompletesByCookie } else { Proof::NoHandshake }
@@ -59,38 +64,67 @@ pub fn prove(ctx: &impl Packet, segment: &Segment) -> Proof {
     proof
 }
 
+/// The same for a segment between these ends, as far as it can be told without a packet that can be read: not by a cookie.
+#[inline(always)]
+pub fn prove_between(ctx: *mut c_void, ends: &Endpoints, is_v4: bool, acknowledgement: u32) -> Proof {
+    if SNT_ISN_OFFSET.load() == 0 {
+        return Proof::NoHandshake;
+    }
+    let socket = lookup_between(ctx, ends.remote, ends.local, (ends.remote_port, ends.local_port), is_v4);
+    if socket.is_null() {
+        return Proof::NoHandshake;
+    }
+    // SAFETY: the socket is not null, and we hold a reference.
+    let proof = if unsafe { (*socket).state } == BPF_TCP_NEW_SYN_RECV {
+        acknowledges_request(socket, acknowledgement)
+    } else {
+        Proof::NoHandshake
+    };
+    // SAFETY: we hold the reference, and use the socket no more.
+    unsafe { bpf_sk_release(socket.cast()) };
+    proof
+}
+
 #[inline(always)]
 pub fn lookup(ctx: &impl Packet, segment: &Segment) -> *mut bpf_sock {
+    let is_v4 = matches!(segment.network, Network::V4(_));
+    let ports = (segment.remote_port(), segment.local_port());
+    lookup_between(ctx.as_ptr(), segment.remote(), segment.local(), ports, is_v4)
+}
+
+#[inline(always)]
+fn lookup_between(
+    ctx: *mut c_void,
+    remote: Address,
+    local: Address,
+    (remote_port, local_port): (u16, u16),
+    is_v4: bool,
+) -> *mut bpf_sock {
     // Not zeroed: the compiler would call a function for it, and that takes stack. The kernel reads as much as is written.
     let mut tuple = MaybeUninit::<bpf_sock_tuple>::uninit();
     let ends = tuple.as_mut_ptr();
-    let remote = segment.remote();
-    let local = segment.local();
-    let (sport, dport) = (segment.remote_port().to_be(), segment.local_port().to_be());
+    let (sport, dport) = (remote_port.to_be(), local_port.to_be());
     // SAFETY: a tuple has room for either family.
     let size = unsafe {
-        match segment.network {
-            Network::V4(_) => {
-                let ends = &raw mut (*ends).__bindgen_anon_1.ipv4;
-                ends.write(V4 { saddr: remote.v4_word(), daddr: local.v4_word(), sport, dport });
-                mem::size_of::<V4>()
-            }
-            Network::V6(_) => {
-                let ends = &raw mut (*ends).__bindgen_anon_1.ipv6;
-                ends.write(V6 { saddr: remote.words(), daddr: local.words(), sport, dport });
-                mem::size_of::<V6>()
-            }
+        if is_v4 {
+            let ends = &raw mut (*ends).__bindgen_anon_1.ipv4;
+            ends.write(V4 { saddr: remote.v4_word(), daddr: local.v4_word(), sport, dport });
+            mem::size_of::<V4>()
+        } else {
+            let ends = &raw mut (*ends).__bindgen_anon_1.ipv6;
+            ends.write(V6 { saddr: remote.words(), daddr: local.words(), sport, dport });
+            mem::size_of::<V6>()
         }
     };
-    // SAFETY: so much of the tuple is written; the namespace is the device's own.
-    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), ends, size as u32, BPF_F_CURRENT_NETNS as i64 as u64, 0) }
+    // SAFETY: so much of the tuple is written; the namespace is that of the packet's device.
+    unsafe { bpf_skc_lookup_tcp(ctx, ends, size as u32, BPF_F_CURRENT_NETNS as i64 as u64, 0) }
 }
 
 /// Whether the segment acknowledges the SYN-ACK of a half-open connection.
 #[inline(always)]
-fn acknowledges_request(socket: *mut bpf_sock, segment: &Segment) -> Proof {
+fn acknowledges_request(socket: *mut bpf_sock, acknowledgement: u32) -> Proof {
     match sent_sequence(socket) {
-        Some(sent) if segment.acknowledgement() == sent.wrapping_add(1) => Proof::Completes,
+        Some(sent) if acknowledgement == sent.wrapping_add(1) => Proof::Completes,
         _ => Proof::Unproven,
     }
 }

@@ -1,32 +1,26 @@
-//! The ledger. Every change of a count is here, together with the entry that it belongs to.
+//! The ledger. A count changes here together with the entry that it belongs to; but for a connection that moves to its user,
+//! which is in [`crate::members`].
 
-use aya_ebpf::{
-    bindings::{BPF_EXIST, BPF_NOEXIST},
-    helpers::bpf_ktime_get_ns,
-};
+use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use limiter_common::{
-    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey, TagSecret, abi,
+    ConnectionKey, Counter, DenyReason, Endpoints, LedgerEntry, ServicePolicy, SourceKey, TagSecret,
     event::Stage,
-    ledger::{
-        FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, RESERVATION_NS, Reservation, is_reservation, reservation_owner,
-    },
-    policy::{InForce, OnDeny, OnFull, ServiceState, at_limit},
+    ledger::{FLAG_ADOPTED, FLAG_PAST_LIMIT, OWNER_REMOVED, Reservation, is_reservation, reservation_owner},
+    policy::{InForce, OnDeny, OnFull, ServiceState},
     rule::Effective,
-    user::Member,
 };
 
 use crate::{
     atomic,
     counters::{count, count_at},
-    maps::{EEXIST, LEDGER, MEMBERS, NEW_ENTRY, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
-    policy, rates,
+    maps::{EEXIST, LEDGER, NEW_ENTRY, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
+    members::{count_for_source, leave_user},
+    policy,
     report::{Refused, report_each},
     rules::limits_for,
     sources,
+    tally::{give_back, past_limit, put_back, spend, take},
 };
-
-/// How many reservations are looked through for each one that is made; more than one, so that the queue drains.
-const EXPIRE_ON_RESERVE: usize = 2;
 
 /// How often a step is tried again that met another CPU's half-done one.
 const ATTEMPTS: usize = 4;
@@ -35,7 +29,7 @@ const ATTEMPTS: usize = 4;
 #[inline(always)]
 pub fn key_of(ends: &Endpoints) -> ConnectionKey {
     // There always is an element 0.
-    ends.key(TAG_SECRET.get(0).unwrap_or(&TagSecret([0; 8])))
+    ends.key(TAG_SECRET.get(0).unwrap_or(&TagSecret([0; 11])))
 }
 
 /// What came of a reservation.
@@ -158,78 +152,6 @@ fn own(ends: &Endpoints, service: u16, cookie: u64) -> bool {
     false
 }
 
-/// The slot of a socket that is gone has a new owner: if it counted against a user, it is its source's again.
-#[inline(always)]
-fn count_for_source(gone: u64, source: &SourceKey) {
-    let Some(user) = leave_user(gone) else { return };
-    // The entry is there, and so there is room for its source but in a map that is full to the last element; the audit
-    // shows that as drift.
-    let _ = sources::add(source);
-    sources::subtract(&user);
-}
-
-/// What came of having a connection count against a user.
-pub enum Assigned {
-    /// It does.
-    Yes,
-    /// It did before.
-    Already,
-    /// There is no such entry, or it has another owner.
-    NotThere,
-    /// There is no room for the user.
-    Full,
-}
-
-/// Has a connection count against a user instead of its source.
-///
-/// The member that is noted for the socket says which of the two its slot is given back to. Whoever takes the entry out
-/// makes it its own first and looks for the member then; here the member is noted first and the owner looked at then, by
-/// an atomic operation that orders the two. So if both come at once, at least one sees the other, and which count is
-/// whose is decided by who removes the member.
-#[inline(always)]
-pub fn count_for_user(key: &ConnectionKey, owner: u64, member: &Member) -> Assigned {
-    let Some(entry) = LEDGER.get_ptr_mut(key) else { return Assigned::NotThere };
-    // SAFETY: the pointer comes from a look-up in this map; the field is aligned. The element may get another key at any
-    // time, but never this owner again.
-    unsafe {
-        let owner_field = &raw mut (*entry).owner;
-        let source = (*entry).source;
-        if is_reservation(owner) || !atomic::compare_exchange(owner_field, owner, owner) {
-            return Assigned::NotThere;
-        }
-        // It is still there, so this was its source.
-        let user = member.source;
-        if user.service != source.service || !user.is_user() {
-            return Assigned::NotThere;
-        }
-        if sources::add(&user).is_err() {
-            return Assigned::Full;
-        }
-        if let Err(error) = MEMBERS.insert(&owner, member, u64::from(BPF_NOEXIST)) {
-            sources::subtract(&user);
-            return if error == -EEXIST { Assigned::Already } else { Assigned::Full };
-        }
-        if atomic::compare_exchange(owner_field, owner, owner) {
-            sources::subtract(&source);
-            count(source.service, Counter::CountedForUser);
-            return Assigned::Yes;
-        }
-        // It was taken out meanwhile, by somebody who has seen the member and given the user's slot back, or has not.
-        let left = if MEMBERS.remove(&owner).is_ok() { user } else { source };
-        sources::subtract(&left);
-        Assigned::NotThere
-    }
-}
-
-/// The user that the connection of a socket counts against, which it does no longer. `None`: it counts against its source.
-#[inline(always)]
-fn leave_user(owner: u64) -> Option<SourceKey> {
-    let member = MEMBERS.get_ptr(&owner)?;
-    // SAFETY: the pointer comes from a look-up in this map. If the element is gone, what is read here is not used.
-    let user = unsafe { (*member).source };
-    MEMBERS.remove(&owner).ok().map(|()| user)
-}
-
 /// What came of entering a connection that is open already.
 pub enum Entered {
     /// There is an entry now.
@@ -259,16 +181,18 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
         return Entered::Full;
     };
     let mut entry = new_entry(ends, service, policy, cookie, 0, now_ns);
+    let key = key_of(ends);
     let wide = wide_of(&entry);
     let Some(held) = take(&entry.source, &wide, state) else { return no_room(service, counter) };
-    let limits = limits_for(&ends.remote, policy, in_force);
+    // From here on the ends are those of the entry: the stack has no room for two of them.
+    let limits = limits_for(&entry.remote, policy, in_force);
     let past = if policy.on_deny == OnDeny::Observe as u8 { None } else { past_limit(policy, &limits, &held) };
     entry.flags = match (counter, past) {
         (Counter::OpenedAdopted, _) => FLAG_ADOPTED,
         (_, Some(_)) => FLAG_PAST_LIMIT,
         (_, None) => 0,
     };
-    if let Err(error) = insert(&key_of(ends), &entry) {
+    if let Err(error) = insert(&key, &entry) {
         put_back(&entry.source, &wide, state, sources::subtract);
         if error == -EEXIST {
             return Entered::ThereAlready;
@@ -279,7 +203,7 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
     if entry.flags & FLAG_PAST_LIMIT != 0
         && let Some(reason) = past
     {
-        report_each(&Refused { connection: *ends, service, reason, stage: Stage::Open, observed: false });
+        report_each(&Refused { connection: &entry.ends(&key), service, reason, stage: Stage::Open, observed: false });
     }
     Entered::Yes
 }
@@ -291,7 +215,7 @@ fn new_entry(
     service: u16,
     policy: &ServicePolicy,
     owner: u64,
-    flags: u16,
+    flags: u8,
     now_ns: u64,
 ) -> LedgerEntry {
     LedgerEntry {
@@ -300,9 +224,10 @@ fn new_entry(
         source: SourceKey::new(service, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix),
         flags,
         wide_prefix: policy.wide_prefix(&ends.remote),
-        reserved: 0,
+        local_port: ends.local_port,
         remote: ends.remote,
         local: ends.local,
+        netns: ends.netns,
     }
 }
 
@@ -311,102 +236,6 @@ fn new_entry(
 #[inline(always)]
 fn wide_of(entry: &LedgerEntry) -> SourceKey {
     SourceKey::wide(entry.source.service, &entry.remote, entry.wide_prefix)
-}
-
-/// How many connections are held by each of what one more counts against.
-struct Held {
-    source: u64,
-    wide_source: u64,
-    service: u64,
-    all: u64,
-}
-
-/// Counts one more connection everywhere, or, if there is no room for another source, nowhere.
-#[inline(always)]
-fn take(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) -> Option<Held> {
-    let held_by_source = sources::add(source).ok()?;
-    let wide_source = if wide.prefix == 0 {
-        0
-    } else if let Ok(held) = sources::add(wide) {
-        held
-    } else {
-        sources::subtract(source);
-        return None;
-    };
-    let all = match SERVICE_STATE.get_ptr_mut(abi::ALL_SERVICES) {
-        // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-        Some(all) => unsafe { atomic::fetch_add(&raw mut (*all).connections, 1) },
-        None => 0,
-    };
-    // SAFETY: as above.
-    let service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    Some(Held { source: held_by_source, wide_source, service, all })
-}
-
-/// Takes back what [`take`] has counted, by [`sources::subtract`] or its like.
-#[inline(always)]
-fn put_back(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState, subtract: impl Fn(&SourceKey)) {
-    // SAFETY: the pointers come from look-ups in an array; its elements stay.
-    unsafe {
-        atomic::fetch_add(&raw mut (*state).connections, 1_u64.wrapping_neg());
-        if let Some(all) = SERVICE_STATE.get_ptr_mut(abi::ALL_SERVICES) {
-            atomic::fetch_add(&raw mut (*all).connections, 1_u64.wrapping_neg());
-        }
-    }
-    if wide.prefix != 0 {
-        subtract(wide);
-    }
-    subtract(source);
-}
-
-/// Which limit one more connection is past, if it is.
-#[inline(always)]
-fn past_limit(policy: &ServicePolicy, limits: &Effective, held: &Held) -> Option<DenyReason> {
-    if limits.denied != 0 {
-        Some(DenyReason::Rule)
-    } else if at_limit(held.source, limits.connections_per_source) {
-        Some(DenyReason::SourceLimit)
-    } else if at_limit(held.wide_source, limits.connections_per_wide_source) {
-        Some(DenyReason::WideSourceLimit)
-    } else if limits.of_service == 0 {
-        None
-    } else if at_limit(held.service, policy.connections_total) {
-        Some(DenyReason::ServiceLimit)
-    } else if at_limit(held.all, policy.connections_total_all) {
-        Some(DenyReason::TotalLimit)
-    } else {
-        None
-    }
-}
-
-/// Takes the tokens that a new connection takes: one of its source's, and one of its service's. Both or none; says which
-/// there was none of.
-#[inline(always)]
-fn spend(source: &SourceKey, policy: &ServicePolicy, limits: &Effective, now_ns: u64) -> Option<DenyReason> {
-    if limits.rate.is_limited() && !rates::spend(source, &limits.rate, now_ns) {
-        return Some(DenyReason::RateLimit);
-    }
-    if limits.of_service != 0
-        && policy.service_rate.is_limited()
-        && !rates::service_spend(source.service, &policy.service_rate, now_ns)
-    {
-        if limits.rate.is_limited() {
-            rates::give_back(source, &limits.rate);
-        }
-        return Some(DenyReason::ServiceRateLimit);
-    }
-    None
-}
-
-/// Gives back what [`spend`] has taken.
-#[inline(always)]
-fn give_back(source: &SourceKey, policy: &ServicePolicy, limits: &Effective, state: *mut ServiceState) {
-    if limits.rate.is_limited() {
-        rates::give_back(source, &limits.rate);
-    }
-    if limits.of_service != 0 && policy.service_rate.is_limited() {
-        rates::service_give_back(state, &policy.service_rate);
-    }
 }
 
 /// Takes an entry out, if it has that owner. Of any number of hands that try, one succeeds.
@@ -460,43 +289,6 @@ fn take_out(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
         }
         count_at(service, counter);
     }
-    true
-}
-
-/// Looks through reservations for each one that was made, in a global function: it comes after all else, with a stack of its
-/// own. Returns 0; the kernel wants a number.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn limiter_expire() -> u32 {
-    // SAFETY: the helper has no precondition.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
-    for _ in 0..EXPIRE_ON_RESERVE {
-        if !expire_one(now_ns) {
-            break;
-        }
-    }
-    0
-}
-
-/// Looks at the oldest reservation: forgets it if it was confirmed, takes it out if its time is up. `false` if it was
-/// neither, or there was none.
-#[inline(always)]
-pub fn expire_one(now_ns: u64) -> bool {
-    let Ok(Some(reservation)) = RESERVATIONS.pop() else { return false };
-    let pending = match LEDGER.get_ptr(&reservation.key) {
-        // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
-        Some(entry) => unsafe { atomic::load(&raw const (*entry).owner) == reservation.owner },
-        None => false,
-    };
-    if !pending {
-        return true;
-    }
-    if now_ns.wrapping_sub(reservation.opened_ns) < RESERVATION_NS || now_ns < reservation.opened_ns {
-        // Not due. It goes to the end of the queue, which costs the order and nothing else.
-        let _ = RESERVATIONS.push(&reservation, u64::from(BPF_EXIST));
-        return false;
-    }
-    release(&reservation.key, reservation.owner, Counter::ClosedExpired as u32);
     true
 }
 

@@ -29,11 +29,11 @@ const MAX_WINDOW: u32 = u16::MAX as u32;
 #[derive(Clone, Copy, Default)]
 pub struct Terms {
     /// Timestamps, which can hide the other options.
-    pub timestamps: u32,
-    pub sack: u32,
-    pub ecn: u32,
+    pub timestamps: u8,
+    pub sack: u8,
+    pub ecn: u8,
     /// Windows that are shifted.
-    pub scales: u32,
+    pub scales: u8,
     /// By how much the stack will shift those of the connection.
     pub window_scale: u32,
     /// How much there is room for, in bytes; 0: not known.
@@ -63,11 +63,11 @@ pub fn terms(listener: *mut bpf_sock, mss: u32, largest_buffer: u32) -> Terms {
         let space = space(socket);
         let (is_known, window_scale) = window_scale(socket, net, space, mss, largest_buffer);
         Terms {
-            timestamps: u32::from(field::<u8>(net, &NET_TIMESTAMPS, 0) == PLAIN_TIMESTAMPS),
-            sack: field::<u8>(net, &NET_SACK, 0).into(),
+            timestamps: u8::from(field::<u8>(net, &NET_TIMESTAMPS, 0) == PLAIN_TIMESTAMPS),
+            sack: field(net, &NET_SACK, 0),
             // Asked for by itself, too, or only granted. There are newer kinds, which the stack is to see to.
-            ecn: u32::from(ecn == 1 || ecn == 2),
-            scales: u32::from(is_known && field::<u8>(net, &NET_WINDOW_SCALING, 0) != 0),
+            ecn: u8::from(ecn == 1 || ecn == 2),
+            scales: u8::from(is_known && field::<u8>(net, &NET_WINDOW_SCALING, 0) != 0),
             window_scale,
             space,
             max_segment: field::<u16>(socket, &TCP_MAXSEG, 0).into(),

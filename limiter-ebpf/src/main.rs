@@ -6,6 +6,7 @@
 //!   ([`context`]).
 //! - `limiter_sockops` ([`sockets`]) is told by the TCP stack of connections that opened and closed, and confirms and
 //!   removes their entries.
+//! - `limiter_delivery` ([`delivery`]) reserves the slots of connections whose sockets XDP can't look up.
 //! - `limiter_control` ([`control`]) is run by user space, and makes and removes entries on its behalf.
 //! - `limiter_watch` ([`watch`]) goes through the sockets that are open already, and has the stack tell of their end.
 //!
@@ -26,12 +27,15 @@ mod completion;
 mod context;
 mod control;
 mod counters;
+mod delivery;
+mod expiry;
 mod handshake;
 mod headers;
 mod ledger;
 mod listener;
 mod locate;
 mod maps;
+mod members;
 mod options;
 mod packet;
 mod policy;
@@ -41,13 +45,14 @@ mod report;
 mod rules;
 mod sockets;
 mod sources;
+mod tally;
 mod watch;
 
 use admission::Verdict;
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
-    macros::{classifier, sock_ops, xdp},
-    programs::{SockOpsContext, TcContext, XdpContext},
+    macros::{cgroup_skb, classifier, sock_ops, xdp},
+    programs::{SkBuffContext, SockOpsContext, TcContext, XdpContext},
 };
 use context::Skb;
 
@@ -89,6 +94,11 @@ pub fn limiter_sockops(ctx: SockOpsContext) -> u32 {
     sockets::account(&ctx);
     // Anything else would be an answer to the stack, and overrule that of another program on the same cgroup.
     1
+}
+
+#[cgroup_skb(ingress)]
+pub fn limiter_delivery(ctx: SkBuffContext) -> i32 {
+    delivery::deliver(&ctx)
 }
 
 #[xdp]

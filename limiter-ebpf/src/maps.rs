@@ -21,6 +21,9 @@ pub static SOURCES: HashMap<SourceKey, SourceEntry> = HashMap::with_max_entries(
 pub static PORTS: Array<u32> = Array::with_max_entries(65_536, 0);
 
 #[map]
+pub static SOCKET_PORTS: Array<u64> = Array::with_max_entries(65_536, 0);
+
+#[map]
 pub static SERVICES: Array<ServicePolicy> = Array::with_max_entries(2 * abi::MAX_SERVICES, 0);
 
 #[map]
@@ -35,8 +38,8 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 #[map]
 pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MAX_RESERVATIONS, 0);
 
-/// Where an entry of the ledger is put together for which the stack has no room: by the programs of admission alone, which
-/// run one after the other on each CPU.
+/// Where an entry of the ledger is put together for which the stack has no room: by the programs of admission and of delivery alone,
+/// which run one after the other on each CPU.
 #[map]
 pub static NEW_ENTRY: PerCpuArray<LedgerEntry> = PerCpuArray::with_max_entries(1, 0);
 

@@ -6,7 +6,7 @@
 use core::{hint, mem};
 
 use aya_ebpf::programs::XdpContext;
-use limiter_common::{Address, ConnectionKey, Endpoints, TagSecret};
+use limiter_common::{Address, ConnectionKey, Endpoints, Netns, TagSecret};
 
 use crate::{
     context::Packet,
@@ -265,6 +265,7 @@ impl Segment {
             local: self.local(),
             remote_port: self.remote_port(),
             local_port: self.local_port(),
+            netns: Netns::OWN,
         }
     }
 

@@ -1,10 +1,10 @@
 //! The policy in force. [`InForce`] says how it changes; a program asks once for a packet which copy it is to go by.
 
-use limiter_common::{ServicePolicy, policy::InForce};
+use limiter_common::{Netns, ServicePolicy, policy::InForce};
 
 use crate::{
     atomic,
-    maps::{IN_FORCE, PORTS, SERVICES},
+    maps::{IN_FORCE, PORTS, SERVICES, SOCKET_PORTS},
 };
 
 /// Which copy is in force.
@@ -36,4 +36,19 @@ pub fn service_on(port: u16, in_force: InForce) -> Option<u16> {
 #[inline(always)]
 pub fn of_service(service: u16, in_force: InForce) -> Option<&'static ServicePolicy> {
     SERVICES.get(in_force.place_of(service))
+}
+
+/// The word of a port that sockets of a service have in either copy, in whatever namespace.
+#[inline(always)]
+pub fn word_of_sockets(port: u16) -> Option<u64> {
+    match SOCKET_PORTS.get(u32::from(port)) {
+        None | Some(0) => None,
+        Some(word) => Some(*word),
+    }
+}
+
+/// The service that counts a socket of that port and namespace, if any does.
+#[inline(always)]
+pub fn service_of_socket(port: u16, netns: Netns, in_force: InForce) -> Option<u16> {
+    in_force.service_of_socket(word_of_sockets(port)?, netns.is_own())
 }

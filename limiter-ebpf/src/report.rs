@@ -23,8 +23,8 @@ pub struct Sampler {
 }
 
 /// What was refused.
-pub struct Refused {
-    pub connection: Endpoints,
+pub struct Refused<'a> {
+    pub connection: &'a Endpoints,
     pub service: u16,
     pub reason: DenyReason,
     pub stage: Stage,
@@ -54,7 +54,7 @@ fn is_left_out(sampler: Sampler, now_ns: u64) -> bool {
 
 /// Reports a refusal, unless the same source's last one was reported less than a second ago: then it is only counted.
 #[inline(always)]
-pub fn report(sampler: Sampler, refused: &Refused) {
+pub fn report(sampler: Sampler, refused: &Refused<'_>) {
     // SAFETY: the helper has no precondition.
     let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
     if is_left_out(sampler, now_ns) {
@@ -73,14 +73,14 @@ pub fn report(sampler: Sampler, refused: &Refused) {
 
 /// Reports a refusal whatever came before: somebody has to act on each of them.
 #[inline(always)]
-pub fn report_each(refused: &Refused) {
+pub fn report_each(refused: &Refused<'_>) {
     // SAFETY: the helper has no precondition.
     submit(refused, unsafe { bpf_ktime_get_coarse_ns() }, 0);
 }
 
 /// Writes a record. `false`, and counted, if there is no room for it.
 #[inline(always)]
-fn submit(refused: &Refused, time_ns: u64, unreported: u64) -> bool {
+fn submit(refused: &Refused<'_>, time_ns: u64, unreported: u64) -> bool {
     let Some(mut record) = EVENTS.reserve::<Refusal>(0) else {
         count(refused.service, Counter::EventsLost);
         return false;
@@ -88,7 +88,7 @@ fn submit(refused: &Refused, time_ns: u64, unreported: u64) -> bool {
     record.write(Refusal {
         time_ns,
         unreported,
-        connection: refused.connection,
+        connection: *refused.connection,
         service: refused.service,
         reason: refused.reason as u8,
         stage: refused.stage as u8,

@@ -39,11 +39,15 @@ pub extern "C" fn limiter_limits(
     }
     // SAFETY: the verifier has checked that this is what is behind the pointers.
     unsafe {
-        let address = *address;
-        let rule = if in_force.has_rules() { find(&address, in_force) } else { None };
-        *limits = Effective::new(&*policy, rule);
+        write(&*address, &*policy, &mut *limits, in_force);
     }
     0
+}
+
+/// References, because they say that what is written is none of what is read.
+#[inline(always)]
+fn write(address: &Address, policy: &ServicePolicy, limits: &mut Effective, in_force: InForce) {
+    *limits = Effective::new(policy, if in_force.has_rules() { find(address, in_force) } else { None });
 }
 
 #[inline(always)]

@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use limiter_common::control::watch;
 
-use crate::policy::{in_force, service_on};
+use crate::policy::word_of_sockets;
 
 /// The kernel's `struct bpf_iter__tcp`.
 #[repr(C)]
@@ -48,7 +48,7 @@ pub fn watch(ctx: *const Context) -> i32 {
         }
         let port = socket.byte_add(LOCAL_PORT_OFFSET).cast::<u16>().read_volatile();
         let state = socket.byte_add(STATE_OFFSET).cast::<u8>().read_volatile();
-        if service_on(port, in_force()).is_none() || u32::from(state) == BPF_TCP_LISTEN {
+        if word_of_sockets(port).is_none() || u32::from(state) == BPF_TCP_LISTEN {
             return 0;
         }
         // Neither a request nor a socket in TIME_WAIT is one.

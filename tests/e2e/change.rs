@@ -12,7 +12,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use limiter::{
     config::{OnDeny, OnFull, Service},
     kernel::Pinned,
-    policy::{Action, Limits, OwnLimits, Rule},
+    policy::{Action, OwnLimits, Rule},
 };
 use limiter_tests::{bpf::Attached, frame::Frame, lab::Lab, limiter::Limiter};
 
@@ -23,7 +23,7 @@ const DROP: u32 = 1;
 const CHANGES: usize = 60;
 
 fn service(name: &str, port: u16, on_deny: OnDeny) -> Service {
-    Service { name: name.into(), ports: vec![port], limits: Limits::default(), on_deny }
+    Service { on_deny, ..Service::new(name, [port]) }
 }
 
 fn rule(cidr: &str, action: Action) -> Rule {
@@ -80,7 +80,7 @@ fn packets() -> Vec<(Vec<u8>, &'static [u32])> {
 
 /// The program that is attached to the lab's first interface.
 fn attached_program(pin_path: &Path) -> Result<Attached> {
-    let links = std::fs::read_dir(pin_path.join("v1/links"))?;
+    let links = std::fs::read_dir(pin_path.join(format!("v{}/links", limiter_common::abi::ABI_VERSION)))?;
     let link = links
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"native-")))

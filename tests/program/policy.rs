@@ -79,12 +79,21 @@ fn the_verifier_has_little_to_look_at() {
 fn every_chain_of_calls_has_room_to_spare_on_the_stack() {
     let mut seen = BTreeSet::new();
     for hook in [Hook::Xdp, Hook::Tc, Hook::TcL3] {
-        for (name, chain) in Program::load_for(hook).unwrap().deepest_chains().unwrap() {
+        let mut program = Program::load_for(hook).unwrap();
+        program.load_delivery().unwrap();
+        for (name, chain) in program.deepest_chains().unwrap() {
             assert!(chain.bytes <= 480, "{name}: {chain}");
             seen.insert(name);
         }
     }
-    let all = [abi::PROGRAM_CONTROL, abi::PROGRAM_SOCK_OPS, abi::PROGRAM_TC, abi::PROGRAM_TC_L3, abi::PROGRAM_XDP];
+    let all = [
+        abi::PROGRAM_CONTROL,
+        abi::PROGRAM_DELIVERY,
+        abi::PROGRAM_SOCK_OPS,
+        abi::PROGRAM_TC,
+        abi::PROGRAM_TC_L3,
+        abi::PROGRAM_XDP,
+    ];
     assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), all);
 }
 

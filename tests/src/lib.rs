@@ -7,6 +7,7 @@
 
 pub mod bare;
 pub mod bpf;
+pub mod container;
 pub mod flood;
 pub mod foreign;
 pub mod frame;

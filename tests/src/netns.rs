@@ -111,9 +111,18 @@ impl Namespace {
 
     /// Runs lines of `ip` (iproute2) commands inside the namespace.
     pub fn ip(&self, lines: &str) -> Result<()> {
+        self.run_ip(lines, &["-batch", "-"])
+    }
+
+    /// The same where the lines don't say by themselves that they are about IPv6.
+    pub fn ip6(&self, lines: &str) -> Result<()> {
+        self.run_ip(lines, &["-6", "-batch", "-"])
+    }
+
+    fn run_ip(&self, lines: &str, options: &[&str]) -> Result<()> {
         let mut child = self
             .command("ip")
-            .args(["-batch", "-"])
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

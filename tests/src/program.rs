@@ -13,7 +13,7 @@ use aya::{
         Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
+    programs::{CgroupSkb, SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use limiter::{
     config::Kernel,
@@ -131,6 +131,13 @@ impl Program {
         program.info()?.verified_instruction_count().context("this kernel does not tell (5.16)")
     }
 
+    /// Loads the program that sees what is delivered, too. (Kernel 6.17.)
+    pub fn load_delivery(&mut self) -> Result<()> {
+        let program = self.loaded.programs.program_mut(abi::PROGRAM_DELIVERY).context("no such program")?;
+        let program: &mut CgroupSkb = program.try_into()?;
+        Ok(program.load()?)
+    }
+
     /// The chain of calls of each loaded program that takes the most of the stack, by the program's name.
     pub fn deepest_chains(&self) -> Result<Vec<(String, Chain)>> {
         let programs = self.loaded.programs.programs();
@@ -154,9 +161,10 @@ impl Program {
             source: *source,
             flags: 0,
             wide_prefix: 0,
-            reserved: 0,
+            local_port: ends.local_port,
             remote: ends.remote,
             local: ends.local,
+            netns: ends.netns,
         };
         let secret = self.array::<TagSecret>(abi::MAP_TAG_SECRET)?.get(&0, 0)?;
         self.hash::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER)?.insert(ends.key(&secret), entry, 0)?;
@@ -185,9 +193,10 @@ impl Program {
                 source,
                 flags: 0,
                 wide_prefix: 0,
-                reserved: 0,
+                local_port: ends.local_port,
                 remote: ends.remote,
                 local: ends.local,
+                netns: ends.netns,
             });
             sources.push(source);
             counts.push(SourceEntry { connections: 1, key: source, ..SourceEntry::default() });

@@ -66,8 +66,8 @@ impl State {
     /// Makes an entry of those ports and counts it, as if its socket had been opened. Nobody else may change the counts
     /// meanwhile.
     pub fn enter(&mut self, entry: &LedgerEntry, remote_port: u16, local_port: u16) -> Result<()> {
-        let ends = Endpoints { remote: entry.remote, local: entry.local, remote_port, local_port };
-        self.ledger.insert(ends.key(&self.secret), entry, 0)?;
+        let ends = Endpoints { remote: entry.remote, local: entry.local, remote_port, local_port, netns: entry.netns };
+        self.ledger.insert(ends.key(&self.secret), LedgerEntry { local_port, ..*entry }, 0)?;
         self.count(&entry.source, 1)
     }
 

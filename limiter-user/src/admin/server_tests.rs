@@ -71,6 +71,7 @@ fn status() -> Status {
         abi: 1,
         daemon: None,
         accounting: "socket",
+        counts_on_delivery: None,
         interfaces: vec![AttachedInterface {
             name: Some("eth0".into()),
             index: 2,
@@ -84,6 +85,8 @@ fn status() -> Status {
             index: 0,
             name: "ch\"at".into(),
             ports: vec![8080],
+            socket_ports: vec![8080],
+            namespaces: "host",
             on_deny: "drop",
             limits: Limits::default(),
             challenge: ChallengeRow::default(),

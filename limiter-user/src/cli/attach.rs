@@ -132,7 +132,6 @@ fn text(report: &AttachReport, services: &[Service]) -> String {
 mod tests {
     use super::*;
     use crate::{
-        config::OnDeny,
         kernel::{InterfaceReport, Mode, Why},
         policy::Limits,
     };
@@ -157,10 +156,8 @@ mod tests {
             ]
         );
         let service = Service {
-            name: "default".into(),
-            ports: vec![80, 443],
             limits: Limits { connections_total: 0, ..Limits::default() },
-            on_deny: OnDeny::Drop,
+            ..Service::new("default", [80, 443])
         };
         assert_eq!(
             text(&report, &[service]),

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     Global,
-    output::{Format, table},
+    output::{Format, printable, table},
 };
 use crate::kernel::{ConnectionRow, Pinned};
 
@@ -48,7 +48,10 @@ fn text(connections: &[ConnectionRow]) -> String {
             row.service.clone(),
             row.source.clone(),
             row.remote.to_string(),
-            row.local.to_string(),
+            match &row.namespace {
+                Some(namespace) => format!("{} in {}", row.local, printable(namespace)),
+                None => row.local.to_string(),
+            },
             row.state.to_owned(),
             humantime::format_duration(Duration::from_secs(row.age.as_secs())).to_string(),
         ]
@@ -78,9 +81,12 @@ mod tests {
             user: None,
             remote: "[2001:db8::7]:50000".parse().unwrap(),
             local: "[2001:db8::1]:8080".parse().unwrap(),
+            namespace: None,
             state: "open",
             age: Duration::from_millis(61_700),
         };
+        let contained = ConnectionRow { namespace: Some("web".into()), ..row.clone() };
+        assert!(text(&[contained]).contains("  [2001:db8::1]:8080 in web  open"));
         assert_eq!(
             text(&[row]),
             "SERVICE  SOURCE         REMOTE               LOCAL               STATE  AGE\n\

@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use limiter_common::Netns;
 use serde::Serialize;
 
 use super::{
@@ -79,11 +80,13 @@ struct Reader {
     log: EventLog,
     /// Names of services by their index.
     names: HashMap<u32, String>,
+    /// Names of other network namespaces than that of limiter, as far as they were asked for.
+    namespaces: HashMap<Netns, String>,
 }
 
 impl Reader {
     fn new(pinned: &Pinned) -> anyhow::Result<Self> {
-        Ok(Self { log: pinned.event_log()?, names: HashMap::new() })
+        Ok(Self { log: pinned.event_log()?, names: HashMap::new(), namespaces: HashMap::new() })
     }
 
     /// What has come. Where no daemon consumes it, there is room for more afterwards.
@@ -95,6 +98,11 @@ impl Reader {
         if batch.events.iter().any(|event| !self.names.contains_key(&event.service)) {
             self.names = pinned.services()?.into_iter().map(|row| (row.index, row.name)).collect();
         }
+        let others = batch.events.iter().map(|event| event.netns).filter(|netns| !netns.is_own());
+        let unknown: Vec<Netns> = others.filter(|netns| !self.namespaces.contains_key(netns)).collect();
+        if !unknown.is_empty() {
+            self.namespaces.extend(pinned.namespaces(&unknown)?);
+        }
         Ok(batch)
     }
 
@@ -105,7 +113,7 @@ impl Reader {
         let clock = Clock::now();
         let mut text = String::new();
         for event in &batch.events {
-            let row = Row::new(event, self.names.get(&event.service), &clock);
+            let row = Row::new(event, self.names.get(&event.service), self.namespaces.get(&event.netns), &clock);
             text += &if json { serde_json::to_string(&row)? } else { row.text() };
             text.push('\n');
         }
@@ -136,12 +144,15 @@ struct Row {
     stage: &'static str,
     remote: SocketAddr,
     local: SocketAddr,
+    /// The network namespace of its socket, where that is not the one that limiter was attached in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<String>,
     /// Refusals of the same source (or the same service) since the last event, left out.
     unreported: u64,
 }
 
 impl Row {
-    fn new(event: &Event, service: Option<&String>, clock: &Clock) -> Self {
+    fn new(event: &Event, service: Option<&String>, namespace: Option<&String>, clock: &Clock) -> Self {
         let time = clock.boot + event.since_boot;
         Self {
             time: humantime::format_rfc3339_millis(time).to_string(),
@@ -151,15 +162,17 @@ impl Row {
             stage: event.stage.name(),
             remote: event.remote,
             local: event.local,
+            namespace: namespace.cloned(),
             unreported: event.unreported,
         }
     }
 
     fn text(&self) -> String {
-        let Self { time, service, verdict, reason, stage, remote, local, unreported } = self;
+        let Self { time, service, verdict, reason, stage, remote, local, namespace, unreported } = self;
         let more = if *unreported == 0 { String::new() } else { format!(" ({unreported} more before it)") };
         let service = printable(service);
-        format!("{time} {service}: {verdict} {reason} at {stage}: {remote} -> {local}{more}")
+        let place = namespace.as_ref().map_or_else(String::new, |namespace| format!(" in {}", printable(namespace)));
+        format!("{time} {service}: {verdict} {reason} at {stage}: {remote} -> {local}{place}{more}")
     }
 }
 
@@ -179,10 +192,11 @@ mod tests {
             observed: false,
             remote: "192.0.2.7:40000".parse().unwrap(),
             local: "192.0.2.1:8080".parse().unwrap(),
+            netns: Netns::OWN,
             unreported: 12,
         };
         let clock = Clock { boot: SystemTime::UNIX_EPOCH };
-        let row = Row::new(&event, Some(&"chat".to_owned()), &clock);
+        let row = Row::new(&event, Some(&"chat".to_owned()), None, &clock);
         assert_eq!(
             row.text(),
             "1970-01-01T00:01:01.250Z chat: denied source_limit at syn: 192.0.2.7:40000 -> 192.0.2.1:8080 (12 more before it)"
@@ -191,10 +205,12 @@ mod tests {
             serde_json::to_string(&row).unwrap(),
             r#"{"time":"1970-01-01T00:01:01.250Z","service":"chat","verdict":"denied","reason":"source_limit","stage":"syn","remote":"192.0.2.7:40000","local":"192.0.2.1:8080","unreported":12}"#
         );
-        let row = Row::new(&Event { observed: true, unreported: 0, ..event }, None, &clock);
-        assert_eq!(
-            row.text(),
-            "1970-01-01T00:01:01.250Z #3: observed source_limit at syn: 192.0.2.7:40000 -> 192.0.2.1:8080"
-        );
+        let event = Event { observed: true, unreported: 0, ..event };
+        let row = Row::new(&event, None, None, &clock);
+        let text = "1970-01-01T00:01:01.250Z #3: observed source_limit at syn: 192.0.2.7:40000 -> 192.0.2.1:8080";
+        assert_eq!(row.text(), text);
+        let row = Row::new(&event, None, Some(&"web\u{1b}".to_owned()), &clock);
+        assert_eq!(row.text(), format!("{text} in web\u{fffd}"));
+        assert_eq!(serde_json::to_value(&row).unwrap()["namespace"], "web\u{1b}");
     }
 }

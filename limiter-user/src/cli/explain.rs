@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     Global,
-    output::{Format, limit, ports, rate},
+    output::{Format, limit, places, rate},
     rules::Row as RuleRow,
 };
 use crate::{
@@ -39,6 +39,8 @@ struct Document<'e> {
 struct Row<'e> {
     service: &'e str,
     ports: &'e [u16],
+    socket_ports: &'e [u16],
+    namespaces: &'e str,
     source: &'e str,
     connections: u64,
     wide_source: Option<&'e str>,
@@ -77,6 +79,8 @@ impl<'e> Row<'e> {
         Self {
             service: &row.service.name,
             ports: &row.service.ports,
+            socket_ports: &row.service.socket_ports,
+            namespaces: row.service.namespaces,
             source: &row.source,
             connections: row.connections,
             wide_source: row.wide_source.as_ref().map(|(source, _)| source.as_str()),
@@ -112,7 +116,7 @@ fn text(explanation: &Explanation) -> String {
              Rate        {}{tokens}\n\
              Next SYN    {}\n",
             row.service.name,
-            ports(&row.service.ports),
+            places(&row.service),
             row.source,
             of(row.connections, limits.connections_per_source),
             of(row.service.connections, limits.connections_total),
@@ -161,6 +165,8 @@ mod tests {
             index: 0,
             name: "chat".into(),
             ports: vec![80, 443],
+            socket_ports: vec![80, 443],
+            namespaces: "host",
             on_deny: "drop",
             limits,
             challenge: ChallengeRow::default(),
@@ -200,10 +206,14 @@ mod tests {
              Rate        10/s, 20 at once; 3 left\n\
              Next SYN    is refused (on_deny = drop): source_limit, its source holds as many connections as it may\n"
         );
+        explained.services[0].service.namespaces = "others";
+        explained.services[0].service.socket_ports = vec![8443];
+        assert!(text(&explained).contains("chat (port 80,443; sockets at 8443 in other namespaces)\n"));
         let document = serde_json::to_value(Document::new(&explained)).unwrap();
         assert_eq!(document["rule"]["cidr"], "192.0.2.0/24");
         let service = &document["services"][0];
         assert_eq!(service["connections_per_source"], 5);
+        assert_eq!((&service["socket_ports"], &service["namespaces"]), (&serde_json::json!([8443]), &"others".into()));
         assert_eq!((&service["wide_source"], &service["wide_connections"]), (&"192.0.2.0/24".into(), &9.into()));
         assert_eq!(
             service["next_syn"],

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use crate::policy::Limits;
+use crate::{kernel::ServiceRow, policy::Limits};
 
 /// How data is printed.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
@@ -99,6 +99,22 @@ pub(super) fn sources_are(limits: &Limits) -> String {
 /// Ports, separated by commas.
 pub(super) fn ports(ports: &[u16]) -> String {
     ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The ports of a service, and where its sockets are if that is not there.
+pub(super) fn places(service: &ServiceRow) -> String {
+    let ports = ports(&service.ports);
+    if service.has_sockets_elsewhere() { format!("{ports}; {}", sockets(service)) } else { ports }
+}
+
+/// Where the sockets of a service are.
+pub(super) fn sockets(service: &ServiceRow) -> String {
+    let namespaces = match service.namespaces {
+        "others" => "other namespaces",
+        "all" => "every namespace",
+        _ => "this namespace",
+    };
+    format!("sockets at {} in {namespaces}", ports(&service.socket_ports))
 }
 
 /// Names come from files and maps: nothing in them may steer the terminal.

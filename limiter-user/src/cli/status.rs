@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     Global,
-    output::{Format, limit, per_source, ports, rate, service_rate, sources_are, table},
+    output::{Format, limit, per_source, ports, rate, service_rate, sockets, sources_are, table},
 };
 use crate::kernel::{AttachedInterface, Pinned, ServiceRow, Status};
 
@@ -53,6 +53,7 @@ fn text(status: &Status, rules: u64) -> String {
             &format!("All         {} of {over_all} connections over all services\n", status.ledger_entries),
         );
     }
+    text += &elsewhere(status);
     text += &challenge(status);
     let interfaces = status.interfaces.iter().map(interface);
     text += &table(["INTERFACE", "INDEX", "MODE", "HOOK", "WHY"], &[1], interfaces);
@@ -107,6 +108,19 @@ fn text(status: &Status, rules: u64) -> String {
         );
     }
     text
+}
+
+/// Nothing, unless a service has sockets that XDP can't look up.
+fn elsewhere(status: &Status) -> String {
+    let Some(on_delivery) = status.counts_on_delivery else { return String::new() };
+    let when =
+        if on_delivery { "when their handshake ends" } else { "when they are open; a daemon cuts those past a limit" };
+    let mut text = format!("Elsewhere   sockets are counted {when}\n");
+    for row in status.services.iter().filter(|row| row.has_sockets_elsewhere()) {
+        // A String takes whatever is written to it.
+        let _ = writeln!(text, "            {}: {}", row.name, sockets(row));
+    }
+    text + "\n"
 }
 
 /// Nothing, unless a challenge is configured.
@@ -201,6 +215,7 @@ mod tests {
             abi: 1,
             daemon: None,
             accounting: "socket",
+            counts_on_delivery: None,
             interfaces: vec![
                 AttachedInterface { name: Some("eth0".into()), index: 2, mode: "native", hook: "xdp", why: None },
                 AttachedInterface { name: None, index: 77, mode: "tc", hook: "tcx", why: Some("it is taken".into()) },
@@ -211,6 +226,8 @@ mod tests {
                 index: 0,
                 name: "chat".into(),
                 ports: vec![8080, 8443],
+                socket_ports: vec![8080, 8443],
+                namespaces: "host",
                 on_deny: "drop",
                 limits: Limits { connections_total: 0, ..Limits::default() },
                 challenge: ChallengeRow::default(),
@@ -285,6 +302,21 @@ The ledger was full: 2 connections passed uncounted. Raise kernel.max_connection
             "Challenge   always; now: chat\n            net.ipv4.tcp_syncookies is 2 for it, and will be 1 again after detach\n            \
              net.ipv4.tcp_timestamps is 2 for it, and will be 0 again after detach\n\n"
         );
+    }
+
+    #[test]
+    fn sockets_elsewhere_are_shown() {
+        let mut status = status();
+        assert_eq!(elsewhere(&status), "");
+        status.counts_on_delivery = Some(true);
+        status.services[0].namespaces = "others";
+        status.services[0].socket_ports = vec![8443];
+        assert_eq!(
+            elsewhere(&status),
+            "Elsewhere   sockets are counted when their handshake ends\n            chat: sockets at 8443 in other namespaces\n\n"
+        );
+        status.counts_on_delivery = Some(false);
+        assert!(elsewhere(&status).contains("when they are open"));
     }
 
     #[test]

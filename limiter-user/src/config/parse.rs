@@ -115,8 +115,7 @@ fn file(report: &Report, table: &DeTable) -> File {
     limits(&mut section, &mut config.limits);
     section.read("connections_total_all", &mut config.limits.connections_total_all, connections);
     section.finish();
-    let base =
-        Service { name: String::new(), ports: Vec::new(), limits: config.limits, on_deny: config.kernel.on_deny };
+    let base = Service { limits: config.limits, on_deny: config.kernel.on_deny, ..Service::new("", Vec::new()) };
     config.services = services(report, root.sections("service"), &base);
     config.rules = rules(
         report,
@@ -203,6 +202,7 @@ fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Serv
     let mut services = Vec::new();
     let mut names: HashMap<String, usize> = HashMap::new();
     let mut ports: HashMap<u16, String> = HashMap::new();
+    let mut sockets = Sockets::default();
     for (place, (span, mut section)) in sections.into_iter().enumerate() {
         let mut service = base.clone();
         // Whether the keys are there is asked before they are read: a wrong value is one complaint, not two.
@@ -213,6 +213,8 @@ fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Serv
         }
         let name = section.read("name", &mut service.name, service_name);
         let port = section.read("port", &mut service.ports, value::ports);
+        let socket_port = section.read("socket_port", &mut service.socket_ports, value::ports);
+        let namespaces = section.read("namespaces", &mut service.namespaces, value::choice);
         limits(&mut section, &mut service.limits);
         section.read("on_deny", &mut service.on_deny, value::choice);
         section.finish();
@@ -222,10 +224,22 @@ fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Serv
         {
             report.add(&span, format!("service.name: line {other} has a service {:?} already", service.name));
         }
+        let mut shares_port = false;
         for &number in &service.ports {
             if let (Some(span), Some(other)) = (&port, ports.insert(number, service.name.clone())) {
                 report.add(span, format!("service.port: {number} is a port of the service {other:?} already"));
+                shares_port = true;
             }
+        }
+        // What is the default is as good as not said.
+        if service.socket_ports.iter().all(|number| service.ports.contains(number))
+            && service.socket_ports.len() == service.ports.len()
+        {
+            service.socket_ports.clear();
+        }
+        let at = socket_port.or(namespaces).or(port);
+        if let (Some(span), Some(complaint), false) = (at, sockets.add(&service), shares_port) {
+            report.add(&span, complaint);
         }
         if place == MAX_SERVICES as usize {
             report.add(&span, format!("service: there may be {MAX_SERVICES} services at most"));
@@ -233,6 +247,36 @@ fn services(report: &Report, sections: Vec<(Range<usize>, Section)>, base: &Serv
         services.push(service);
     }
     services
+}
+
+/// Which service counts sockets of a port, in the namespace that limiter works in and in the others.
+#[derive(Default)]
+struct Sockets {
+    here: HashMap<u16, String>,
+    elsewhere: HashMap<u16, String>,
+}
+
+impl Sockets {
+    /// What to say if a socket would be counted for two services.
+    fn add(&mut self, service: &Service) -> Option<String> {
+        let key = if service.socket_ports.is_empty() { "port" } else { "socket_port" };
+        let mut complaint = None;
+        for (ports, known, place) in [
+            (service.ports_here(), &mut self.here, "on the host"),
+            (service.ports_elsewhere(), &mut self.elsewhere, "in other namespaces"),
+        ] {
+            for &number in ports {
+                let Some(other) = known.insert(number, service.name.clone()) else { continue };
+                complaint.get_or_insert_with(|| {
+                    format!(
+                        "service.{key}: sockets at {number} {place} are counted for the service {other:?} already: give one of the \
+                         two other ports, or other namespaces"
+                    )
+                });
+            }
+        }
+        complaint
+    }
 }
 
 /// `burst`: how many connections at once where a rule says only how many per second. `most`: how many rules there may be that

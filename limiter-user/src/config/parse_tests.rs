@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{
-    Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Health, Kinds, LogFormat, Messages, OnDeny,
-    OnFull, OnViolation, Overload, Overrides, Purpose, Sanitize, Tls, TlsHost, UpstreamTls,
+    Algorithm, AttachMode, CertificateFiles, ChallengeMode, EXAMPLE, Health, Kinds, LogFormat, Messages, Namespaces,
+    OnDeny, OnFull, OnViolation, Overload, Overrides, Purpose, Sanitize, Tls, TlsHost, UpstreamTls,
 };
 use crate::policy::{Action, OwnLimits, Rule};
 
@@ -61,6 +61,8 @@ fn every_key_is_read() {
         [[service]]
         name = "quiet"
         port = 9000
+        socket_port = [9001, 9002]
+        namespaces = "others"
         connections_per_source = 3
         connections_total = 4
         ipv4_prefix = 8
@@ -162,10 +164,8 @@ fn every_key_is_read() {
         },
         limits,
         services: vec![
-            Service { name: "chat".into(), ports: vec![8080, 8443], limits, on_deny: OnDeny::Observe },
+            Service { limits, on_deny: OnDeny::Observe, ..Service::new("chat", [8080, 8443]) },
             Service {
-                name: "quiet".into(),
-                ports: vec![9000],
                 limits: Limits {
                     connections_per_source: 3,
                     connections_total: 4,
@@ -174,7 +174,9 @@ fn every_key_is_read() {
                     wide_ipv4_prefix: 0,
                     ..limits
                 },
-                on_deny: OnDeny::Drop,
+                socket_ports: vec![9001, 9002],
+                namespaces: Namespaces::Others,
+                ..Service::new("quiet", [9000])
             },
         ],
         rules: vec![
@@ -374,6 +376,11 @@ fn each_problem_is_told_with_its_place() {
         ("[[service]]\nname = \"a\"\nport = []", "3:8", "expected at least one TCP port"),
         ("[[service]]\nname = \"a\"\nport = [1, 1]", "3:12", "the number 1 is given twice"),
         ("[[service]]\nname = \"a\"\nports = 1\nport = 1", "3:1", "unknown key service.ports; did you mean port?"),
+        ("[[service]]\nname = \"a\"\nport = 1\nsocket_port = 0", "4:15", "from 1 to 65535 (a TCP port)"),
+        ("[[service]]\nname = \"a\"\nport = 1\nsocket_port = []", "4:15", "expected at least one TCP port"),
+        ("[[service]]\nname = \"a\"\nport = 1\nsocket_port = [2, 2]", "4:19", "the number 2 is given twice"),
+        ("[[service]]\nname = \"a\"\nport = 1\nnamespaces = \"docker\"", "4:14", "expected one of host, others, all"),
+        ("[[service]]\nname = \"a\"\nport = 1\nnamespace = \"all\"", "4:1", "did you mean namespaces?"),
         ("[gateway]\nlisten = \"0.0.0.0:8080\"", "2:10", "expected an array of addresses"),
         ("[gateway]\nlisten = []", "2:10", "expected at least one address"),
         ("[gateway]\nlisten = [\"8080\"]", "2:11", "expected an address and a port"),
@@ -425,7 +432,7 @@ fn each_problem_is_told_with_its_place() {
         (
             "[[service]]\nname = \"a\"\nport = 1\n[gateway]\nlisten = [\"0.0.0.0:2\"]",
             "5:10",
-            "no [[service]] has port 2",
+            "no [[service]] counts sockets at port 2",
         ),
         ("[limits]\nipv4_prefix = 24\nipv4_prefix = 32", "3:1", "duplicate key"),
         ("[limits", "1:8", ""),
@@ -444,6 +451,61 @@ fn a_name_of_64_bytes_is_taken_and_one_of_65_refused() {
     let with_name = |length: usize| format!("[[service]]\nname = \"{}\"\nport = 1", "n".repeat(length));
     assert_eq!(good(&with_name(64)).services[0].name.len(), 64);
     assert!(refused(&with_name(65))[0].contains("found 65 bytes, expected 1 to 64"));
+}
+
+#[test]
+fn where_a_services_sockets_are_is_read() {
+    let plain = &good("[[service]]\nname = \"a\"\nport = [1, 2]").services[0];
+    assert_eq!((plain.ports_here(), plain.ports_elsewhere()), (&[1, 2][..], &[][..]));
+    assert!(!plain.has_sockets_elsewhere());
+    for (keys, here, elsewhere) in [
+        ("socket_port = 8443", &[8443][..], &[][..]),
+        ("socket_port = [1, 8443]", &[1, 8443], &[]),
+        ("socket_port = 1", &[1], &[]),
+        ("namespaces = \"others\"", &[], &[1, 2]),
+        ("namespaces = \"all\"", &[1, 2], &[1, 2]),
+        ("namespaces = \"others\"\nsocket_port = 8443", &[], &[8443]),
+    ] {
+        let service = &good(&format!("[[service]]\nname = \"a\"\nport = [1, 2]\n{keys}")).services[0];
+        assert_eq!((service.ports_here(), service.ports_elsewhere()), (here, elsewhere), "{keys}");
+        assert!(service.has_sockets_elsewhere(), "{keys}");
+    }
+    let same = &good("[[service]]\nname = \"a\"\nport = [1, 2]\nsocket_port = [2, 1]").services[0];
+    assert!(!same.has_sockets_elsewhere());
+}
+
+#[test]
+fn no_socket_is_counted_for_two_services() {
+    let two = |first: &str, second: &str| {
+        format!("[[service]]\nname = \"a\"\nport = 1\n{first}\n[[service]]\nname = \"b\"\nport = 2\n{second}")
+    };
+    for (first, second, place, complaint) in [
+        (
+            "socket_port = 9",
+            "socket_port = 9",
+            "8:15",
+            "sockets at 9 on the host are counted for the service \"a\" already",
+        ),
+        ("socket_port = 2", "", "7:8", "sockets at 2 on the host are counted for the service \"a\" already"),
+        (
+            "namespaces = \"others\"\nsocket_port = 9",
+            "namespaces = \"all\"\nsocket_port = 9",
+            "10:15",
+            "sockets at 9 in other namespaces",
+        ),
+        (
+            "socket_port = 9\nnamespaces = \"all\"",
+            "namespaces = \"all\"\nsocket_port = 9",
+            "10:15",
+            "give one of the two other ports, or other namespaces",
+        ),
+    ] {
+        let lines = refused(&two(first, second));
+        assert_eq!(lines.len(), 1, "{lines:#?}");
+        assert!(lines[0].starts_with(&format!("limiter.toml:{place}: ")) && lines[0].contains(complaint), "{lines:#?}");
+    }
+    // One in containers, the other on the host.
+    assert_eq!(good(&two("namespaces = \"others\"\nsocket_port = 2", "")).services.len(), 2);
 }
 
 #[test]

@@ -229,10 +229,9 @@ fn choose_services(
                 }
             };
             config.services.push(Service {
-                name: DEFAULT_SERVICE.to_owned(),
-                ports,
                 limits: config.limits,
                 on_deny: config.kernel.on_deny,
+                ..Service::new(DEFAULT_SERVICE, ports)
             });
         }
         ([service], Some(ports)) => service.ports = ports,
@@ -315,12 +314,13 @@ fn refuse_twice<T: Ord + ToString>(values: &[T], what: &str) -> Result<(), Confi
 /// What to say if the gateway listens on a port that no service has.
 pub(super) fn uncovered_listen(config: &Config) -> Option<String> {
     let covered = |address: &SocketAddr| {
-        config.services.is_empty() || config.services.iter().any(|service| service.ports.contains(&address.port()))
+        config.services.is_empty()
+            || config.services.iter().any(|service| service.ports_here().contains(&address.port()))
     };
     config.gateway.listen.iter().filter_map(Listen::tcp).find(|address| !covered(address)).map(|address| {
         let port = address.port();
         format!(
-            "gateway.listen: no [[service]] has port {port}, so {address} would have no limits: \
+            "gateway.listen: no [[service]] counts sockets at port {port} on the host, so {address} would have no limits: \
              add it to a service, or listen elsewhere"
         )
     })

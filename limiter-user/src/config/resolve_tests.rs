@@ -80,7 +80,7 @@ fn a_port_by_flag_moves_the_gateway_unless_something_says_where_it_listens() {
     let listens = "[gateway]\nlisten = [\"127.0.0.1:9000\"]";
     assert_eq!(run(listens, &overrides).gateway.listen, ["127.0.0.1:9000".parse().unwrap()]);
     let elsewhere = "[gateway]\nlisten = [\"127.0.0.1:9001\"]";
-    assert!(refused(elsewhere, &overrides, Purpose::Run).contains("no [[service]] has port 9001"));
+    assert!(refused(elsewhere, &overrides, Purpose::Run).contains("no [[service]] counts sockets at port 9001"));
 }
 
 #[test]
@@ -122,7 +122,11 @@ fn sockets_without_a_port_belong_to_the_default_service() {
 fn a_gateway_without_limits_is_refused() {
     let nginx = "[[service]]\nname = \"nginx\"\nport = 80";
     let message = refused(nginx, &Overrides::default(), Purpose::Run);
-    assert!(message.contains("no [[service]] has port 8080, so 0.0.0.0:8080 would have no limits"), "{message}");
+    assert!(
+        message
+            .contains("no [[service]] counts sockets at port 8080 on the host, so 0.0.0.0:8080 would have no limits"),
+        "{message}"
+    );
 }
 
 #[test]

@@ -136,8 +136,12 @@ pub enum OnFull {
 pub struct Service {
     /// Its name, in output and metrics; at most 64 bytes.
     pub name: String,
-    /// The ports it listens on (`port = 8080` or `port = [8080, 8443]`).
+    /// The ports that its clients connect to (`port = 8080` or `port = [8080, 8443]`).
     pub ports: Vec<u16>,
+    /// The ports that its sockets have, where a translation of ports leads from the one to the other; empty: the same.
+    pub socket_ports: Vec<u16>,
+    /// Where its sockets are.
+    pub namespaces: Namespaces,
     /// Its limits: those of `[limits]`, but for what it overrides.
     pub limits: Limits,
     /// What a refused SYN gets, where it differs from `[kernel]`.
@@ -147,7 +151,70 @@ pub struct Service {
 impl Service {
     /// One with the default limits.
     pub fn new(name: impl Into<String>, ports: impl Into<Vec<u16>>) -> Self {
-        Self { name: name.into(), ports: ports.into(), limits: Limits::default(), on_deny: OnDeny::Drop }
+        Self {
+            name: name.into(),
+            ports: ports.into(),
+            socket_ports: Vec::new(),
+            namespaces: Namespaces::Host,
+            limits: Limits::default(),
+            on_deny: OnDeny::Drop,
+        }
+    }
+
+    /// The ports of its sockets, wherever these are.
+    pub fn ports_of_sockets(&self) -> &[u16] {
+        if self.socket_ports.is_empty() { &self.ports } else { &self.socket_ports }
+    }
+
+    /// The ports of its sockets in the network namespace that limiter works in.
+    pub fn ports_here(&self) -> &[u16] {
+        if self.namespaces.include_own() { self.ports_of_sockets() } else { &[] }
+    }
+
+    /// The ports of its sockets in every other network namespace.
+    pub fn ports_elsewhere(&self) -> &[u16] {
+        if self.namespaces.include_others() { self.ports_of_sockets() } else { &[] }
+    }
+
+    /// Whether XDP can't look up every one of its sockets.
+    pub fn has_sockets_elsewhere(&self) -> bool {
+        let here = self.ports_here();
+        self.namespaces.include_others()
+            || self.ports.iter().any(|port| !here.contains(port))
+            || here.iter().any(|port| !self.ports.contains(port))
+    }
+}
+
+/// The network namespaces whose sockets a service counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Namespaces {
+    /// The one that limiter works in.
+    #[default]
+    Host,
+    /// Every one on the host but that: containers.
+    Others,
+    /// Every one on the host.
+    All,
+}
+
+impl Namespaces {
+    /// The name in the file and in `--json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Others => "others",
+            Self::All => "all",
+        }
+    }
+
+    /// Whether that which limiter works in is one of them.
+    pub const fn include_own(self) -> bool {
+        !matches!(self, Self::Others)
+    }
+
+    /// Whether the others are.
+    pub const fn include_others(self) -> bool {
+        !matches!(self, Self::Host)
     }
 }
 

@@ -17,6 +17,7 @@ use super::{
     Auditor, Challenges, KernelError, challenge,
     control::Control,
     debug_log::DebugLog,
+    delivery,
     events::Events,
     host, in_force,
     interfaces::{InterfaceReport, Interfaces},
@@ -213,6 +214,8 @@ impl Attach<'_> {
         // Nothing is left that can be refused: from here on it stays.
         let services = in_force::put(self.pins, services, rules, self.config.on_full)?;
         self.pin_sock_ops(sock_ops)?;
+        let configured: Vec<Service> = services.iter().map(|(_, service)| service.clone()).collect();
+        warnings.extend(delivery::put(&mut loaded, self.pins, &configured)?.warning());
         let reports = placement.keep(attachments)?;
         placement.remove_others(&interfaces.iter().map(|(_, index)| *index).collect::<Vec<_>>())?;
         let report = AttachReport { taken_over: self.taken_over, interfaces: reports, warnings };

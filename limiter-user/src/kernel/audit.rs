@@ -8,11 +8,11 @@ use std::{
     collections::{HashMap, HashSet},
     fmt, io,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use limiter_common::{
-    Counter, Endpoints, LedgerEntry,
+    Counter, Endpoints, LedgerEntry, Netns,
     ledger::{FLAG_ADOPTED, OWNER_REMOVED, RESERVATION_NS, is_reservation},
 };
 
@@ -21,10 +21,11 @@ use super::{
     control::{Adoption, Control},
     host,
     maps::{Audits, Ledger, Services, Sources},
+    namespaces::{Absences, Sockets},
     pins::Pins,
     recount,
     rules::Rules,
-    sock_diag::{SockDiag, Socket},
+    sock_diag::Socket,
 };
 
 /// Audits one pinned state.
@@ -35,9 +36,8 @@ pub struct Auditor {
     pub(super) rules: Rules,
     reports: Audits,
     pub(super) control: Arc<Control>,
-    pub(super) sockets: SockDiag,
-    /// The ports of the services.
-    ports: HashSet<u16>,
+    pub(super) sockets: Sockets,
+    absences: Absences,
     /// What differed at the last pass.
     suspects: Differences,
     /// Whether the kernel has told that it can close sockets on behalf of others; until it was tried, it is believed to.
@@ -46,7 +46,7 @@ pub struct Auditor {
 
 impl fmt::Debug for Auditor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Auditor").field("ports", &self.ports).finish_non_exhaustive()
+        f.debug_struct("Auditor").field("sockets", &self.sockets).finish_non_exhaustive()
     }
 }
 
@@ -89,7 +89,7 @@ const FORGOTTEN: Duration = Duration::from_nanos(3 * RESERVATION_NS);
 type Entries = Vec<(Endpoints, LedgerEntry)>;
 
 impl Auditor {
-    /// For the state that is pinned there, and the sockets of the network namespace of the calling thread.
+    /// For the state that is pinned there, which was attached in the network namespace of the calling thread.
     pub(super) fn new(pins: &Pins, control: Arc<Control>) -> Result<Self, KernelError> {
         let services = Services::open(pins)?;
         Ok(Self {
@@ -99,8 +99,8 @@ impl Auditor {
             rules: Rules::open(pins)?,
             reports: Audits::open(pins)?,
             control,
-            sockets: SockDiag::open().map_err(no_list)?,
-            ports: HashSet::new(),
+            sockets: Sockets::open().map_err(no_list)?,
+            absences: Absences::default(),
             suspects: Differences::default(),
             can_destroy: true,
         })
@@ -109,18 +109,27 @@ impl Auditor {
     /// Enters the connections that were open before the limiter was attached. `audited`: somebody will remove those whose
     /// end the kernel can't tell; otherwise these are not entered, since their slots would never come back.
     pub fn adopt_open(&mut self, audited: bool) -> Result<AdoptedOpen, KernelError> {
+        let result = self.adopt_found(audited);
+        self.sockets.let_go();
+        result
+    }
+
+    fn adopt_found(&mut self, audited: bool) -> Result<AdoptedOpen, KernelError> {
         let mut result = AdoptedOpen::default();
         let (_, mut found) = self.compare()?;
         if found.unknown.is_empty() {
             return Ok(result);
         }
-        if !self.control.watch()? && !audited {
-            result.left_out = found.unknown.len() as u64;
-            return Ok(result);
-        }
+        let watched = self.watch(&found.unknown)?;
+        // An audit sees the end of those here, and of those elsewhere as long as somebody is there with them.
+        let may_stay = |netns: Netns| watched.contains(&netns) || audited && netns.is_own();
         // From here on each end is told. Those that ended before are no longer in this list.
         (_, found) = self.compare()?;
         for (connection, cookie) in found.unknown {
+            if !may_stay(connection.netns) {
+                result.left_out += 1;
+                continue;
+            }
             match self.adopt(&Socket::new(connection, cookie), Counter::OpenedAdopted)? {
                 Adoption::Done => result.adopted += 1,
                 Adoption::Full => result.no_room += 1,
@@ -132,11 +141,19 @@ impl Auditor {
 
     /// One pass.
     pub fn audit(&mut self) -> Result<Audit, KernelError> {
+        let result = self.audit_all();
+        // What is held of other namespaces would keep them from going.
+        self.sockets.let_go();
+        result
+    }
+
+    fn audit_all(&mut self) -> Result<Audit, KernelError> {
         let mut result = Audit::default();
         let (entries, found) = self.compare()?;
-        for suspect in found.gone.intersection(&self.suspects.gone) {
+        let gone: Vec<_> = found.gone.intersection(&self.suspects.gone).copied().collect();
+        for suspect in gone {
             let socket = Socket::new(suspect.0, suspect.1);
-            if self.sockets.look_up(&socket).map_err(no_list)?.is_some() {
+            if self.look_up(&socket)?.is_some() {
                 continue;
             }
             // Where the kernel can't tell of the end of what was open before, this is how it is seen.
@@ -150,12 +167,12 @@ impl Auditor {
                 result.removed += 1;
             }
         }
-        let unknown: Vec<_> = found.unknown.intersection(&self.suspects.unknown).copied().collect();
-        if !unknown.is_empty() {
-            self.control.watch()?;
-        }
+        let unknown: HashSet<_> = found.unknown.intersection(&self.suspects.unknown).copied().collect();
+        let watched = self.watch(&unknown)?;
         for (connection, cookie) in unknown {
-            if self.adopt(&Socket::new(connection, cookie), Counter::OpenedAudit)? == Adoption::Done {
+            // Elsewhere, what the stack does not tell of might never be seen to end.
+            let may_stay = connection.netns.is_own() || watched.contains(&connection.netns);
+            if may_stay && self.adopt(&Socket::new(connection, cookie), Counter::OpenedAudit)? == Adoption::Done {
                 result.adopted += 1;
             }
         }
@@ -174,39 +191,74 @@ impl Auditor {
             return Ok(Adoption::NotNeeded);
         }
         let adoption = self.control.adopt(socket, counter)?;
-        if adoption == Adoption::Done && self.sockets.look_up(socket).map_err(no_list)?.is_none() {
+        if adoption == Adoption::Done && self.look_up(socket)?.is_none() {
             self.control.release_as(socket, Counter::ClosedSocket)?;
         }
         Ok(adoption)
     }
 
     fn is_held(&mut self, socket: &Socket) -> Result<bool, KernelError> {
-        Ok(self.sockets.look_up(socket).map_err(no_list)?.is_some_and(|socket| socket.is_held()))
+        Ok(self.look_up(socket)?.is_some_and(|socket| socket.is_held()))
+    }
+
+    /// The socket, if it is there; in a namespace that can't be found, it is not.
+    fn look_up(&mut self, socket: &Socket) -> Result<Option<Socket>, KernelError> {
+        match self.sockets.of(socket.connection.netns).map_err(no_list)? {
+            Some(sockets) => sockets.look_up(socket).map_err(no_list),
+            None => Ok(None),
+        }
+    }
+
+    /// Has the stack tell of the end of what is open in the namespaces of these sockets. Returns those of which it will.
+    fn watch(&mut self, sockets: &HashSet<(Endpoints, u64)>) -> Result<HashSet<Netns>, KernelError> {
+        let mut watched = HashSet::new();
+        for netns in sockets.iter().map(|(connection, _)| connection.netns).collect::<HashSet<_>>() {
+            let control = Arc::clone(&self.control);
+            if self.sockets.inside(netns, move || control.watch()).map_err(no_list)?.transpose()? == Some(true) {
+                watched.insert(netns);
+            }
+        }
+        Ok(watched)
     }
 
     /// What is in the ledger, and how it differs from the kernel's sockets.
     fn compare(&mut self) -> Result<(Entries, Differences), KernelError> {
-        self.ports = self.services.ports()?.into_iter().map(|(port, _)| port).collect();
+        let counted = self.services.sockets()?;
         let entries = self.ledger.entries()?;
         // Of each connection in the ledger: its owner, and whether there is such a socket.
         let mut known: HashMap<Endpoints, (u64, bool)> =
             entries.iter().map(|(key, entry)| (*key, (entry.owner, false))).collect();
         let mut unknown = HashSet::new();
-        // Connections can outlive their service.
-        let outlived = entries.iter().map(|(key, _)| key.local_port).filter(|port| !self.ports.contains(port));
-        let ports: HashSet<u16> = self.ports.iter().copied().chain(outlived).collect();
-        for port in ports {
-            let is_service = self.ports.contains(&port);
-            self.sockets
-                .list(port, |socket| match known.get_mut(&socket.connection) {
-                    Some((owner, there)) => *there |= *owner == socket.cookie,
-                    None if is_service && socket.is_held() => {
-                        unknown.insert((socket.connection, socket.cookie));
-                    }
-                    None => {}
-                })
-                .map_err(no_list)?;
+        let mut namespaces = vec![Netns::OWN];
+        if entries.iter().any(|(key, _)| !key.netns.is_own()) || counted.values().any(|socket| socket.others.is_some())
+        {
+            namespaces.extend(self.sockets.others().map_err(no_list)?);
         }
+        for &netns in &namespaces {
+            let of_service: HashSet<u16> = counted
+                .iter()
+                .filter(|(_, socket)| if netns.is_own() { socket.own } else { socket.others }.is_some())
+                .map(|(port, _)| *port)
+                .collect();
+            // Connections can outlive their service.
+            let outlived =
+                entries.iter().map(|(key, _)| key).filter(|key| key.netns == netns).map(|key| key.local_port);
+            let ports: HashSet<u16> = of_service.iter().copied().chain(outlived).collect();
+            let Some(sockets) = self.sockets.of(netns).map_err(no_list)? else { continue };
+            for port in ports {
+                sockets
+                    .list(port, |socket| match known.get_mut(&socket.connection) {
+                        Some((owner, there)) => *there |= *owner == socket.cookie,
+                        None if of_service.contains(&port) && socket.is_held() => {
+                            unknown.insert((socket.connection, socket.cookie));
+                        }
+                        None => {}
+                    })
+                    .map_err(no_list)?;
+            }
+        }
+        let missing = known.keys().map(|key| key.netns).filter(|netns| !namespaces.contains(netns)).collect();
+        let gone_namespaces = self.absences.gone(&missing, Instant::now());
         let now_ns = host::monotonic().as_nanos();
         let forgotten: HashSet<Endpoints> = entries
             .iter()
@@ -215,6 +267,7 @@ impl Auditor {
             .collect();
         let gone = known
             .into_iter()
+            .filter(|(key, _)| !missing.contains(&key.netns) || gone_namespaces.contains(&key.netns))
             .filter(|(key, (owner, there))| {
                 !there && *owner != OWNER_REMOVED && (!is_reservation(*owner) || forgotten.contains(key))
             })

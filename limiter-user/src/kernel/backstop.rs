@@ -41,12 +41,20 @@ impl Auditor {
             entry.flags & FLAG_PAST_LIMIT != 0 && entry.owner != OWNER_REMOVED && !is_reservation(entry.owner)
         });
         entries.sort_by_key(|(_, entry)| Reverse(entry.opened_ns));
+        let cut = self.cut_newest_first(entries);
+        self.sockets.let_go();
+        cut
+    }
+
+    fn cut_newest_first(&mut self, entries: Vec<(Endpoints, LedgerEntry)>) -> Result<u64, KernelError> {
         let mut cut = 0;
         for (connection, entry) in entries {
             if !self.is_past_limit(connection.remote().ip(), &entry)? {
                 continue;
             }
-            match self.sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
+            // Where nobody is in a namespace any more, nobody has a connection.
+            let Some(sockets) = self.sockets.of(connection.netns).map_err(no_list)? else { continue };
+            match sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
                 Destroyed::Yes => {
                     self.control.count(&connection, Counter::CutPastLimit)?;
                     cut += 1;

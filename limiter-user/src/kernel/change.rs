@@ -3,12 +3,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use limiter_common::{ServicePolicy, abi, policy::InForce};
+use limiter_common::{
+    ServicePolicy, abi,
+    policy::{InForce, Port},
+};
 
 use super::{
     KernelError,
     copies::{Word, wait_for_programs},
-    maps::{ServiceEntry, Services},
+    maps::{ServiceEntry, Services, SocketPort},
     pins::{Pins, PolicyLock},
     rules::Rules,
 };
@@ -25,6 +28,8 @@ pub(super) struct Change {
     new: InForce,
     /// The ports that a service has in either copy.
     ports: Option<BTreeMap<u16, u32>>,
+    /// The ports of sockets, likewise.
+    sockets: Option<BTreeMap<u16, u64>>,
     _lock: PolicyLock,
 }
 
@@ -43,6 +48,7 @@ impl Change {
             old,
             new: old,
             ports: None,
+            sockets: None,
             _lock: lock,
         })
     }
@@ -66,23 +72,39 @@ impl Change {
         Ok(())
     }
 
-    /// These ports belong to services, and no others.
-    pub(super) fn set_ports(&mut self, ports: &[(u16, u32)]) -> Result<(), KernelError> {
-        let wanted: HashMap<u16, u16> =
-            ports.iter().map(|(port, index)| (*port, u16::try_from(*index).unwrap_or(u16::MAX))).collect();
+    /// These ports belong to services, and no others. Once, and before the sockets.
+    pub(super) fn set_ports(&mut self, wanted: &BTreeMap<u16, Port>) -> Result<(), KernelError> {
         let mut words: BTreeMap<u16, u32> = self.services.port_words()?.into_iter().collect();
         for &port in wanted.keys() {
             words.entry(port).or_default();
         }
         self.new = self.new.other_ports();
         for (&port, word) in &mut words {
-            let new = self.new.with_service(*word, wanted.get(&port).copied());
+            let new = self.new.with_port(*word, wanted.get(&port).copied());
             if new != *word {
                 self.services.set_port_word(port, new)?;
                 *word = new;
             }
         }
         self.ports = Some(words);
+        Ok(())
+    }
+
+    /// Sockets of these ports are counted for services, and no others. They go with the ports: there is one copy of both in force.
+    pub(super) fn set_sockets(&mut self, wanted: &BTreeMap<u16, SocketPort>) -> Result<(), KernelError> {
+        let mut words: BTreeMap<u16, u64> = self.services.socket_words()?.into_iter().collect();
+        for &port in wanted.keys() {
+            words.entry(port).or_default();
+        }
+        for (&port, word) in &mut words {
+            let SocketPort { own, others } = wanted.get(&port).copied().unwrap_or_default();
+            let new = self.new.with_sockets(*word, own, others);
+            if new != *word {
+                self.services.set_socket_word(port, new)?;
+                *word = new;
+            }
+        }
+        self.sockets = Some(words);
         Ok(())
     }
 
@@ -108,9 +130,16 @@ impl Change {
     fn tidy(&mut self) -> Result<(), KernelError> {
         // A port that has no service in either copy is nobody's at the first look.
         for (port, word) in self.ports.take().unwrap_or_default() {
-            let both = self.old.with_service(word, self.new.service(word));
+            let both = self.old.with_port(word, self.new.port(word));
             if both != word {
                 self.services.set_port_word(port, both)?;
+            }
+        }
+        for (port, word) in self.sockets.take().unwrap_or_default() {
+            let [own, others] = [true, false].map(|is_own| self.new.service_of_socket(word, is_own));
+            let both = self.old.with_sockets(word, own, others);
+            if both != word {
+                self.services.set_socket_word(port, both)?;
             }
         }
         if self.new.rules() != self.old.rules() {

@@ -123,7 +123,7 @@ impl Control {
         work(&mut self.loaded.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Has the stack tell of the end of every connection of a service that is open now, in this process's network
+    /// Has the stack tell of the end of every connection of a service that is open now, in the calling thread's network
     /// namespace. `false` if this kernel can't (before 6.12).
     pub(super) fn watch(&self) -> Result<bool, KernelError> {
         const WHAT: &str = "can't go through the open connections";

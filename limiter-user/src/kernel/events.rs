@@ -4,7 +4,7 @@ use std::{fmt, io, mem, net::SocketAddr, time::Duration};
 
 use aya::maps::{Map, MapData, RingBuf};
 use limiter_common::{
-    DenyReason, abi,
+    DenyReason, Netns, abi,
     event::{Refusal, Stage},
 };
 use tokio::io::unix::AsyncFd;
@@ -28,6 +28,8 @@ pub struct Event {
     pub remote: SocketAddr,
     /// What it wanted to connect to.
     pub local: SocketAddr,
+    /// The network namespace of its socket, if it has one.
+    pub netns: Netns,
     /// Refusals of the same source (or the same full service) that were not reported since the last one.
     pub unreported: u64,
 }
@@ -91,6 +93,7 @@ pub(super) fn from_record(refusal: &Refusal) -> Option<Event> {
         observed: refusal.observed != 0,
         remote: refusal.connection.remote(),
         local: refusal.connection.local(),
+        netns: refusal.connection.netns,
         unreported: refusal.unreported,
     })
 }

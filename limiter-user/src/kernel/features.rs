@@ -14,6 +14,8 @@ pub enum Feature {
     Tcx,
     /// Having the stack tell of the end of sockets that were open before (kernel 6.12).
     Watch,
+    /// Seeing what is delivered to a listener, and in which namespace (kernel 6.17).
+    Delivery,
     /// Closing sockets from outside (`CONFIG_INET_DIAG_DESTROY`).
     Destroy,
 }
@@ -24,6 +26,7 @@ impl Feature {
             Self::Btf => "btf",
             Self::Tcx => "tcx",
             Self::Watch => "watch",
+            Self::Delivery => "delivery",
             Self::Destroy => "destroy",
         }
     }

@@ -106,7 +106,7 @@ pub fn cgroup_mount(mountinfo: &str) -> Option<PathBuf> {
 }
 
 /// Undoes the octal escapes of /proc/self/mountinfo (space, tab, newline, backslash).
-fn unescape(field: &str) -> String {
+pub(super) fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 

@@ -1,8 +1,15 @@
 //! Putting a configuration in force: its services, their ports and its rules, in one step.
 
-use limiter_common::abi;
+use std::collections::BTreeMap;
 
-use super::{KernelError, change::Change, maps::ServiceEntry, pins::Pins};
+use limiter_common::{abi, policy::Port};
+
+use super::{
+    KernelError,
+    change::Change,
+    maps::{ServiceEntry, SocketPort},
+    pins::Pins,
+};
 use crate::{
     config::{OnFull, Service},
     policy::Rule,
@@ -23,15 +30,46 @@ pub fn put(
         limits: service.limits,
         on_deny: service.on_deny,
         on_full,
+        is_elsewhere: service.has_sockets_elsewhere(),
     };
     let entries: Vec<_> = placed.iter().map(|(index, service)| (*index, entry(service))).collect();
-    let ports: Vec<_> =
-        placed.iter().flat_map(|(index, service)| service.ports.iter().map(|port| (*port, *index))).collect();
     change.set_services(&entries)?;
-    change.set_ports(&ports)?;
+    change.set_ports(&ports(&placed))?;
+    change.set_sockets(&sockets(&placed))?;
     change.set_rules_of_file(rules)?;
     change.commit()?;
     Ok(placed)
+}
+
+/// Each port of packets, and what the programs of admission need to know of it.
+fn ports(services: &[(u32, Service)]) -> BTreeMap<u16, Port> {
+    let port = |index: u32, service: &Service, port: u16| Port {
+        service: small(index),
+        is_not_here: !service.ports_here().contains(&port),
+    };
+    services
+        .iter()
+        .flat_map(|(index, service)| service.ports.iter().map(move |&number| (number, port(*index, service, number))))
+        .collect()
+}
+
+/// The services of each port of sockets.
+fn sockets(services: &[(u32, Service)]) -> BTreeMap<u16, SocketPort> {
+    let mut sockets = BTreeMap::<u16, SocketPort>::new();
+    for (index, service) in services {
+        for &port in service.ports_here() {
+            sockets.entry(port).or_default().own = Some(small(*index));
+        }
+        for &port in service.ports_elsewhere() {
+            sockets.entry(port).or_default().others = Some(small(*index));
+        }
+    }
+    sockets
+}
+
+/// Indexes are below `MAX_SERVICES`.
+fn small(index: u32) -> u16 {
+    u16::try_from(index).unwrap_or(u16::MAX)
 }
 
 /// The index of each service. One keeps its index as long as it keeps its name, because open connections are counted by
@@ -56,10 +94,10 @@ fn place(known: &[(u32, ServiceEntry)], services: &[Service]) -> Result<Vec<(u32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::OnDeny, policy::Limits};
+    use crate::config::Namespaces;
 
     fn service(name: &str) -> Service {
-        Service { name: name.into(), ports: vec![1], limits: Limits::default(), on_deny: OnDeny::Drop }
+        Service::new(name, [1])
     }
 
     fn known(index: u32, name: &str) -> (u32, ServiceEntry) {
@@ -69,6 +107,7 @@ mod tests {
             limits: service.limits,
             on_deny: service.on_deny,
             on_full: OnFull::Open,
+            is_elsewhere: false,
         };
         (index, entry)
     }
@@ -84,6 +123,29 @@ mod tests {
         assert_eq!(indexes(&known, &["game", "feed", "chat"]), Some(vec![1, 2, 0]));
         assert_eq!(indexes(&known, &["feed", "relay"]), Some(vec![2, 3]));
         assert_eq!(indexes(&[], &["feed", "relay"]), Some(vec![0, 1]));
+    }
+
+    #[test]
+    fn ports_lead_to_sockets_here_elsewhere_or_both() {
+        let here = Service::new("here", [80]);
+        let redirected = Service { socket_ports: vec![8443, 444], ..Service::new("redirected", [443, 444]) };
+        let contained = Service { namespaces: Namespaces::Others, ..Service::new("contained", [8080]) };
+        let both = Service { namespaces: Namespaces::All, ..Service::new("both", [9000]) };
+        let services: Vec<_> = (0..).zip([here, redirected, contained, both]).collect();
+        let flags: Vec<_> =
+            ports(&services).into_iter().map(|(number, port)| (number, port.service, port.is_not_here)).collect();
+        let expected = [(80, 0, false), (443, 1, true), (444, 1, false), (8080, 2, true), (9000, 3, false)];
+        assert_eq!(flags, expected);
+        let sockets: Vec<_> =
+            sockets(&services).into_iter().map(|(number, socket)| (number, socket.own, socket.others)).collect();
+        let expected = [
+            (80, Some(0), None),
+            (444, Some(1), None),
+            (8080, None, Some(2)),
+            (8443, Some(1), None),
+            (9000, Some(3), Some(3)),
+        ];
+        assert_eq!(sockets, expected);
     }
 
     #[test]

@@ -13,8 +13,9 @@ use super::{
     audit::no_list,
     host,
     maps::Ledger,
+    namespaces::Sockets,
     pinned::Pinned,
-    sock_diag::{Destroyed, SockDiag, Socket},
+    sock_diag::{Destroyed, Socket},
     users,
 };
 
@@ -51,7 +52,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Cutter {
     ledger: Ledger,
-    sockets: SockDiag,
+    sockets: Sockets,
     /// Slots of these clients that the stack has not confirmed yet.
     pending: usize,
 }
@@ -64,7 +65,7 @@ impl Cutter {
     /// [`KernelError::OtherNamespace`] if its sockets are not of this network namespace.
     pub fn new(pinned: &Pinned) -> Result<Self, KernelError> {
         pinned.require_this_namespace()?;
-        Ok(Self { ledger: Ledger::open(pinned.pins())?, sockets: SockDiag::open().map_err(no_list)?, pending: 0 })
+        Ok(Self { ledger: Ledger::open(pinned.pins())?, sockets: Sockets::open().map_err(no_list)?, pending: 0 })
     }
 
     /// Closes every open connection whose client is in `clients`. Returns their clients.
@@ -78,6 +79,13 @@ impl Cutter {
 
     /// The same for those of which `is_meant` says so, given what they count against.
     fn cut_those(&mut self, is_meant: impl Fn(&Endpoints, &SourceKey) -> bool) -> Result<Vec<SocketAddr>, KernelError> {
+        let cut = self.cut_found(is_meant);
+        // Other namespaces may go now.
+        self.sockets.let_go();
+        cut
+    }
+
+    fn cut_found(&mut self, is_meant: impl Fn(&Endpoints, &SourceKey) -> bool) -> Result<Vec<SocketAddr>, KernelError> {
         let mut cut = Vec::new();
         self.pending = 0;
         for (connection, entry) in self.ledger.entries()? {
@@ -88,7 +96,8 @@ impl Cutter {
                 self.pending += 1;
                 continue;
             }
-            match self.sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
+            let Some(sockets) = self.sockets.of(connection.netns).map_err(no_list)? else { continue };
+            match sockets.destroy(&Socket::new(connection, entry.owner)).map_err(no_list)? {
                 Destroyed::Yes => cut.push(connection.remote()),
                 Destroyed::Gone => {}
                 Destroyed::Unsupported => return Err(KernelError::NoDestroy),

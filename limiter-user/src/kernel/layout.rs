@@ -36,6 +36,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<ConnectionKey, LedgerEntry>(abi::MAP_LEDGER, MapType::Hash, None),
     shape::<SourceKey, SourceEntry>(abi::MAP_SOURCES, MapType::Hash, None),
     shape::<u32, u32>(abi::MAP_PORTS, MapType::Array, Some(65_536)),
+    shape::<u32, u64>(abi::MAP_SOCKET_PORTS, MapType::Array, Some(65_536)),
     shape::<u32, ServicePolicy>(abi::MAP_SERVICES, MapType::Array, Some(2 * abi::MAX_SERVICES)),
     shape::<u32, ServiceState>(abi::MAP_SERVICE_STATE, MapType::Array, Some(abi::MAX_SERVICES + 1)),
     shape::<u32, u64>(abi::MAP_COUNTERS, MapType::PerCpuArray, Some(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE)),

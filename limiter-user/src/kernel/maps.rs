@@ -1,7 +1,7 @@
 //! The maps as typed methods. The name of each is said here once more, and nowhere else in this crate.
 
 use std::{
-    collections::HashMap as StdHashMap,
+    collections::{BTreeMap, HashMap as StdHashMap},
     fmt, io,
     net::IpAddr,
     path::Path,
@@ -36,6 +36,8 @@ pub struct ServiceEntry {
     pub on_deny: OnDeny,
     /// What happens to a connection that the ledger has no room for.
     pub on_full: OnFull,
+    /// Whether some of its sockets are in other namespaces, or at other ports than its clients connect to.
+    pub is_elsewhere: bool,
 }
 
 impl ServiceEntry {
@@ -70,7 +72,8 @@ impl ServiceEntry {
                 OnFull::Open => policy::OnFull::Open as u8,
                 OnFull::Closed => policy::OnFull::Closed as u8,
             },
-            reserved: [0; 2],
+            is_elsewhere: self.is_elsewhere.into(),
+            reserved: 0,
             name,
         })
     }
@@ -98,6 +101,7 @@ impl ServiceEntry {
                 _ => OnDeny::Drop,
             },
             on_full: if found.on_full == policy::OnFull::Closed as u8 { OnFull::Closed } else { OnFull::Open },
+            is_elsewhere: found.is_elsewhere != 0,
         })
     }
 }
@@ -105,14 +109,25 @@ impl ServiceEntry {
 /// Ports of services, each with the index of its service.
 type Ports = Vec<(u16, u32)>;
 
+/// Which services count the sockets of a port, by index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketPort {
+    /// In the network namespace that limiter was attached in.
+    pub own: Option<u16>,
+    /// In the others.
+    pub others: Option<u16>,
+}
+
 /// Services: their limits, their ports, what they hold and what was counted.
 pub struct Services {
     in_force: Word,
     policies: Array<MapData, ServicePolicy>,
     states: Array<MapData, ServiceState>,
     ports: Array<MapData, u32>,
+    socket_ports: Array<MapData, u64>,
     /// The ports of the services as of that word: to read them takes a system call for each there could be.
     known_ports: Mutex<Option<(InForce, Ports)>>,
+    known_sockets: Mutex<Option<(InForce, BTreeMap<u16, SocketPort>)>>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -130,7 +145,9 @@ impl Services {
             policies: open(&pins.map(abi::MAP_SERVICES), Map::Array)?,
             states: open(&pins.map(abi::MAP_SERVICE_STATE), Map::Array)?,
             ports: open(&pins.map(abi::MAP_PORTS), Map::Array)?,
+            socket_ports: open(&pins.map(abi::MAP_SOCKET_PORTS), Map::Array)?,
             known_ports: Mutex::default(),
+            known_sockets: Mutex::default(),
             counters: open(&pins.map(abi::MAP_COUNTERS), Map::PerCpuArray)?,
         })
     }
@@ -234,6 +251,44 @@ impl Services {
         })
     }
 
+    /// The ports whose sockets are counted, with their services.
+    pub fn sockets(&self) -> Result<BTreeMap<u16, SocketPort>, KernelError> {
+        self.in_force.read_with(|in_force| {
+            let mut known = self.known_sockets.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*known {
+                Some((at, sockets)) if *at == in_force => Ok(sockets.clone()),
+                _ => {
+                    let service = |word, is_own| in_force.service_of_socket(word, is_own);
+                    let sockets: BTreeMap<_, _> = self
+                        .socket_words()?
+                        .into_iter()
+                        .map(|(port, word)| {
+                            (port, SocketPort { own: service(word, true), others: service(word, false) })
+                        })
+                        .filter(|(_, socket)| *socket != SocketPort::default())
+                        .collect();
+                    *known = Some((in_force, sockets.clone()));
+                    Ok(sockets)
+                }
+            }
+        })
+    }
+
+    /// The same as they lie in the map, in either copy; ascending.
+    pub(super) fn socket_words(&self) -> Result<Vec<(u16, u64)>, KernelError> {
+        let words: Vec<(u32, u64)> = batch::read(self.socket_ports.map(), usize::from(u16::MAX) + 1)
+            .map_err(KernelError::failed("can't read which sockets are counted"))?;
+        let ports = words.into_iter().filter(|(_, word)| *word != 0);
+        Ok(ports.filter_map(|(port, word)| Some((u16::try_from(port).ok()?, word))).collect())
+    }
+
+    /// Writes the word of a port of sockets, whose half that is in force must stay as it is.
+    pub(super) fn set_socket_word(&mut self, port: u16, word: u64) -> Result<(), KernelError> {
+        self.socket_ports
+            .set(u32::from(port), word, 0)
+            .map_err(KernelError::failed(format!("can't have sockets at port {port} counted for a service")))
+    }
+
     /// The ports that a service has in either copy, with their words; ascending.
     pub(super) fn port_words(&self) -> Result<Vec<(u16, u32)>, KernelError> {
         let words: Vec<(u32, u32)> = batch::read(self.ports.map(), usize::from(u16::MAX) + 1)
@@ -308,12 +363,6 @@ impl Ledger {
     /// them.
     pub fn entries(&self) -> Result<Vec<(Endpoints, LedgerEntry)>, KernelError> {
         let entries = collect(self.entries.keys(), |key| self.entries.get(key, 0), "can't read the ledger")?;
-        let ends = |key: ConnectionKey, entry: &LedgerEntry| Endpoints {
-            remote: entry.remote,
-            local: entry.local,
-            remote_port: key.remote_port(),
-            local_port: key.local_port(),
-        };
         let members = collect(self.members.keys(), |cookie| self.members.get(cookie, 0), MEMBERS_UNREADABLE)?;
         let members: StdHashMap<u64, SourceKey> =
             members.into_iter().map(|(cookie, member)| (cookie, member.source)).collect();
@@ -321,7 +370,7 @@ impl Ledger {
             source: members.get(&entry.owner).copied().unwrap_or(entry.source),
             ..entry
         };
-        Ok(entries.into_iter().map(|(key, entry)| (ends(key, &entry), counted(entry))).collect())
+        Ok(entries.into_iter().map(|(key, entry)| (entry.ends(&key), counted(entry))).collect())
     }
 }
 

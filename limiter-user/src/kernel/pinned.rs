@@ -1,27 +1,34 @@
 //! The pinned state, opened by name.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+    time::Duration,
+};
 
 use limiter_common::{
-    SourceKey, abi,
+    Netns, SourceKey, abi,
     ledger::is_reservation,
     source::{WIDE, is_gone},
 };
 
 use super::{
-    AttachedInterface, ConnectionRow, EventLog, Exception, KernelError, REPAIRS, ServiceRow, SourceRow, Status,
+    AttachedInterface, ConnectionRow, Control, Delivery, EventLog, Exception, KernelError, REPAIRS, ServiceRow,
+    SourceRow, Status,
+    audit::no_list,
     challenge::{self, Challenges},
     change::Change,
-    host, in_force,
+    delivery, host, in_force,
     layout::{self, Sizes},
-    maps::{Audits, Ledger, ServiceEntry, Services, Sources},
+    maps::{Audits, Ledger, ServiceEntry, Services, SocketPort, Sources},
+    namespaces::Sockets,
     pins::Pins,
     placement::Pin,
     rules::{self, Rules},
     sysctl::{LeftChanged, SYNCOOKIES, TIMESTAMPS},
 };
 use crate::{
-    config::{OnDeny, OnFull, Service},
+    config::{Namespaces, OnDeny, OnFull, Service},
     policy::{Cidr, Limits, Rule},
 };
 
@@ -73,6 +80,10 @@ impl Pinned {
             abi: abi::ABI_VERSION,
             daemon: self.daemon(),
             accounting: "socket",
+            counts_on_delivery: services
+                .iter()
+                .any(ServiceRow::has_sockets_elsewhere)
+                .then(|| self.pins.delivery().exists()),
             interfaces: self.interfaces()?,
             syncookies_before: SYNCOOKIES.before(&self.pins),
             timestamps_before: TIMESTAMPS.before(&self.pins),
@@ -116,12 +127,28 @@ impl Pinned {
     pub fn services(&self) -> Result<Vec<ServiceRow>, KernelError> {
         let maps = &self.services;
         let ports = maps.ports()?;
+        let sockets = maps.sockets()?;
         let challenges = Challenges::open(&self.pins)?;
         maps.all()?
             .into_iter()
             .map(|(index, service)| {
+                let counts = |service: Option<u16>| service.is_some_and(|service| u32::from(service) == index);
+                let own = sockets.values().any(|socket| counts(socket.own));
+                let others = sockets.values().any(|socket| counts(socket.others));
+                let of_service = |socket: &SocketPort| counts(socket.own) || counts(socket.others);
                 Ok(ServiceRow {
                     index,
+                    socket_ports: sockets
+                        .iter()
+                        .filter(|(_, socket)| of_service(socket))
+                        .map(|(port, _)| *port)
+                        .collect(),
+                    namespaces: match (own, others) {
+                        (true, true) => Namespaces::All,
+                        (false, true) => Namespaces::Others,
+                        (_, false) => Namespaces::Host,
+                    }
+                    .name(),
                     ports: ports.iter().filter(|(_, owner)| *owner == index).map(|(port, _)| *port).collect(),
                     on_deny: service.on_deny.name(),
                     name: service.name,
@@ -180,6 +207,27 @@ impl Pinned {
             .collect()
     }
 
+    /// Attaches the program that sees what is delivered if one of these services needs it, and takes it away if none does.
+    pub fn put_delivery(&self, control: &Control, services: &[Service]) -> Result<Delivery, KernelError> {
+        control.with_programs(|loaded| delivery::put(loaded, &self.pins, services))
+    }
+
+    /// What to call these network namespaces, none of which is the one that limiter was attached in: their names, or `net:[INODE]`, or
+    /// `cookie COOKIE` where they can't be found.
+    pub fn namespaces<'n>(
+        &self,
+        others: impl IntoIterator<Item = &'n Netns>,
+    ) -> Result<HashMap<Netns, String>, KernelError> {
+        let mut others = others.into_iter().peekable();
+        if others.peek().is_none() {
+            return Ok(HashMap::new());
+        }
+        let found = Sockets::open().and_then(|mut sockets| sockets.names()).map_err(no_list)?;
+        let name =
+            |netns: &Netns| found.get(netns).map_or_else(|| format!("cookie {}", netns.cookie()), ToString::to_string);
+        Ok(others.map(|netns| (*netns, name(netns))).collect())
+    }
+
     /// The refusals that were reported, to be read beside whoever reads them already.
     pub fn event_log(&self) -> Result<EventLog, KernelError> {
         EventLog::open(&self.pins)
@@ -197,6 +245,9 @@ impl Pinned {
         let mut entries = ledger.entries()?;
         let users = ledger.users()?;
         entries.sort_by_key(|(_, entry)| entry.opened_ns);
+        let others: HashSet<Netns> =
+            entries.iter().map(|(ends, _)| ends.netns).filter(|netns| !netns.is_own()).collect();
+        let names = self.namespaces(&others)?;
         let now = host::monotonic();
         Ok(entries
             .into_iter()
@@ -206,6 +257,7 @@ impl Pinned {
                 user: users.get(&entry.source).cloned(),
                 remote: ends.remote(),
                 local: ends.local(),
+                namespace: names.get(&ends.netns).cloned(),
                 state: if is_reservation(entry.owner) { "reserved" } else { "open" },
                 age: now.saturating_sub(Duration::from_nanos(entry.opened_ns)),
             })

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! PIN_PATH/            locked (flock) by the daemon as long as it runs
-//!   v1/                layout version (abi::ABI_VERSION)
+//!   v2/                layout version (abi::ABI_VERSION)
 //!     LEDGER …         the maps, by name
 //!     netns-7          an empty folder: cookie of the network namespace that it was attached in
 //!     syncookies-1     an empty folder: what net.ipv4.tcp_syncookies was before it was changed, if it was
 //!     timestamps-1     the same of net.ipv4.tcp_timestamps
 //!     links/
 //!       sockops        the link of the sock_ops program
+//!       delivery       the link of the program that sees what is delivered, if a service needs it
 //!       native-2       the link of the XDP program on the interface of index 2, and how it is attached
 //!       tcx-7-taken    the same of the TC program, and why it is not XDP
 //!       clsact-9       a folder: on that interface, it is a filter, which no link holds
@@ -87,6 +88,16 @@ impl Pins {
     /// Where its successor is pinned until it takes that place.
     pub fn sock_ops_next(&self) -> PathBuf {
         self.links().join(SOCK_OPS_NEXT)
+    }
+
+    /// Where the link of the program is pinned that sees what is delivered.
+    pub fn delivery(&self) -> PathBuf {
+        self.links().join(DELIVERY)
+    }
+
+    /// Where its successor is pinned until it takes that place.
+    pub fn delivery_next(&self) -> PathBuf {
+        self.links().join(DELIVERY_NEXT)
     }
 
     /// Where a program on an interface is pinned.
@@ -199,7 +210,7 @@ impl Pins {
                 tracing::debug!(%error, link = %pin.path.display(), "not detached before its pin is removed");
             }
         }
-        for name in [SOCK_OPS, SOCK_OPS_NEXT] {
+        for name in [DELIVERY, DELIVERY_NEXT, SOCK_OPS, SOCK_OPS_NEXT] {
             let path = links.join(name);
             if path.exists()
                 && let Err(error) = link::detach(&path)
@@ -227,6 +238,9 @@ impl Pins {
 /// Names of the pins of the `sock_ops` program.
 const SOCK_OPS: &str = "sockops";
 const SOCK_OPS_NEXT: &str = "sockops_next";
+/// Names of those of the program that sees what is delivered.
+const DELIVERY: &str = "delivery";
+const DELIVERY_NEXT: &str = "delivery_next";
 
 fn placements_in(links: &Path) -> io::Result<Vec<Pin>> {
     let mut pins: Vec<Pin> = match fs::read_dir(links) {

@@ -18,6 +18,9 @@ pub struct Status {
     pub daemon: Option<u32>,
     /// `socket`: `sock_ops` sees connections open and close.
     pub accounting: &'static str,
+    /// Whether handshakes of sockets that XDP can't look up (in other namespaces, behind a translation of ports) are counted
+    /// before the stack opens their connection; `None`: no service has such sockets.
+    pub counts_on_delivery: Option<bool>,
     /// Interfaces and how they are attached.
     pub interfaces: Vec<AttachedInterface>,
     /// What `net.ipv4.tcp_syncookies` was before limiter set it to 2, and will be again; `None` if it was not changed.
@@ -73,8 +76,12 @@ pub struct ServiceRow {
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// Its ports.
+    /// The ports that its clients connect to.
     pub ports: Vec<u16>,
+    /// The ports of its sockets.
+    pub socket_ports: Vec<u16>,
+    /// Where its sockets are: `host`, `others` or `all`.
+    pub namespaces: &'static str,
     /// `drop`, `reset` or `observe`.
     pub on_deny: &'static str,
     /// Its limits.
@@ -87,6 +94,13 @@ pub struct ServiceRow {
     pub connections: u64,
     /// What was counted, summed over all CPUs, since it was attached.
     pub counters: Counters,
+}
+
+impl ServiceRow {
+    /// Whether XDP can't look up every one of its sockets.
+    pub fn has_sockets_elsewhere(&self) -> bool {
+        self.namespaces != "host" || self.ports != self.socket_ports
+    }
 }
 
 /// Whether a service answers SYNs by cookies.
@@ -151,6 +165,10 @@ pub struct ConnectionRow {
     pub remote: SocketAddr,
     /// The address it connected to.
     pub local: SocketAddr,
+    /// The network namespace of its socket, if that is not the one that limiter was attached in: its name, or `net:[INODE]`, or
+    /// `cookie COOKIE` where it can't be found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
     /// `reserved` (the stack has yet to confirm it) or `open`.
     pub state: &'static str,
     /// How long it has been in the ledger, in seconds.

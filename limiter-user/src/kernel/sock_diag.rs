@@ -1,8 +1,8 @@
-//! The TCP sockets of this network namespace, as the kernel lists them (`sock_diag(7)`), and their end by force.
+//! The TCP sockets of a network namespace, as the kernel lists them (`sock_diag(7)`), and their end by force.
 
 use std::{fmt, io, net::SocketAddr};
 
-use limiter_common::Endpoints;
+use limiter_common::{Endpoints, Netns};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage,
     NetlinkSerializable, Parseable as _,
@@ -68,6 +68,8 @@ pub fn can_destroy() -> io::Result<bool> {
 
 /// A way to ask the kernel.
 pub struct SockDiag {
+    /// The namespace that it asks.
+    netns: Netns,
     netlink: Netlink,
     buffer: Vec<u8>,
     sequence: u32,
@@ -80,11 +82,17 @@ impl fmt::Debug for SockDiag {
 }
 
 impl SockDiag {
-    /// For the network namespace that the calling thread is in.
+    /// For the network namespace that the calling thread is in; the one that limiter was attached in, unless
+    /// [`Self::be_in`] says otherwise.
     pub fn open() -> io::Result<Self> {
         let netlink = Netlink::new(NETLINK_SOCK_DIAG)?;
         netlink.connect(&NetlinkAddr::new(0, 0))?;
-        Ok(Self { netlink, buffer: vec![0; LONGEST_MESSAGE], sequence: 0 })
+        Ok(Self { netns: Netns::OWN, netlink, buffer: vec![0; LONGEST_MESSAGE], sequence: 0 })
+    }
+
+    /// Says that the namespace is not that which limiter was attached in, but this one.
+    pub fn be_in(&mut self, netns: Netns) {
+        self.netns = netns;
     }
 
     /// Hands over every socket of an established connection with that local port, in whatever state of closing it is;
@@ -107,7 +115,8 @@ impl SockDiag {
     pub fn look_up(&mut self, socket: &Socket) -> io::Result<Option<Socket>> {
         self.send(request(socket), NLM_F_REQUEST)?;
         let mut found = None;
-        let answer = self.receive(|header| found = parse(header))?;
+        let netns = self.netns;
+        let answer = self.receive(|header| found = parse(header, netns))?;
         match answer {
             Answer::More => Ok(found),
             Answer::Error(libc::ENOENT | libc::ESTALE) => Ok(None),
@@ -158,9 +167,10 @@ impl SockDiag {
             InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::empty(), states, socket_id };
         self.send(SockDiagMessage::InetRequest(request), NLM_F_REQUEST | NLM_F_DUMP)?;
         let mut interrupted = false;
+        let netns = self.netns;
         loop {
             let mut each = |payload: &[u8]| {
-                if let Some(socket) = parse(payload).filter(|socket| socket.connection.local_port == port) {
+                if let Some(socket) = parse(payload, netns).filter(|socket| socket.connection.local_port == port) {
                     found(socket);
                 }
             };
@@ -262,7 +272,7 @@ fn request(socket: &Socket) -> SockDiagMessage {
 }
 
 /// `None` for what is no TCP connection.
-fn parse(payload: &[u8]) -> Option<Socket> {
+fn parse(payload: &[u8], netns: Netns) -> Option<Socket> {
     let header = InetResponseHeader::parse(payload).ok()?;
     let id = header.socket_id;
     let (low, high) = id.cookie.split_at(4);
@@ -270,7 +280,8 @@ fn parse(payload: &[u8]) -> Option<Socket> {
     let cookie = half(low)? | half(high)? << 32;
     let remote = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
     let local = SocketAddr::new(id.source_address.to_canonical(), id.source_port);
-    Some(Socket { connection: Endpoints::new(remote, local), cookie, interface: id.interface_id, state: header.state })
+    let connection = Endpoints { netns, ..Endpoints::new(remote, local) };
+    Some(Socket { connection, cookie, interface: id.interface_id, state: header.state })
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "each half is what is wanted")]
@@ -365,7 +376,7 @@ mod tests {
     #[test]
     fn an_answer_that_is_cut_off_is_no_socket() {
         for length in 0..72 {
-            assert_eq!(parse(&vec![u8::from(length > 0) * AF_INET; length]), None, "{length} bytes");
+            assert_eq!(parse(&vec![u8::from(length > 0) * AF_INET; length], Netns::OWN), None, "{length} bytes");
         }
     }
 }

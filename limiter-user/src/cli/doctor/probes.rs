@@ -62,6 +62,7 @@ pub(super) fn all(host: &impl Host, pin_path: &Path, interfaces: &[String]) -> V
         btf(host),
         tc(host),
         open_before(host),
+        elsewhere(host),
         sock_destroy(host),
         syncookies(host),
         timestamps(host),
@@ -133,6 +134,22 @@ fn tc(host: &impl Host) -> Row {
 fn open_before(host: &impl Host) -> Row {
     let without = "`limiter attach` does not count connections that were open before, only `limiter run` does";
     since(host, "open_before", WATCH, "connections that were open before are counted", without, true)
+}
+
+/// Since when what is delivered to a socket can be told by its namespace (`bpf_get_netns_cookie` for `cgroup_skb`).
+const DELIVERY: (u32, u32) = (6, 17);
+
+/// Matters to nobody but those who have `socket_port` or `namespaces` in a `[[service]]`, which works without, if less exactly.
+fn elsewhere(host: &impl Host) -> Row {
+    const CHECK: &str = "elsewhere";
+    const WITHOUT: &str = "sockets in containers and behind redirects are counted once they are open, and `limiter run` cuts what \
+                           is past a limit; before they are open, they are with BTF and from Linux 6.17 on";
+    let with = "sockets in containers and behind redirects are counted before they are open";
+    let row_of_version = since(host, CHECK, DELIVERY, with, WITHOUT, false);
+    if row_of_version.found == with && btf(host).state != State::Ok {
+        return row(CHECK, State::Ok, WITHOUT, "");
+    }
+    row_of_version
 }
 
 fn sock_destroy(host: &impl Host) -> Row {

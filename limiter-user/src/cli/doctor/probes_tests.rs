@@ -106,6 +106,7 @@ fn on_a_fit_host_all_is_well() {
             "btf",
             "tc",
             "open_before",
+            "elsewhere",
             "sock_destroy",
             "syncookies",
             "timestamps",
@@ -143,6 +144,12 @@ fn what_a_kernel_is_too_old_for_is_said_with_what_it_falls_back_to() {
     host.write("/proc/sys/kernel/osrelease", "6.6.0");
     assert_eq!(tc(&host).found, "links (TCX)");
     assert_eq!(open_before(&host).state, State::Warn);
+    assert!(elsewhere(&host).found.contains("`limiter run` cuts what is past a limit"));
+    host.write("/proc/sys/kernel/osrelease", "6.17.0");
+    let with = "sockets in containers and behind redirects are counted before they are open";
+    assert_eq!((elsewhere(&host).state, elsewhere(&host).found.as_str()), (State::Ok, with));
+    host.remove("/sys/kernel/btf/vmlinux");
+    assert!(elsewhere(&host).found.contains("with BTF and from Linux 6.17 on"));
 }
 
 #[test]
@@ -239,7 +246,7 @@ fn interfaces_are_named_with_driver_and_mode() {
     host.links.insert("tun0", Link { ethernet: Some(false), driver: Some("tun".into()), ..link.clone() });
     host.links.insert("ib0", Link { ethernet: None, ..link });
     let rows = looked_at(&host, &["eth0", "eth1", "lo", "eth9", "tun0", "ib0"]);
-    let found: Vec<_> = rows[13..].iter().map(|row| (row.state, row.found.as_str())).collect();
+    let found: Vec<_> = rows[14..].iter().map(|row| (row.state, row.found.as_str())).collect();
     assert_eq!(
         found,
         [

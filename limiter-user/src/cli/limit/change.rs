@@ -182,6 +182,8 @@ mod tests {
             index,
             name: name.into(),
             ports: vec![8080],
+            socket_ports: vec![8080],
+            namespaces: "host",
             on_deny: "drop",
             limits: Limits::default(),
             challenge: ChallengeRow::default(),

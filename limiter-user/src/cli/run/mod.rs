@@ -113,7 +113,7 @@ fn open_attached(
         challenges: attached.challenges()?,
         audit_interval: intervals,
     };
-    let settings = KernelSettings { pinned: Arc::new(pinned), audit_interval, names };
+    let settings = KernelSettings { pinned: Arc::new(pinned), control: attached.control(), audit_interval, names };
     addresses.open(policies, Some((side, settings)), config, typed)
 }
 
@@ -135,7 +135,7 @@ impl Addresses {
         for (i, service) in config.services.iter().enumerate() {
             // A unix socket has no port that would say whose it is.
             let of_service = sockets.split_off(|place| match place.tcp() {
-                Some(address) => service.ports.contains(&address.port()),
+                Some(address) => service.ports_here().contains(&address.port()),
                 None => i == 0,
             });
             // Without one, a server of its own listens there.

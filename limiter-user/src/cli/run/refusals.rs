@@ -26,7 +26,8 @@ pub(super) async fn log_all(
         .read(|event| {
             if event.stage == Stage::Open {
                 // Those that find no room are found by the next audit.
-                let _ = past_limit.try_send(Endpoints::new(event.remote, event.local));
+                let _ =
+                    past_limit.try_send(Endpoints { netns: event.netns, ..Endpoints::new(event.remote, event.local) });
             }
             if let Some(left_out) = budget.take(Instant::now()) {
                 let services = services.borrow();
@@ -45,6 +46,8 @@ fn log(event: &Event, service: &str, left_out: u64) {
         stage = event.stage.name(),
         remote = %event.remote,
         local = %event.local,
+        // Left out where it is limiter's own.
+        netns_cookie = (!event.netns.is_own()).then(|| event.netns.cookie()),
         unreported = event.unreported,
         left_out,
         "{}", if event.observed { "would refuse" } else { "refused" },

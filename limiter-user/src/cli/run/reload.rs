@@ -15,7 +15,7 @@ use crate::{
     cli::{Global, Usage, exit, logging, settings},
     config::Config,
     gateway,
-    kernel::Pinned,
+    kernel::{Control, Pinned},
 };
 
 /// What it takes to read the configuration again, and whom to tell.
@@ -46,6 +46,7 @@ pub(super) struct RunningGateway {
 /// What changes on the kernel's side.
 pub(super) struct KernelSettings {
     pub(super) pinned: Arc<Pinned>,
+    pub(super) control: Arc<Control>,
     /// How often the ledger is audited.
     pub(super) audit_interval: watch::Sender<Duration>,
     /// Names of services by their index.
@@ -124,6 +125,11 @@ impl Reloader {
         }
         if let Some(kernel) = &self.kernel {
             let placed = kernel.pinned.put(&config.services, &config.rules, config.kernel.on_full)?;
+            match kernel.pinned.put_delivery(&kernel.control, &config.services) {
+                Ok(delivery) => delivery.warning().iter().for_each(|warning| tracing::warn!("{warning}")),
+                // The limits hold without it, if less exactly.
+                Err(error) => tracing::warn!("{:#}", anyhow::Error::from(error)),
+            }
             kernel.names.send_replace(placed.into_iter().map(|(index, service)| (index, service.name)).collect());
             kernel.audit_interval.send_replace(config.kernel.audit_interval);
         }
@@ -137,7 +143,7 @@ impl Reloader {
     fn check_services(&self, config: &Config) -> Result<(), Usage> {
         for running in &self.gateways {
             for address in &running.listen {
-                let owner = config.services.iter().find(|service| service.ports.contains(&address.port()));
+                let owner = config.services.iter().find(|service| service.ports_here().contains(&address.port()));
                 if owner.is_none_or(|service| service.name != running.service) {
                     let now = owner.map_or_else(|| "no service".to_owned(), |service| format!("{:?}", service.name));
                     return Err(Usage(format!(
