@@ -221,13 +221,13 @@ impl Drop for Telling<'_> {
 pub(super) async fn watch(current: watch::Receiver<Arc<Shared>>) -> Infallible {
     let overload = Arc::clone(&current.borrow().metrics.overload);
     let mut sensors = Arc::clone(&overload.sensors).lock_owned().await;
-    let mut lates = [Duration::ZERO; LATE_IN_A_ROW];
+    let mut lags = [Duration::ZERO; LATE_IN_A_ROW];
     let mut episode = None;
     loop {
         let due = Instant::now() + TICK;
         sleep_until(due).await;
-        lates.rotate_left(1);
-        lates[LATE_IN_A_ROW - 1] = due.elapsed();
+        lags.rotate_left(1);
+        lags[LATE_IN_A_ROW - 1] = due.elapsed();
         let config = current.borrow().config.overload;
         let read = spawn_blocking(move || {
             let readings = sensors.read(&config);
@@ -236,7 +236,7 @@ pub(super) async fn watch(current: watch::Receiver<Arc<Shared>>) -> Infallible {
         // It does not panic; if it did, the level would stay as it is.
         let Ok((back, mut readings)) = read.await else { return std::future::pending().await };
         sensors = back;
-        if let Some(late) = lates.iter().min() {
+        if let Some(late) = lags.iter().min() {
             readings.set(Signal::Lag, Some(late.as_secs_f64()));
         }
         overload.note(&readings, &config, &mut episode);
