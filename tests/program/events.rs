@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use limiter_common::{ServicePolicy, SourceKey, abi};
+use limiter_common::{ServicePolicy, SourceKey, abi, event::Refusal};
 use limiter_tests::{
     frame::Frame,
     program::{Action, Program},
@@ -102,5 +102,6 @@ fn where_nobody_consumes_a_reader_makes_room() {
     assert_eq!(log.read().events[0].remote.port(), 7);
     let lost = program.counters().unwrap()[&(0, limiter_common::Counter::EventsLost)];
     assert_eq!(lost, u64::from(MORE_THAN_FIT) - kept as u64);
-    assert_eq!(abi::EVENTS_BYTES as usize / 72, kept, "whole records");
+    // Each has a header of eight bytes.
+    assert_eq!(abi::EVENTS_BYTES as usize / (size_of::<Refusal>() + 8), kept, "whole records");
 }
