@@ -140,10 +140,11 @@ fn haproxy_config(addr: SocketAddr, upstream: SocketAddr) -> String {
     )
 }
 
+/// Without a master, whose workers would go on when it is ended.
 fn nginx_config(addr: SocketAddr, upstream: SocketAddr) -> String {
     let connections = 2 * MAX_CONNECTIONS + 64;
     format!(
-        "daemon off;\nuser root;\nworker_processes 1;\npid nginx.pid;\nerror_log stderr error;\nevents {{ worker_connections \
+        "daemon off;\nmaster_process off;\nuser root;\npid nginx.pid;\nerror_log stderr error;\nevents {{ worker_connections \
          {connections}; }}\nhttp {{\n  access_log off;\n  client_body_temp_path body;\n  proxy_temp_path proxy;\n  \
          fastcgi_temp_path fastcgi;\n  uwsgi_temp_path uwsgi;\n  scgi_temp_path scgi;\n  server {{\n    listen {addr} \
          backlog=4096;\n    location / {{\n      proxy_pass http://{upstream};\n      proxy_http_version 1.1;\n      \
