@@ -142,7 +142,8 @@ fn haproxy_config(addr: SocketAddr, upstream: SocketAddr) -> String {
 
 /// Without a master, whose workers would go on when it is ended.
 fn nginx_config(addr: SocketAddr, upstream: SocketAddr) -> String {
-    let connections = 2 * MAX_CONNECTIONS + 64;
+    // When fifteen of sixteen are taken, it closes those that wait for their request.
+    let connections = 4 * MAX_CONNECTIONS;
     format!(
         "daemon off;\nmaster_process off;\nuser root;\npid nginx.pid;\nerror_log stderr error;\nevents {{ worker_connections \
          {connections}; }}\nhttp {{\n  access_log off;\n  client_body_temp_path body;\n  proxy_temp_path proxy;\n  \
