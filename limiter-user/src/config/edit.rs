@@ -81,7 +81,7 @@ pub(super) fn document(text: &str) -> Result<DocumentMut, ConfigError> {
 
 fn with_settings(text: &str, service: Option<&str>, settings: &[Setting]) -> Result<String, ConfigError> {
     let mut document = document(text)?;
-    let mut services = services(&mut document);
+    let mut services = tables(&mut document, "service");
     match service {
         Some(name) if !(services.is_empty() && name == DEFAULT_SERVICE) => {
             let named = |table: &&mut dyn TableLike| table.get("name").and_then(Item::as_str) == Some(name);
@@ -108,9 +108,9 @@ fn with_settings(text: &str, service: Option<&str>, settings: &[Setting]) -> Res
     Ok(document.to_string())
 }
 
-/// The services of the file, however it writes them: `[[service]]`, or an array of inline tables.
-fn services(document: &mut DocumentMut) -> Vec<&mut dyn TableLike> {
-    match document.get_mut("service") {
+/// The tables of that name, however the file writes them: `[[service]]`, or an array of inline tables.
+pub(super) fn tables<'d>(document: &'d mut DocumentMut, name: &str) -> Vec<&'d mut dyn TableLike> {
+    match document.get_mut(name) {
         Some(Item::ArrayOfTables(tables)) => tables.iter_mut().map(|table| table as &mut dyn TableLike).collect(),
         Some(Item::Value(Value::Array(array))) => array
             .iter_mut()

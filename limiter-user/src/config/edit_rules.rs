@@ -9,7 +9,7 @@ use toml_edit::{Array, ArrayOfTables, Datetime, DocumentMut, InlineTable, Item, 
 
 use super::{
     ConfigError,
-    edit::{PreparedFile, document, prepare, put},
+    edit::{PreparedFile, document, prepare, put, tables},
 };
 use crate::policy::{Action, Cidr, OwnLimits, Rule};
 
@@ -38,7 +38,7 @@ pub fn prepare_without_rule(path: &Path, cidr: Cidr) -> Result<Option<PreparedFi
 
 fn with_rule(text: &str, rule: &Rule) -> Result<String, ConfigError> {
     let mut document = document(text)?;
-    if let Some(table) = rules(&mut document).into_iter().find(|table| is_for(*table, rule.cidr)) {
+    if let Some(table) = tables(&mut document, "rule").into_iter().find(|table| is_for(*table, rule.cidr)) {
         match rule.action {
             Action::Limit(own) => {
                 if let Some(action) = table.get("action").and_then(Item::as_str) {
@@ -76,19 +76,6 @@ fn with_rule(text: &str, rule: &Rule) -> Result<String, ConfigError> {
         _ => return Err(ConfigError::invalid("rule is no array of tables")),
     }
     Ok(document.to_string())
-}
-
-/// The rules of the file, however it writes them: `[[rule]]`, or an array of inline tables.
-fn rules(document: &mut DocumentMut) -> Vec<&mut dyn TableLike> {
-    match document.get_mut("rule") {
-        Some(Item::ArrayOfTables(tables)) => tables.iter_mut().map(|table| table as &mut dyn TableLike).collect(),
-        Some(Item::Value(Value::Array(array))) => array
-            .iter_mut()
-            .filter_map(Value::as_inline_table_mut)
-            .map(|table: &mut InlineTable| table as &mut dyn TableLike)
-            .collect(),
-        _ => Vec::new(),
-    }
 }
 
 /// Whether a rule is for that prefix, however it is written.
