@@ -17,8 +17,10 @@ use crate::{
 };
 
 /// What the tests start, by each name that will do, and the Debian package that has it.
-const PROGRAMS: [(&[&str], &str); 6] = [
+const PROGRAMS: [(&[&str], &str); 7] = [
     (&["chromium", "chromium-browser", "google-chrome"], "chromium"),
+    // Publishes the port of a container.
+    (&["nft"], "nftables"),
     (&["node"], "nodejs"),
     (&["npm"], "npm"),
     (&["openssl"], "openssl"),
