@@ -1,11 +1,19 @@
-//! Clients and upstream. They write frames that were made before and count the bytes of what comes back, so that two of
-//! them keep a proxy busy from one CPU.
+//! Clients and upstream. They write frames that were made before and count the bytes of what comes back, and read into memory
+//! that they share: together, on one CPU, they need less of it than a proxy between them. One that waits for them would be charged
+//! for going to sleep and waking up.
 
-use std::{io, net::SocketAddr};
+use std::{
+    cell::RefCell,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    task::{Poll, ready},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
 };
 use tungstenite::handshake::derive_accept_key;
@@ -45,11 +53,7 @@ impl Client {
     pub async fn connect(proxy: SocketAddr) -> Result<Self> {
         let mut stream = TcpStream::connect(proxy).await?;
         stream.set_nodelay(true)?;
-        let request = format!(
-            "GET / HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: \
-             13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"
-        );
-        stream.write_all(request.as_bytes()).await?;
+        stream.write_all(request("/").as_bytes()).await?;
         let head = read_head(&mut stream).await?;
         ensure!(head.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&head));
         Ok(Self(stream))
@@ -59,12 +63,28 @@ impl Client {
     pub async fn echo(&mut self, message: &Message) -> Result<()> {
         self.0.write_all(&message.sent).await?;
         let mut left = message.returned;
-        let mut buffer = vec![0; left.min(32 * 1024)];
         while left > 0 {
-            let most = left.min(buffer.len());
-            let read = self.0.read(&mut buffer[..most]).await?;
+            let read = read_some(&mut self.0, <[u8]>::len).await?;
             ensure!(read > 0, "the connection ended before the message was back");
-            left -= read;
+            // A ping of the proxy may have come along.
+            left = left.saturating_sub(read);
+        }
+        Ok(())
+    }
+
+    /// Sends so many messages, a few of which are on their way at any time, and waits until all are back.
+    pub async fn stream(&mut self, message: &Message, count: usize, on_their_way: usize) -> Result<()> {
+        let mut sent = 0;
+        let mut back = 0;
+        while back < count * message.returned {
+            // What is on its way finds room in the buffers between, so whoever is written to always takes it.
+            while sent < count && sent < back / message.returned + on_their_way {
+                self.0.write_all(&message.sent).await?;
+                sent += 1;
+            }
+            let read = read_some(&mut self.0, <[u8]>::len).await?;
+            ensure!(read > 0, "the connection ended before the messages were back");
+            back += read;
         }
         Ok(())
     }
@@ -77,6 +97,29 @@ impl Client {
         while self.0.read(&mut answer).await? > 0 {}
         Ok(())
     }
+}
+
+/// A client's handshake.
+pub fn request(path: &str) -> String {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: \
+         13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"
+    )
+}
+
+/// A server's answer to one.
+pub fn answer(head: &[u8]) -> Result<String> {
+    let head = String::from_utf8_lossy(head);
+    let key = head
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("sec-websocket-key"))
+        .map(|(_, key)| key.trim())
+        .context("no key in the handshake")?;
+    let accept = derive_accept_key(key.as_bytes());
+    Ok(format!(
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {accept}\r\n\r\n"
+    ))
 }
 
 /// A binary message, as it is sent, and how long it is when it comes back.
@@ -113,49 +156,55 @@ pub async fn echo(listener: TcpListener) {
 async fn echo_one(mut stream: TcpStream) -> Result<()> {
     stream.set_nodelay(true)?;
     let head = read_head(&mut stream).await?;
-    let head = String::from_utf8_lossy(&head);
-    let key = head
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.eq_ignore_ascii_case("sec-websocket-key"))
-        .map(|(_, key)| key.trim())
-        .context("no key in the handshake")?;
-    let answer = format!(
-        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\n\r\n",
-        derive_accept_key(key.as_bytes())
-    );
-    stream.write_all(answer.as_bytes()).await?;
-    let mut received = Vec::new();
+    stream.write_all(answer(&head)?.as_bytes()).await?;
+    // The beginning of a frame whose rest has not come yet; none most of the time, so thousands of quiet connections need little.
+    let mut begun = Vec::new();
+    let mut answer = Vec::new();
     loop {
-        // Grown while there is something to read, so that thousands of quiet connections need little.
-        stream.readable().await?;
-        let before = received.len();
-        received.reserve(64 * 1024);
-        match stream.try_read_buf(&mut received) {
-            Ok(0) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error.into()),
-            Ok(_) => {}
+        let closes = read_some(&mut stream, |bytes| {
+            if bytes.is_empty() {
+                return true;
+            }
+            let mut at = 0;
+            let mut closes = false;
+            let all = if begun.is_empty() {
+                bytes
+            } else {
+                begun.extend_from_slice(bytes);
+                &begun
+            };
+            while let Some((length, closing)) = answer_frame(&all[at..], &mut answer) {
+                at += length;
+                closes |= closing;
+            }
+            begun = all[at..].to_vec();
+            closes
+        });
+        let closes = closes.await?;
+        if !answer.is_empty() {
+            stream.write_all(&answer).await?;
+            answer = Vec::new();
         }
-        if received.len() == before {
-            continue;
-        }
-        let mut answer = Vec::with_capacity(received.len());
-        let mut at = 0;
-        let mut closes = false;
-        while let Some((length, closing)) = answer_frame(&received[at..], &mut answer) {
-            at += length;
-            closes |= closing;
-        }
-        received.drain(..at);
-        if received.is_empty() {
-            received = Vec::new();
-        }
-        stream.write_all(&answer).await?;
         if closes {
             return Ok(());
         }
     }
+}
+
+thread_local! {
+    static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; 64 * 1024].into());
+}
+
+/// Waits until something has come, and looks at it; nothing is the end.
+async fn read_some<T>(stream: &mut TcpStream, mut look: impl FnMut(&[u8]) -> T) -> Result<T> {
+    poll_fn(|cx| {
+        SHARED.with_borrow_mut(|buffer| {
+            let mut read = ReadBuf::new(buffer);
+            ready!(Pin::new(&mut *stream).poll_read(cx, &mut read))?;
+            Poll::Ready(Ok(look(read.filled())))
+        })
+    })
+    .await
 }
 
 /// Appends the answer to the frame that `bytes` begin with. Gives its length, and whether it was a Close frame; `None` if it
@@ -174,7 +223,11 @@ fn answer_frame(bytes: &[u8], answer: &mut Vec<u8>) -> Option<(usize, bool)> {
         let opcode = if first & 0x0f == 0x09 { 0x8a } else { first };
         answer.extend_from_slice(&[opcode, second & 0x7f]);
         answer.extend_from_slice(&bytes[2..2 + extended]);
-        answer.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+        let unmasked = answer.len();
+        answer.extend_from_slice(payload);
+        if *mask != [0; 4] {
+            answer[unmasked..].iter_mut().zip(mask.iter().cycle()).for_each(|(byte, mask)| *byte ^= mask);
+        }
     }
     Some((start + length, first & 0x0f == 0x08))
 }

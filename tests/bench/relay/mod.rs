@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::{net::TcpListener, runtime::Builder};
 
-use proxy::{Kind, Proxy};
+use proxy::{Kind, Proxy, Upstreams};
 
 /// CPUs of the proxy, and of everything else.
 const PROXY_CPU: usize = 0;
@@ -67,12 +67,12 @@ fn start_upstream() -> Result<SocketAddr> {
 
 /// Each proxy in turn, started anew.
 fn each(upstream: SocketAddr) -> impl Iterator<Item = Result<Proxy>> {
-    let kinds = [Kind::Limiter, Kind::HaProxy, Kind::Nginx].into_iter();
-    kinds.map(move |kind| {
+    KINDS.into_iter().map(move |kind| {
         eprintln!("{kind:?} …");
-        Proxy::start(kind, upstream)
+        Proxy::start(kind, Upstreams { echo: upstream, flood: None })
     })
 }
 
-/// Proxies by their column, the first of which the others are compared with.
-const COLUMNS: [&str; 3] = ["limiter", "HAProxy", "nginx"];
+/// The proxies, and what they are called. The first is compared with the second.
+const KINDS: [Kind; 3] = [Kind::Limiter, Kind::HaProxy, Kind::Nginx];
+const COLUMNS: [&str; KINDS.len()] = ["limiter", "HAProxy", "nginx"];

@@ -24,6 +24,15 @@ pub enum Kind {
     Nginx,
 }
 
+/// What a proxy is to lead to.
+#[derive(Clone, Copy)]
+pub struct Upstreams {
+    /// Everybody,
+    pub echo: SocketAddr,
+    /// but for those that ask for `/flood`, if there is this.
+    pub flood: Option<SocketAddr>,
+}
+
 /// A running proxy; ended when it is dropped.
 pub struct Proxy {
     process: Process,
@@ -52,8 +61,8 @@ pub fn install_missing() -> Result<()> {
 }
 
 impl Proxy {
-    /// Starts a proxy to that upstream on a port of its own, and waits until it takes connections.
-    pub fn start(kind: Kind, upstream: SocketAddr) -> Result<Self> {
+    /// Starts a proxy to those upstreams on a port of its own, and waits until it takes connections.
+    pub fn start(kind: Kind, upstreams: Upstreams) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let addr = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         let file = folder.path().join("proxy.conf");
@@ -61,16 +70,16 @@ impl Proxy {
             Kind::Limiter => {
                 let program = std::env::var("LIMITER_BIN").context("LIMITER_BIN does not name the limiter")?;
                 let arguments = ["run".into(), "--config".into(), file.display().to_string()].to_vec();
-                (limiter_config(addr, upstream), program, arguments)
+                (limiter_config(addr, upstreams), program, arguments)
             }
             Kind::HaProxy => {
                 let arguments = ["-db".into(), "-f".into(), file.display().to_string()].to_vec();
-                (haproxy_config(addr, upstream), "/usr/sbin/haproxy".into(), arguments)
+                (haproxy_config(addr, upstreams), "/usr/sbin/haproxy".into(), arguments)
             }
             Kind::Nginx => {
                 let prefix = folder.path().display().to_string();
                 let arguments = ["-p".into(), prefix, "-c".into(), file.display().to_string()].to_vec();
-                (nginx_config(addr, upstream), "/usr/sbin/nginx".into(), arguments)
+                (nginx_config(addr, upstreams), "/usr/sbin/nginx".into(), arguments)
             }
         };
         fs::write(&file, text)?;
@@ -124,32 +133,45 @@ fn anonymous_memory(id: u32) -> Result<u64> {
 
 /// Every limit on messages is on, and none is reached. The number of descriptors is what ends the number of connections here, so that
 /// nobody is to be turned away before.
-fn limiter_config(addr: SocketAddr, upstream: SocketAddr) -> String {
+fn limiter_config(addr: SocketAddr, Upstreams { echo, flood }: Upstreams) -> String {
+    let flood = flood.map_or_else(String::new, |flood| {
+        format!("[[gateway.route]]\npath = \"/flood\"\nupstream = \"ws://{flood}\"\n")
+    });
     format!(
         "[limits]\nconnections_per_source = 0\nconnections_total = 0\nconnection_rate = 0\n[gateway]\nlisten = [\"{addr}\"]\n\
-         upstream = \"ws://{upstream}\"\n[gateway.messages]\nmax_size = \"64KiB\"\nrate = 4000000000\nwindow = \
-         \"1m\"\n[gateway.overload]\ndescriptors = 0\n[admin]\nlisten = \"\"\n[log]\nlevel = \"warn\"\n"
+         upstream = \"ws://{echo}\"\n[gateway.messages]\nmax_size = \"64KiB\"\nrate = 4000000000\nwindow = \
+         \"1m\"\n[gateway.overload]\ndescriptors = 0\n{flood}[admin]\nlisten = \"\"\n[log]\nlevel = \"warn\"\n"
     )
 }
 
-fn haproxy_config(addr: SocketAddr, upstream: SocketAddr) -> String {
+fn haproxy_config(addr: SocketAddr, Upstreams { echo, flood }: Upstreams) -> String {
+    let (choice, backend) = flood.map_or_else(Default::default, |flood| {
+        ("  use_backend flood if { path /flood }\n", format!("backend flood\n  server flood {flood}\n"))
+    });
     format!(
         "global\n  maxconn {MAX_CONNECTIONS}\n  nbthread 1\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 1h\n  \
-         timeout server 1h\n  timeout tunnel 1h\nfrontend clients\n  bind {addr}\n  default_backend upstream\nbackend \
-         upstream\n  server upstream {upstream}\n"
+         timeout server 1h\n  timeout tunnel 1h\nfrontend clients\n  bind {addr}\n{choice}  default_backend upstream\nbackend \
+         upstream\n  server upstream {echo}\n{backend}"
     )
 }
 
 /// Without a master, whose workers would go on when it is ended.
-fn nginx_config(addr: SocketAddr, upstream: SocketAddr) -> String {
+fn nginx_config(addr: SocketAddr, Upstreams { echo, flood }: Upstreams) -> String {
     // When fifteen of sixteen are taken, it closes those that wait for their request.
     let connections = 4 * MAX_CONNECTIONS;
+    let location = |path: &str, upstream| {
+        format!(
+            "    location {path} {{\n      proxy_pass http://{upstream};\n      proxy_http_version 1.1;\n      proxy_set_header \
+             Upgrade $http_upgrade;\n      proxy_set_header Connection upgrade;\n      proxy_read_timeout 1h;\n      \
+             proxy_send_timeout 1h;\n    }}\n"
+        )
+    };
+    let flood = flood.map_or_else(String::new, |flood| location("/flood", flood));
+    let all = location("/", echo);
     format!(
         "daemon off;\nmaster_process off;\nuser root;\npid nginx.pid;\nerror_log stderr error;\nevents {{ worker_connections \
          {connections}; }}\nhttp {{\n  access_log off;\n  client_body_temp_path body;\n  proxy_temp_path proxy;\n  \
          fastcgi_temp_path fastcgi;\n  uwsgi_temp_path uwsgi;\n  scgi_temp_path scgi;\n  server {{\n    listen {addr} \
-         backlog=4096;\n    location / {{\n      proxy_pass http://{upstream};\n      proxy_http_version 1.1;\n      \
-         proxy_set_header Upgrade $http_upgrade;\n      proxy_set_header Connection upgrade;\n      proxy_read_timeout 1h;\n      \
-         proxy_send_timeout 1h;\n    }}\n  }}\n}}\n"
+         backlog=4096;\n{flood}{all}  }}\n}}\n"
     )
 }
