@@ -25,7 +25,7 @@ use super::{
     relay::{self, Relay},
     route::OnRoute,
     socket::Socket,
-    turns::{self, Turns},
+    turns::{self, Turns, Way},
 };
 
 /// What a session begins with. Boxed, and taken apart by a function that ends before the session waits for anything: what is moved
@@ -121,6 +121,7 @@ async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
     let end = {
         let mut drain = pin!(shared.drain.turn());
         let mut alarm = pin!(turns::alarm());
+        let mut way = Way::default();
         // Boxed, so that it takes no room in the sessions of those who need not show who they are.
         let mut lapse = match (held.who.user.as_deref(), &shared.auth) {
             (Some(user), Some(auth)) => Some(Box::pin(auth.lapse(user))),
@@ -132,7 +133,7 @@ async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
             }
             match lapse.as_mut().map(|lapse| lapse.as_mut().poll(cx)) {
                 Some(Poll::Ready(end)) => Poll::Ready(end),
-                Some(Poll::Pending) | None => turns::poll(turns, cx, alarm.as_mut()),
+                Some(Poll::Pending) | None => turns::poll(turns, cx, &mut way, alarm.as_mut()),
             }
         })
         .await

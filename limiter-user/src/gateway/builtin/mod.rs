@@ -9,13 +9,12 @@ mod assembly;
 use std::{
     collections::VecDeque,
     net::SocketAddr,
-    pin::pin,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
-use tokio::{task::yield_now, time::Instant};
+use tokio::time::Instant;
 
 use super::{
     Shared,
@@ -26,7 +25,7 @@ use super::{
     push::{Kind, Mailbox},
     relay::{self, BUFFER, Intake, Outlet, Sender},
     socket::Socket,
-    turns::{TURN, Turns},
+    turns::{TURN, Turns, Way},
 };
 use crate::config;
 use assembly::Assembly;
@@ -179,7 +178,7 @@ impl Turns for BuiltIn<'_> {
         self.inbound.settle(now);
     }
 
-    fn poll_pass(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<End> {
+    fn poll_pass(&mut self, cx: &mut Context<'_>, now: Instant, way: &mut Way) -> Poll<End> {
         let (mut turn_up, mut turn_down) = (TURN, TURN);
         loop {
             match self.poll_deliver(cx, now, &mut turn_down) {
@@ -189,8 +188,7 @@ impl Turns for BuiltIn<'_> {
                 Poll::Pending => break,
             }
             if turn_up == 0 || turn_down == 0 {
-                // Comes back after whatever else has news. The future has done its work with the first poll.
-                _ = pin!(yield_now()).poll(cx);
+                way.give(cx);
                 break;
             }
             if self.poll_publish(cx).is_pending() {

@@ -1,10 +1,13 @@
 //! The end of a relayed session: each side gets its Close frame where a frame may be, and is waited for, but not for long.
 
-use std::{future::poll_fn, pin::pin, task::Poll, time::Duration};
+use std::{
+    future::poll_fn,
+    task::{Poll, ready},
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    task::yield_now,
     time::{Instant, timeout},
 };
 
@@ -18,6 +21,7 @@ use crate::gateway::{
     close::{CLOSE_TIMEOUT, End, FLUSH_TIMEOUT},
     overload::Overload,
     socket::Socket,
+    turns::Way,
     upstream::Stream,
 };
 
@@ -79,7 +83,9 @@ async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
     let Relay { client, upstream, up, down, inbound, outbound, .. } = relay;
     match end {
         End::Client(_) => {
+            let mut way = Way::default();
             let answered = poll_fn(|cx| {
+                ready!(way.poll(cx));
                 let (now, mut turn) = (Instant::now(), TURN);
                 _ = up.outlet.poll_drain(cx, upstream, now);
                 match down.poll_pass(cx, upstream, client, outbound, None, now, &mut turn) {
@@ -88,14 +94,16 @@ async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
                     Poll::Pending => {}
                 }
                 if turn == 0 {
-                    _ = pin!(yield_now()).poll(cx);
+                    way.give(cx);
                 }
                 Poll::Pending
             });
             timeout(CLOSE_TIMEOUT, answered).await.unwrap_or(false)
         }
         End::Upstream(_) => {
+            let mut way = Way::default();
             let answered = poll_fn(|cx| {
+                ready!(way.poll(cx));
                 let (now, mut turn) = (Instant::now(), TURN);
                 _ = down.outlet.poll_drain(cx, client, now);
                 match up.poll_pass(cx, client, upstream, inbound, None, now, &mut turn) {
@@ -103,7 +111,7 @@ async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
                     Poll::Pending => {}
                 }
                 if turn == 0 {
-                    _ = pin!(yield_now()).poll(cx);
+                    way.give(cx);
                 }
                 Poll::Pending
             });

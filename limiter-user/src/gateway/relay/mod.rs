@@ -23,11 +23,10 @@ pub(super) use pipe::{BUFFER, Ended, Intake, Outlet, ping_frame};
 
 use std::{
     net::SocketAddr,
-    pin::pin,
     task::{Context, Poll},
 };
 
-use tokio::{task::yield_now, time::Instant};
+use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use super::{
@@ -38,7 +37,7 @@ use super::{
     metrics::Metrics,
     push::Mailbox,
     socket::Socket,
-    turns::{TURN, Turns},
+    turns::{TURN, Turns, Way},
     upstream::{Connected, Seat, Stream},
 };
 use crate::config;
@@ -98,7 +97,7 @@ impl Turns for Relay<'_> {
         self.inbound.settle(now);
     }
 
-    fn poll_pass(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<End> {
+    fn poll_pass(&mut self, cx: &mut Context<'_>, now: Instant, way: &mut Way) -> Poll<End> {
         let Self { client, upstream, up, down, inbound, outbound, mail, .. } = self;
         let (mut turn_up, mut turn_down) = (TURN, TURN);
         if let Poll::Ready(ended) = up.poll_pass(cx, client, upstream, inbound, None, now, &mut turn_up) {
@@ -120,8 +119,7 @@ impl Turns for Relay<'_> {
             self.liveness.pinged(now);
         }
         if turn_up == 0 || turn_down == 0 {
-            // Comes back after whatever else has news. The future has done its work with the first poll.
-            _ = pin!(yield_now()).poll(cx);
+            way.give(cx);
         }
         Poll::Pending
     }

@@ -16,13 +16,13 @@ use tokio::{
 };
 
 use super::{
-    super::{close::End, messages::Violation, push::Mailbox},
+    super::{close::End, messages::Violation, push::Mailbox, turns::TURN},
     header::Sender,
     inspect::{Inspector, Judge, PING_PAYLOAD, Seen, Stop, Verdict},
 };
 
-/// Most that is read at once. Large, so that a busy connection takes few system calls; there is one buffer per thread.
-pub(in crate::gateway) const BUFFER: usize = 64 * 1024;
+/// Most that is read at once: a turn's worth, so that a busy connection takes few system calls. There is one buffer per thread.
+pub(in crate::gateway) const BUFFER: usize = TURN;
 
 /// Most pieces that are written by one system call.
 const MOST_PIECES: usize = 32;
@@ -104,7 +104,7 @@ impl Pipe {
                 return Poll::Pending;
             }
             let mut told = None;
-            let looked = intake.poll_look(cx, source, judge, now, BUFFER, |cx, mut bytes, seen| {
+            let looked = intake.poll_look(cx, source, judge, now, BUFFER.min(*turn), |cx, mut bytes, seen| {
                 let mut sent = 0;
                 if let (Some(gap), Some(mail)) = (seen.gap, mail.as_deref_mut().filter(|mail| mail.has_news())) {
                     outlet.send(cx, sink, &bytes[..gap], now);
