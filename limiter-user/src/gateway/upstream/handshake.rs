@@ -1,13 +1,9 @@
 //! The handshake with an upstream: what it is told of the client, and what it must answer.
 
-use std::{future::poll_fn, net::IpAddr, pin::pin, task::Poll};
+use std::net::IpAddr;
 
-use bytes::Bytes;
-use http_body_util::Empty;
 use hyper::{
-    HeaderMap, Request, Response, StatusCode, Uri,
-    body::Incoming,
-    client::conn::http1,
+    HeaderMap, StatusCode,
     header::{
         CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderName, HeaderValue, SEC_WEBSOCKET_ACCEPT,
         SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, TE, TRAILER,
@@ -15,7 +11,6 @@ use hyper::{
     },
     http::{request::Parts, uri::PathAndQuery},
 };
-use hyper_util::rt::TokioIo;
 use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
 use super::{
@@ -26,6 +21,7 @@ use super::{
         handshake::Handshake,
     },
     Stream,
+    exchange::{Request, exchange},
 };
 
 /// Headers of a request that hold for one hop, or that only the gateway may set.
@@ -48,13 +44,6 @@ const NOT_PASSED_ON: [HeaderName; 14] = [
 
 /// The same, by how they begin.
 const NOT_PASSED_ON_PREFIXES: [&str; 3] = ["x-forwarded-", "x-limiter-", "proxy-"];
-
-const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
-const X_LIMITER_USER: HeaderName = HeaderName::from_static("x-limiter-user");
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// Longest head of an upstream's answer, in bytes, and the most that is read beyond it.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// Whom the gateway connects for.
 #[derive(Clone, Debug)]
@@ -88,60 +77,57 @@ impl Client {
 /// answer, and the subprotocol that the upstream chose.
 pub(super) async fn shake_hands(
     path: Option<&PathAndQuery>,
-    stream: Stream,
+    mut stream: Stream,
     head: &Parts,
     handshake: &Handshake,
     client: Client,
 ) -> Result<(Stream, Vec<u8>, Option<HeaderValue>), Refusal> {
     let key = generate_key();
-    let request = request(path, head, handshake, client, &key).ok_or(Refusal::Bad("a header cannot be passed on"))?;
-    let exchanged = exchange(stream, request)
+    let request = request(path, head, handshake, client, &key).ok_or(Refusal::Bad("the handshake names no host"))?;
+    let answer = exchange(&mut stream, request)
         .await
         .map_err(|error| Refusal::UpstreamUnreachable(format!("the upstream's answer: {error}")))?;
-    let (response, stream, read) = match exchanged {
-        Exchanged::Upgraded { response, stream, read } => (response, stream, read),
-        Exchanged::Refused { status, headers } => return Err(Refusal::UpstreamRefused(status, headers)),
-    };
-    let protocol = chosen_protocol(&response, handshake, &key)
+    if answer.status != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Refusal::UpstreamRefused(answer.status, answer.headers));
+    }
+    let protocol = chosen_protocol(&answer.headers, handshake, &key)
         .map_err(|problem| Refusal::UpstreamUnreachable(format!("the upstream's answer: {problem}")))?;
-    Ok((stream, read.to_vec(), protocol))
+    Ok((stream, answer.rest, protocol))
 }
 
-/// The request for the upstream. `None` only for what is no header value, which the parser would not have let in.
+/// The request for the upstream. `None` only without a Host header, which `handshake::check` has refused.
 fn request(
     path: Option<&PathAndQuery>,
     head: &Parts,
     handshake: &Handshake,
     client: Client,
     key: &str,
-) -> Option<Request<Empty<Bytes>>> {
-    let path = path.or(head.uri.path_and_query());
-    let mut request = Request::new(Empty::new());
-    *request.uri_mut() = Uri::from(path.cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
-    let headers = request.headers_mut();
+) -> Option<Request> {
+    const ROOT: PathAndQuery = PathAndQuery::from_static("/");
+    let mut request = Request::get(path.or(head.uri.path_and_query()).unwrap_or(&ROOT));
     // As the client sent it: applications compare it with the Origin.
-    headers.insert(HOST, head.headers.get(HOST)?.clone());
-    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-    headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-    headers.insert(SEC_WEBSOCKET_KEY, HeaderValue::from_str(key).ok()?);
+    request.header(&HOST, head.headers.get(HOST)?);
+    request.own("connection", b"Upgrade");
+    request.own("upgrade", b"websocket");
+    request.own("sec-websocket-version", b"13");
+    request.own("sec-websocket-key", key.as_bytes());
     if let Some(protocols) = &handshake.protocols {
-        headers.insert(SEC_WEBSOCKET_PROTOCOL, protocols.clone());
+        request.header(&SEC_WEBSOCKET_PROTOCOL, protocols);
     }
     let hop = named_by_connection(&head.headers);
     for (name, value) in &head.headers {
         if *name != HOST && is_passed_on(name) && !hop.contains(name) {
-            headers.append(name, value.clone());
+            request.header(name, value);
         }
     }
-    headers.insert(X_FORWARDED_FOR, HeaderValue::from_str(&client.ip.to_string()).ok()?);
-    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.scheme.name()));
+    request.own(X_FORWARDED_FOR.as_str(), client.ip.to_string().as_bytes());
+    request.own(X_FORWARDED_PROTO.as_str(), client.scheme.name().as_bytes());
     if let Some(port) = client.port {
-        headers.insert(X_FORWARDED_PORT, port.into());
+        request.own("x-forwarded-port", port.to_string().as_bytes());
     }
-    headers.insert(X_REQUEST_ID, HeaderValue::from_str(&format!("{:032x}", client.request_id)).ok()?);
+    request.own("x-request-id", format!("{:032x}", client.request_id).as_bytes());
     if let Some(user) = client.user {
-        headers.insert(X_LIMITER_USER, user);
+        request.own("x-limiter-user", user.as_bytes());
     }
     Some(request)
 }
@@ -161,47 +147,8 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
         .collect()
 }
 
-/// What came of a handshake with the upstream.
-pub(super) enum Exchanged {
-    Upgraded { response: Response<Incoming>, stream: Stream, read: Bytes },
-    Refused { status: StatusCode, headers: HeaderMap },
-}
-
-/// Sends a request and, if the answer is 101, takes the socket back with what was read beyond it.
-pub(super) async fn exchange(stream: Stream, request: Request<Empty<Bytes>>) -> hyper::Result<Exchanged> {
-    let (mut sender, mut connection) =
-        http1::Builder::new().title_case_headers(true).max_buf_size(MAX_HEAD).handshake(TokioIo::new(stream)).await?;
-    let mut done = false;
-    let response = {
-        let mut sending = pin!(sender.send_request(request));
-        // Both in this task: whoever gives up on the handshake drops the socket with it.
-        poll_fn(|cx| {
-            if !done && let Poll::Ready(ended) = connection.poll_without_shutdown(cx) {
-                done = true;
-                ended?;
-            }
-            sending.as_mut().poll(cx)
-        })
-        .await?
-    };
-    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        let (head, _) = response.into_parts();
-        return Ok(Exchanged::Refused { status: head.status, headers: head.headers });
-    }
-    if !done {
-        poll_fn(|cx| connection.poll_without_shutdown(cx)).await?;
-    }
-    let parts = connection.into_parts();
-    Ok(Exchanged::Upgraded { response, stream: parts.io.into_inner(), read: parts.read_buf })
-}
-
 /// The subprotocol of an upstream's 101; an error says what is wrong with the answer (RFC 6455, 4.1).
-fn chosen_protocol(
-    response: &Response<Incoming>,
-    handshake: &Handshake,
-    key: &str,
-) -> Result<Option<HeaderValue>, &'static str> {
-    let headers = response.headers();
+fn chosen_protocol(headers: &HeaderMap, handshake: &Handshake, key: &str) -> Result<Option<HeaderValue>, &'static str> {
     if headers.get(SEC_WEBSOCKET_ACCEPT).is_none_or(|accept| *accept != derive_accept_key(key.as_bytes())) {
         return Err("Sec-WebSocket-Accept does not match the key");
     }
@@ -222,7 +169,7 @@ mod tests {
 
     #[test]
     fn spoofed_and_hop_headers_are_not_passed_on() {
-        let (head, ()) = Request::get("/chat?token=t")
+        let (head, ()) = hyper::Request::get("/chat?token=t")
             .header("host", "example.com")
             .header("connection", "Upgrade, X-Hop")
             .header("x-hop", "1")
@@ -246,9 +193,12 @@ mod tests {
             Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: Some(8080), request_id: 1, user: None };
         let request = request(None, &head, &handshake, client, "key").unwrap();
 
-        assert_eq!(request.uri(), "/chat?token=t");
-        let header =
-            |name: &str| request.headers().get_all(name).iter().map(|v| v.to_str().unwrap()).collect::<Vec<_>>();
+        assert!(request.text().starts_with("GET /chat?token=t HTTP/1.1\r\n"), "{}", request.text());
+        let lines: Vec<_> = request.text().lines().filter_map(|line| line.split_once(": ")).collect();
+        let header = |name: &str| {
+            let of_name = lines.iter().filter(|(known, _)| known.eq_ignore_ascii_case(name));
+            of_name.map(|(_, value)| *value).collect::<Vec<_>>()
+        };
         assert_eq!(header("host"), ["example.com"]);
         assert_eq!(header("cookie"), ["a=1", "b=2"]);
         assert_eq!(header("x-forwarded-for"), ["192.0.2.7"]);
@@ -263,10 +213,10 @@ mod tests {
 
     #[test]
     fn a_path_in_the_url_replaces_the_clients() {
-        let (head, ()) = Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
+        let (head, ()) = hyper::Request::get("/chat?token=t").header("host", "x").body(()).unwrap().into_parts();
         let handshake = Handshake { accept: String::new(), protocols: None, fallback_protocol: None };
         let client = Client { ip: [192, 0, 2, 7].into(), scheme: Scheme::Http, port: None, request_id: 1, user: None };
         let request = request(Some(&PathAndQuery::from_static("/fixed")), &head, &handshake, client, "key").unwrap();
-        assert_eq!(request.uri(), "/fixed");
+        assert!(request.text().starts_with("GET /fixed HTTP/1.1\r\n"), "{}", request.text());
     }
 }

@@ -2,12 +2,6 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::Empty;
-use hyper::{
-    Request, Uri,
-    header::{CONNECTION, HOST, HeaderValue, USER_AGENT},
-};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -16,7 +10,7 @@ use tokio::{
 
 use super::{
     super::{Shared, application::Application},
-    handshake::{Exchanged, exchange},
+    exchange::{Request, exchange},
     server::Server,
     stream::{ClientTls, Stream},
 };
@@ -79,21 +73,18 @@ async fn check(target: &Target, tls: Option<&ClientTls>, health: &config::Health
         _ = stream.end_tls().await;
         return Ok(());
     };
-    let mut request = Request::new(Empty::<Bytes>::new());
-    *request.uri_mut() = Uri::from(path.clone());
     let host = match &target.at {
         Place::Host(name, port) if name.contains(':') => format!("[{name}]:{port}"),
         Place::Host(name, port) => format!("{name}:{port}"),
         Place::Unix(_) => "localhost".to_owned(),
     };
-    let headers = request.headers_mut();
-    headers.insert(HOST, HeaderValue::from_str(&host).map_err(|error| error.to_string())?);
-    headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    headers.insert(USER_AGENT, HeaderValue::from_static("limiter health check"));
-    match exchange(stream, request).await {
-        Ok(Exchanged::Refused { status, .. }) if status.is_success() => Ok(()),
-        Ok(Exchanged::Refused { status, .. }) => Err(format!("it answers {status} to GET {path}")),
-        Ok(Exchanged::Upgraded { .. }) => Err(format!("it answers 101 to GET {path}")),
+    let mut request = Request::get(path);
+    request.own("host", host.as_bytes());
+    request.own("connection", b"close");
+    request.own("user-agent", b"limiter health check");
+    match exchange(&mut stream, request).await {
+        Ok(answer) if answer.status.is_success() => Ok(()),
+        Ok(answer) => Err(format!("it answers {} to GET {path}", answer.status)),
         Err(error) => Err(format!("its answer to GET {path}: {error}")),
     }
 }

@@ -1,0 +1,207 @@
+//! A request to an upstream, and the head of what it answers.
+//!
+//! By hand, since there is one for each connection of a client: a client of a library's, with its queue of requests and its bodies,
+//! takes several times as long to make as this takes to write and to read.
+
+use std::io;
+
+use hyper::{
+    HeaderMap, StatusCode,
+    header::{HeaderName, HeaderValue},
+    http::uri::PathAndQuery,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::Stream;
+
+/// Longest head of an upstream's answer, in bytes, with those that say that another comes; and the most header lines in one.
+const MAX_HEAD: usize = 16 * 1024;
+const MAX_HEADERS: usize = 100;
+
+/// The room for an answer to begin with: that of most.
+const USUAL_HEAD: usize = 512;
+
+/// A GET request, as it is written.
+pub(super) struct Request(Vec<u8>);
+
+impl Request {
+    pub(super) fn get(path: &PathAndQuery) -> Self {
+        let mut text = Vec::with_capacity(1024);
+        text.extend_from_slice(b"GET ");
+        text.extend_from_slice(path.as_str().as_bytes());
+        text.extend_from_slice(b" HTTP/1.1\r\n");
+        Self(text)
+    }
+
+    /// Adds a header. Its name begins with a capital in each part, as some servers want it.
+    pub(super) fn header(&mut self, name: &HeaderName, value: &HeaderValue) {
+        self.own(name.as_str(), value.as_bytes());
+    }
+
+    /// Adds one of our own. In its value there is nothing that ends a line.
+    pub(super) fn own(&mut self, name: &str, value: &[u8]) {
+        let Self(text) = self;
+        let mut begins = true;
+        text.extend(name.bytes().map(|byte| {
+            let byte = if begins { byte.to_ascii_uppercase() } else { byte };
+            begins = byte == b'-';
+            byte
+        }));
+        text.extend_from_slice(b": ");
+        text.extend_from_slice(value);
+        text.extend_from_slice(b"\r\n");
+    }
+
+    #[cfg(test)]
+    pub(super) fn text(&self) -> &str {
+        str::from_utf8(&self.0).unwrap()
+    }
+}
+
+/// The head of an answer.
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    /// What came behind it.
+    pub(super) rest: Vec<u8>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ExchangeError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("the connection ended before the answer was whole")]
+    Ended,
+    #[error("what it sends is not HTTP: {0}")]
+    Malformed(#[from] httparse::Error),
+    #[error("its head is longer than {MAX_HEAD} bytes")]
+    TooLong,
+    #[error("it switches protocols in HTTP/1.0, which can't")]
+    TooOld,
+}
+
+/// Sends a request and reads the head of the answer.
+pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Result<Answer, ExchangeError> {
+    request.0.extend_from_slice(b"\r\n");
+    stream.write_all(&request.0).await?;
+    stream.flush().await?;
+    drop(request);
+
+    let mut read = Vec::with_capacity(USUAL_HEAD);
+    // Where the head begins: behind those that announced it.
+    let mut start = 0;
+    loop {
+        if stream.read_buf(&mut read).await? == 0 {
+            return Err(ExchangeError::Ended);
+        }
+        while let Some((length, answer)) = parse(&read[start..])? {
+            start += length;
+            if let Some((status, headers)) = answer {
+                read.drain(..start);
+                return Ok(Answer { status, headers, rest: read });
+            }
+        }
+        if read.len() >= MAX_HEAD {
+            return Err(ExchangeError::TooLong);
+        }
+        read.reserve(USUAL_HEAD);
+    }
+}
+
+/// How long the head is that `bytes` begin with, and what it says; `None` for that of an answer that only announces another.
+/// `None`: it is not there whole.
+#[expect(clippy::type_complexity, reason = "read in one place")]
+fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<(StatusCode, HeaderMap)>)>, ExchangeError> {
+    let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut head = httparse::Response::new(&mut lines);
+    let httparse::Status::Complete(length) = head.parse(bytes)? else { return Ok(None) };
+    let code = head.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(httparse::Error::Status)?;
+    if code == StatusCode::SWITCHING_PROTOCOLS && head.version != Some(1) {
+        return Err(ExchangeError::TooOld);
+    }
+    if code.is_informational() && code != StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(Some((length, None)));
+    }
+    let mut headers = HeaderMap::with_capacity(head.headers.len());
+    for line in head.headers {
+        let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| httparse::Error::HeaderName)?;
+        let value = HeaderValue::from_bytes(line.value).map_err(|_| httparse::Error::HeaderValue)?;
+        headers.append(name, value);
+    }
+    Ok(Some((length, Some((code, headers)))))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    const ASKED: &str = "GET /a?b HTTP/1.1\r\nX-Request-Id: 1\r\n\r\n";
+
+    /// What comes of it when the upstream sends these pieces one after the other and closes.
+    async fn answered(pieces: &[&[u8]]) -> Result<Answer, ExchangeError> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut request = Request::get(&PathAndQuery::from_static("/a?b"));
+        request.own("x-request-id", b"1");
+        let mut stream = Stream::Unix(ours);
+        let upstream = async move {
+            let mut asked = vec![0; ASKED.len()];
+            theirs.read_exact(&mut asked).await.unwrap();
+            assert_eq!(asked, ASKED.as_bytes());
+            for piece in pieces {
+                // The other side may have heard enough.
+                _ = theirs.write_all(piece).await;
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::join!(exchange(&mut stream, request), upstream).0
+    }
+
+    #[tokio::test]
+    async fn what_comes_behind_the_head_is_kept() {
+        let text = b"HTTP/1.1 101 Switching Protocols\r\nA: 1\r\na: 2\r\n\r\n\x81\x01x";
+        for at in 1..text.len() - 3 {
+            let (one, two) = text.split_at(at);
+            let answer = answered(&[one, two]).await.unwrap();
+            assert_eq!(answer.status, StatusCode::SWITCHING_PROTOCOLS);
+            assert_eq!(answer.headers.get_all("a").iter().collect::<Vec<_>>(), ["1", "2"]);
+            // Of what came later, nothing is read.
+            assert!(b"\x81\x01x".starts_with(&answer.rest), "{:?}", answer.rest);
+        }
+        let whole = answered(&[text]).await.unwrap();
+        assert_eq!(whole.rest, b"\x81\x01x");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_announces_another_is_passed_over() {
+        let early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n".as_slice();
+        let last = b"HTTP/1.1 404 No\r\n\r\n".as_slice();
+        let answer = answered(&[early, early, last]).await.unwrap();
+        assert_eq!((answer.status, answer.headers.len()), (StatusCode::NOT_FOUND, 0));
+        let answer = answered(&[&[early, last].concat()]).await.unwrap();
+        assert_eq!((answer.status, answer.headers.len()), (StatusCode::NOT_FOUND, 0));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_answer_is_an_error() {
+        let error = async |pieces: &[&[u8]]| answered(pieces).await.err().unwrap();
+        assert!(matches!(error(&[]).await, ExchangeError::Ended));
+        assert!(matches!(error(&[b"HTTP/1.1 101 Switch"]).await, ExchangeError::Ended));
+        assert!(matches!(error(&[b"SSH-2.0-OpenSSH_9.2\r\n"]).await, ExchangeError::Malformed(_)));
+        assert!(matches!(error(&[b"HTTP/1.1 099 Low\r\n\r\n"]).await, ExchangeError::Malformed(_)));
+        assert!(matches!(error(&[b"HTTP/1.0 101 Switching\r\n\r\n"]).await, ExchangeError::TooOld));
+        let many = [b"HTTP/1.1 200 OK\r\n".as_slice(), &b"a: b\r\n".repeat(101), b"\r\n"].concat();
+        assert!(matches!(error(&[&many]).await, ExchangeError::Malformed(_)));
+    }
+
+    #[tokio::test]
+    async fn a_head_has_an_end() {
+        let line = [b"HTTP/1.1 200 OK\r\na: ".as_slice(), &[b'x'; 2 * MAX_HEAD]].concat();
+        assert!(matches!(answered(&[&line]).await, Err(ExchangeError::TooLong)));
+        // Nor do announcements go on for ever.
+        let early = b"HTTP/1.1 103 Early Hints\r\n\r\n".repeat(MAX_HEAD / 20);
+        assert!(matches!(answered(&[&early]).await, Err(ExchangeError::TooLong)));
+    }
+}
