@@ -92,7 +92,9 @@ fn crowd_gets_the_limit(family: Family, syncookies: &str, mode: &str) -> Result<
     limiter.wait_held(other.address(family), 5)?;
     assert_eq!(limiter.ledger()?.len(), 10);
 
-    drop((crowd, before, meanwhile));
+    for crowd in [crowd, before, meanwhile] {
+        crowd.reset()?;
+    }
     limiter.wait_empty()
 }
 

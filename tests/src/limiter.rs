@@ -190,7 +190,7 @@ impl<'lab> Limiter<'lab> {
     /// Waits until the source of `client` holds `count` connections, at most for `limit`.
     pub fn wait_held_within(&self, limit: Duration, client: IpAddr, count: u64) -> Result<()> {
         let what = format!("{client} holds {count} connections in `limiter sources`");
-        eventually_equal(limit, &what, &count, || self.held_by(client))
+        self.explained(eventually_equal(limit, &what, &count, || self.held_by(client)))
     }
 
     /// The remote addresses in the ledger, as `limiter connections` says.
@@ -208,13 +208,28 @@ impl<'lab> Limiter<'lab> {
     /// Waits until nothing is counted any more: no connection in the ledger, no source, no service that holds one.
     pub fn wait_empty(&self) -> Result<()> {
         let empty = (Vec::new(), Vec::new(), 0, 0);
-        eventually_equal(SOON, "(ledger, sources, ledger entries, connections) are empty", &empty, || {
-            let status = self.json("status")?;
-            let connections =
-                rows(&status, "services")?.iter().filter_map(|service| service["connections"].as_u64()).sum::<u64>();
-            let entries = status["ledger_entries"].as_u64().context("status says how many entries there are")?;
-            let sources = rows(&self.json("sources")?, "sources")?.clone();
-            Ok((self.ledger()?, sources, entries, connections))
+        let outcome =
+            eventually_equal(SOON, "(ledger, sources, ledger entries, connections) are empty", &empty, || {
+                let status = self.json("status")?;
+                let connections = rows(&status, "services")?
+                    .iter()
+                    .filter_map(|service| service["connections"].as_u64())
+                    .sum::<u64>();
+                let entries = status["ledger_entries"].as_u64().context("status says how many entries there are")?;
+                let sources = rows(&self.json("sources")?, "sources")?.clone();
+                Ok((self.ledger()?, sources, entries, connections))
+            });
+        self.explained(outcome)
+    }
+
+    /// With a failure, what is in the ledger and which sockets there are.
+    fn explained(&self, outcome: Result<()>) -> Result<()> {
+        outcome.with_context(|| {
+            let ledger = self.output(["connections"]).unwrap_or_else(|error| format!("{error:#}\n"));
+            let sockets = self.server.command("ss").args(["-tanoe", "--no-header"]).output();
+            let sockets =
+                sockets.map_or_else(|error| error.to_string(), |ss| String::from_utf8_lossy(&ss.stdout).into());
+            format!("in the ledger:\n{ledger}sockets of the server:\n{sockets}")
         })
     }
 

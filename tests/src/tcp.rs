@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
     lab::{Family, PORT},
@@ -249,6 +249,17 @@ impl Crowd {
         }
         (crowd.unserved, crowd.unanswered) = waiting.into_iter().partition(|stream| stream.peer_addr().is_ok());
         Ok(crowd)
+    }
+}
+
+impl Crowd {
+    /// Ends those that are connected by RSTs.
+    ///
+    /// A server that takes SYN cookies may take the last ACK of a close for one if it comes twice, as it does on a busy host, and
+    /// opens another connection. That stays until the client, which answers nothing of an old one for a minute, resets it.
+    pub fn reset(self) -> io::Result<()> {
+        let connected = self.served.iter().chain(&self.unserved);
+        connected.map(|stream| SockRef::from(stream).set_linger(Some(Duration::ZERO))).collect()
     }
 }
 
