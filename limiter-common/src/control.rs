@@ -29,7 +29,7 @@ pub mod op {
     /// Take a connection out of the ledger, if its entry has that owner.
     pub const RELEASE: u32 = 1;
     /// Look through reservations, oldest first, and take out those that the stack did not confirm in time. One request
-    /// looks at [`super::EXPIRE_BATCH`] at most.
+    /// looks at [`super::EXPIRE_BATCH`] of them, and at as many more from the first one on whose time is not up.
     pub const EXPIRE: u32 = 2;
     /// Enter a connection that is open already, whatever the limits say; it is no mistake if it is there already. Counted
     /// as [`crate::Counter::OpenedAdopted`], it is never cut; as [`crate::Counter::OpenedAudit`], it is marked if it is past
@@ -44,7 +44,7 @@ pub mod op {
     pub const COUNT_FOR_USER: u32 = 6;
 }
 
-/// How many reservations one [`op::EXPIRE`] looks at.
+/// How many reservations one [`op::EXPIRE`] looks at, once or twice.
 pub const EXPIRE_BATCH: u32 = 64;
 
 /// What the control program answers.

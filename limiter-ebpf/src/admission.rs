@@ -28,9 +28,6 @@ use crate::{
     rules, sources,
 };
 
-/// How many reservations are looked through when a refusal gives the occasion.
-const EXPIRE_ON_REFUSAL: usize = 8;
-
 /// What becomes of a packet.
 #[derive(Clone, Copy)]
 #[repr(u32)]
@@ -41,11 +38,14 @@ pub enum Verdict {
     Reset,
     /// It is answered by a SYN cookie; counted by who does that.
     Challenge,
+    /// It is a SYN that would be refused, and is to be judged again when what is overdue was looked for. Nothing was counted.
+    JudgeAgain,
 }
 
 const DROP: u32 = Verdict::Drop as u32;
 const RESET: u32 = Verdict::Reset as u32;
 const CHALLENGE: u32 = Verdict::Challenge as u32;
+const JUDGE_AGAIN: u32 = Verdict::JudgeAgain as u32;
 
 /// The verdict on a packet of this service, if it is one's.
 #[inline(always)]
@@ -70,8 +70,14 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
         if refused_again(ctx, &segment, service, in_force) {
             return Some((Verdict::Drop, service));
         }
-        match ctx.syn(service, in_force) {
-            DROP => Some((Verdict::Drop, service)),
+        let mut verdict = ctx.syn(service, in_force);
+        if verdict == JUDGE_AGAIN {
+            expiry::limiter_expire_for_refused();
+            verdict = ctx.syn(service, in_force);
+        }
+        match verdict {
+            // Not a third time, should the looking have taken so long.
+            DROP | JUDGE_AGAIN => Some((Verdict::Drop, service)),
             RESET => Some((Verdict::Reset, service)),
             CHALLENGE => Some((Verdict::Challenge, service)),
             _ => None,
@@ -172,14 +178,13 @@ fn syn(ctx: &impl Packet, service: u16, in_force: InForce) -> Option<Verdict> {
         count(service, Counter::SynAdmitted);
         return None;
     };
+    if is_time_to_expire(state) {
+        return Some(Verdict::JudgeAgain);
+    }
     let observed = policy.on_deny == OnDeny::Observe as u8;
     count(service, Counter::of_refusal(reason, Stage::Syn, observed));
     report(sampler, &Refused { connection: ends, service, reason, stage: Stage::Syn, observed });
     debug!(ctx, "service {}: SYN refused, reason {}", service, reason as u8);
-    // SAFETY: the pointer comes from a look-up in an array; its elements stay.
-    if unsafe { atomic::load(&raw const (*state).unconfirmed) } != 0 {
-        expire_for_refused(state);
-    }
     if observed {
         None
     } else if policy.on_deny == OnDeny::Reset as u8 {
@@ -271,22 +276,21 @@ unsafe fn connections(state: *const ServiceState) -> u64 {
     unsafe { atomic::load(&raw const (*state).connections) }
 }
 
-/// A SYN was refused, and there are slots that the stack never confirmed: gives back those whose time is up. This is what
-/// keeps a forgotten reservation from locking anyone out when no daemon is there to look.
+/// Whether a SYN that is to be refused is to wait until what is overdue is looked for: there are slots that the stack has not
+/// confirmed, and nobody has looked just now. They keep nobody out once their time is up, whether a daemon is there to look or not.
 #[inline(always)]
-fn expire_for_refused(state: *mut ServiceState) {
+fn is_time_to_expire(state: *mut ServiceState) -> bool {
     // SAFETY: the helper has no precondition; the pointer comes from a look-up in an array.
     unsafe {
+        if atomic::load(&raw const (*state).unconfirmed) == 0 {
+            return false;
+        }
         let now_ns = bpf_ktime_get_ns();
         let last_ns = atomic::load(&raw const (*state).expired_ns);
         if now_ns.wrapping_sub(last_ns) < EXPIRE_INTERVAL_NS {
-            return;
+            return false;
         }
         (&raw mut (*state).expired_ns).write_volatile(now_ns);
-        for _ in 0..EXPIRE_ON_REFUSAL {
-            if !expiry::expire_one(now_ns) {
-                break;
-            }
-        }
+        true
     }
 }

@@ -5,7 +5,7 @@ use core::mem;
 use aya_ebpf::{helpers::bpf_ktime_get_ns, programs::XdpContext};
 use limiter_common::{
     Counter, Endpoints,
-    control::{EXPIRE_BATCH, Request, answer, op},
+    control::{Request, answer, op},
     policy::InForce,
 };
 
@@ -39,12 +39,7 @@ pub fn serve(ctx: &XdpContext) -> u32 {
         op::EXPIRE => {
             // SAFETY: the helper has no precondition.
             let now_ns = unsafe { bpf_ktime_get_ns() };
-            for _ in 0..EXPIRE_BATCH {
-                if !expiry::expire_one(now_ns) {
-                    return answer::DONE;
-                }
-            }
-            answer::AGAIN
+            if expiry::expire_batch(now_ns) { answer::AGAIN } else { answer::DONE }
         }
         op::ADOPT => {
             let counter = match request.counter {

@@ -61,7 +61,7 @@ pub fn limiter_xdp(ctx: XdpContext) -> u32 {
     let (verdict, service) = admission::admit(&ctx);
     match verdict {
         Verdict::Pass => xdp_action::XDP_PASS,
-        Verdict::Drop => xdp_action::XDP_DROP,
+        Verdict::Drop | Verdict::JudgeAgain => xdp_action::XDP_DROP,
         Verdict::Reset => reply::limiter_reset(ctx.ctx, service.into()),
         Verdict::Challenge => challenge::limiter_challenge(ctx.ctx, service.into()),
     }
@@ -83,7 +83,7 @@ fn tc_action(ctx: &Skb) -> i32 {
     let (verdict, service) = admission::admit(ctx);
     match verdict {
         Verdict::Pass => TC_ACT_UNSPEC,
-        Verdict::Drop => TC_ACT_SHOT,
+        Verdict::Drop | Verdict::JudgeAgain => TC_ACT_SHOT,
         Verdict::Reset => ctx.reset(service),
         Verdict::Challenge => ctx.challenge(service),
     }

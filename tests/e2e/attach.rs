@@ -10,6 +10,7 @@ use limiter_tests::{
     monitor,
     netns::Namespace,
     raw::RawClient,
+    state::State,
     tcp::{self, Crowd, PlainServer, connect_served},
     wait::{SOON, eventually_equal},
 };
@@ -49,10 +50,11 @@ fn a_reservation_that_the_stack_never_confirms_expires(family: Family) -> Result
     limiter.wait_held(raw.address(), 5)?;
     let established = monitor::established(&lab.server, PORT)?.get(&raw.address()).copied();
     assert_eq!(established, Some(3), "the backlog and one");
-    // No daemon runs: what expires them are the packets themselves, and a refused SYN is enough.
+    // No daemon runs, and no command is: what expires them are the packets themselves, and a refused SYN is enough.
+    let state = State::open(&limiter)?;
     eventually_equal(SOON, "the two that were never confirmed are gone", &3, || {
         raw.send_syns(1)?;
-        limiter.held_by(raw.address())
+        Ok(state.entries()?.len())
     })?;
     assert_eq!(limiter.counter("closed_expired")?, 2);
     raw.reset(&connections)?;

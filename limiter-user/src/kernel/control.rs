@@ -111,7 +111,7 @@ impl Control {
     }
 
     /// Takes out the reservations that the stack did not confirm in time. The programs do the same when there is traffic;
-    /// this is for when there is none.
+    /// this is for a daemon, when there is none. Without one, `Pinned` looks through the whole ledger.
     pub fn expire(&self) -> Result<(), KernelError> {
         let request = Request { op: op::EXPIRE, ..Request::default() };
         while self.ask(&request)? == answer::AGAIN {}

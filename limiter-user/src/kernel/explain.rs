@@ -85,6 +85,7 @@ impl Pinned {
     pub fn explain(&self, ip: IpAddr) -> Result<Explanation, KernelError> {
         let ip = ip.to_canonical();
         let maps = Maps::open(self)?;
+        self.end_overdue(&maps.services)?;
         let is_full = self.services()?.iter().map(|service| service.connections).sum::<u64>() >= self.ledger_size();
         let services = self.services()?.into_iter().map(|service| maps.explain(ip, service, is_full));
         Ok(Explanation { ip, rule: maps.rules.holding_shown(ip)?, services: services.collect::<Result<_, _>>()? })

@@ -206,6 +206,16 @@ impl Services {
         self.states.get(&index, 0).map_err(KernelError::failed("can't read what a service holds"))
     }
 
+    /// Whether there may be connections that the stack has yet to confirm, of any service that there is or was.
+    pub(super) fn have_unconfirmed(&self) -> Result<bool, KernelError> {
+        for index in 0..abi::MAX_SERVICES {
+            if self.state(index)?.unconfirmed != 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// What was counted for a service, summed over the CPUs.
     pub fn counters(&self, index: u32) -> Result<Counters, KernelError> {
         Counter::ALL

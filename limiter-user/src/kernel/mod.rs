@@ -29,6 +29,7 @@ mod load;
 mod maps;
 mod namespaces;
 mod offsets;
+mod overdue;
 mod pinned;
 mod pins;
 mod placement;

@@ -60,6 +60,7 @@ impl Pinned {
 
     /// What is in force.
     pub fn status(&self) -> Result<Status, KernelError> {
+        self.end_overdue(&self.services)?;
         let services = self.services()?;
         let maps = &self.services;
         let mut sources = 0;
@@ -163,6 +164,7 @@ impl Pinned {
 
     /// Every source that holds a connection, those with most connections first.
     pub fn sources(&self) -> Result<Vec<SourceRow>, KernelError> {
+        self.end_overdue(&self.services)?;
         let services = self.names()?;
         let mut sources = Sources::open(&self.pins)?.entries()?;
         sources.retain(|(_, entry)| entry.connections != 0 && !is_gone(entry.connections));
@@ -240,6 +242,7 @@ impl Pinned {
 
     /// Every connection in the ledger, oldest first.
     pub fn connections(&self) -> Result<Vec<ConnectionRow>, KernelError> {
+        self.end_overdue(&self.services)?;
         let services = self.names()?;
         let ledger = Ledger::open(&self.pins)?;
         let mut entries = ledger.entries()?;
