@@ -18,7 +18,7 @@ use crate::{
     policy,
     report::{Refused, report_each},
     rules::limits_for,
-    sources,
+    sources::{self, NotAdded},
     tally::{give_back, past_limit, put_back, spend, take},
 };
 
@@ -38,7 +38,8 @@ pub enum Reserved {
     Yes,
     /// There is one, and there should not: the limit was passed on a service that only observes.
     Observed(DenyReason),
-    /// The ledger is full and the service lets connections pass then.
+    /// It could not be entered, and passes: the ledger is full and the service lets connections pass then, or there may be room and
+    /// other CPUs were in the way.
     Uncounted,
     /// There is none, and the connection is to be refused.
     Refused(DenyReason),
@@ -59,14 +60,17 @@ pub fn reserve(
     now_ns: u64,
 ) -> Reserved {
     let owner = reservation_owner(now_ns);
-    let Some(entry) = NEW_ENTRY.get_ptr_mut(0) else { return full(policy) };
+    let Some(entry) = NEW_ENTRY.get_ptr_mut(0) else { return not_entered(policy, NotAdded::Full) };
     // SAFETY: the pointer is into this CPU's element, and whoever else uses it runs where this can't be interrupted by it.
     let entry = unsafe {
         *entry = new_entry(ends, service, policy, owner, 0, now_ns);
         &*entry
     };
     let wide = wide_of(entry);
-    let Some(held) = take(&entry.source, &wide, state) else { return full(policy) };
+    let held = match take(&entry.source, &wide, state) {
+        Ok(held) => held,
+        Err(why) => return not_entered(policy, why),
+    };
     let mut reason = past_limit(policy, limits, &held);
     let mut spent = false;
     if reason.is_none() {
@@ -90,7 +94,11 @@ pub fn reserve(
             }
             // Another CPU has just made the same entry; or another connection has the same key, and there is no room for
             // both.
-            return if error == -EEXIST && is_for(&key, ends) { Reserved::Yes } else { full(policy) };
+            return match error {
+                _ if error != -EEXIST => not_entered(policy, NotAdded::from_error(error)),
+                _ if is_for(&key, ends) => Reserved::Yes,
+                _ => not_entered(policy, NotAdded::Full),
+            };
         }
     }
     count(service, Counter::OpenedReserved);
@@ -183,7 +191,7 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
     let mut entry = new_entry(ends, service, policy, cookie, 0, now_ns);
     let key = key_of(ends);
     let wide = wide_of(&entry);
-    let Some(held) = take(&entry.source, &wide, state) else { return no_room(service, counter) };
+    let Ok(held) = take(&entry.source, &wide, state) else { return no_room(service, counter) };
     // From here on the ends are those of the entry: the stack has no room for two of them.
     let limits = limits_for(&entry.remote, policy, in_force);
     let past = if policy.on_deny == OnDeny::Observe as u8 { None } else { past_limit(policy, &limits, &held) };
@@ -304,10 +312,15 @@ fn is_for(key: &ConnectionKey, ends: &Endpoints) -> bool {
     LEDGER.get_ptr(key).is_some_and(|entry| unsafe { (*entry).is_of(ends) })
 }
 
-/// A connection that is let pass is counted as such when it is open, by [`no_room`].
+/// What becomes of a connection that could not be entered. One that is let pass is entered when it is open, or counted as one that
+/// there was no room for, by [`no_room`].
 #[inline(always)]
-fn full(policy: &ServicePolicy) -> Reserved {
-    if policy.on_full == OnFull::Closed as u8 { Reserved::Refused(DenyReason::LedgerFull) } else { Reserved::Uncounted }
+fn not_entered(policy: &ServicePolicy, why: NotAdded) -> Reserved {
+    if matches!(why, NotAdded::Full) && policy.on_full == OnFull::Closed as u8 {
+        Reserved::Refused(DenyReason::LedgerFull)
+    } else {
+        Reserved::Uncounted
+    }
 }
 
 /// Notes that a connection is open and has no entry: once for each, and not whenever the audit tries again.

@@ -122,3 +122,6 @@ pub static NETNS_COOKIE: Global<u64> = Global::new(0);
 
 /// What an insertion answers (negated) if the key is there already.
 pub const EEXIST: i32 = 17;
+
+/// What it answers if there is no room.
+pub const E2BIG: i32 = 7;

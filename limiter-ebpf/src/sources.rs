@@ -17,7 +17,7 @@ use limiter_common::{
 
 use crate::{
     atomic,
-    maps::{EEXIST, SERVICE_STATE, SOURCES},
+    maps::{E2BIG, EEXIST, SERVICE_STATE, SOURCES},
 };
 
 /// How often an element is tried to be taken away that another CPU's doings are in the way of.
@@ -34,11 +34,29 @@ pub fn held(entry: *const SourceEntry) -> u64 {
     if is_gone(connections) { 0 } else { connections }
 }
 
-/// Adds a connection to a source and returns how many it held before, or `Err` if there is no room for another source.
+/// Why a connection can't be counted, or entered.
+#[derive(Clone, Copy)]
+pub enum NotAdded {
+    /// There is no room for it.
+    Full,
+    /// There may be. Other CPUs were in the way each time.
+    Busy,
+}
+
+impl NotAdded {
+    /// What an insertion has answered.
+    #[inline(always)]
+    pub fn from_error(error: i32) -> Self {
+        if error == -E2BIG { Self::Full } else { Self::Busy }
+    }
+}
+
+/// Adds a connection to a source and returns how many it held before.
 #[inline(always)]
-pub fn add(key: &SourceKey) -> Result<u64, ()> {
+pub fn add(key: &SourceKey) -> Result<u64, NotAdded> {
     match limiter_add(&raw const *key) {
-        NO_ROOM => Err(()),
+        NO_ROOM => Err(NotAdded::Full),
+        BUSY => Err(NotAdded::Busy),
         before => Ok(before),
     }
 }
@@ -52,6 +70,7 @@ pub fn subtract(key: &SourceKey) {
 
 /// No source holds so many.
 const NO_ROOM: u64 = u64::MAX;
+const BUSY: u64 = u64::MAX - 1;
 
 /// [`add`] as a global function, which the verifier looks at once; it is called once or twice for each connection.
 #[unsafe(no_mangle)]
@@ -62,7 +81,11 @@ pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
     }
     // SAFETY: the verifier has checked that this is what is behind the pointer.
     let key = unsafe { &*key };
-    let Ok(before) = add_to_entry(key) else { return NO_ROOM };
+    let before = match add_to_entry(key) {
+        Ok(before) => before,
+        Err(NotAdded::Full) => return NO_ROOM,
+        Err(NotAdded::Busy) => return BUSY,
+    };
     if before == 0
         && let Some(state) = state_of(key)
     {
@@ -90,7 +113,7 @@ fn state_of(key: &SourceKey) -> Option<*mut ServiceState> {
 }
 
 #[inline(always)]
-fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
+fn add_to_entry(key: &SourceKey) -> Result<u64, NotAdded> {
     for _ in 0..ATTEMPTS_TO_ADD {
         if let Some(entry) = SOURCES.get_ptr_mut(key) {
             // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
@@ -113,11 +136,11 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, ()> {
             match SOURCES.insert(key, &first, u64::from(BPF_NOEXIST)) {
                 Ok(()) => return Ok(0),
                 Err(error) if error == -EEXIST => {}
-                Err(_) => return Err(()),
+                Err(error) => return Err(NotAdded::from_error(error)),
             }
         }
     }
-    Err(())
+    Err(NotAdded::Busy)
 }
 
 /// [`subtract`] without a call, for who is at the end of a long chain of them: each takes 32 bytes of the stack at least.

@@ -6,7 +6,12 @@ use limiter_common::{
     rule::Effective,
 };
 
-use crate::{atomic, maps::SERVICE_STATE, rates, sources};
+use crate::{
+    atomic,
+    maps::SERVICE_STATE,
+    rates,
+    sources::{self, NotAdded},
+};
 
 /// How many connections are held by each of what one more counts against.
 pub struct Held {
@@ -16,17 +21,20 @@ pub struct Held {
     all: u64,
 }
 
-/// Counts one more connection everywhere, or, if there is no room for another source, nowhere.
+/// Counts one more connection everywhere, or, if one of its sources can't be added to, nowhere.
 #[inline(always)]
-pub fn take(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) -> Option<Held> {
-    let held_by_source = sources::add(source).ok()?;
+pub fn take(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) -> Result<Held, NotAdded> {
+    let held_by_source = sources::add(source)?;
     let wide_source = if wide.prefix == 0 {
         0
-    } else if let Ok(held) = sources::add(wide) {
-        held
     } else {
-        sources::subtract(source);
-        return None;
+        match sources::add(wide) {
+            Ok(held) => held,
+            Err(why) => {
+                sources::subtract(source);
+                return Err(why);
+            }
+        }
     };
     let all = match SERVICE_STATE.get_ptr_mut(abi::ALL_SERVICES) {
         // SAFETY: the pointer comes from a look-up in an array; its elements stay.
@@ -35,7 +43,7 @@ pub fn take(source: &SourceKey, wide: &SourceKey, state: *mut ServiceState) -> O
     };
     // SAFETY: as above.
     let service = unsafe { atomic::fetch_add(&raw mut (*state).connections, 1) };
-    Some(Held { source: held_by_source, wide_source, service, all })
+    Ok(Held { source: held_by_source, wide_source, service, all })
 }
 
 /// Takes back what [`take`] has counted, by [`sources::subtract`] or its like.

@@ -9,16 +9,18 @@ use std::{
 
 use limiter::kernel::Hook;
 use limiter_common::{
-    Counter, ServicePolicy,
+    Counter, ServicePolicy, SourceKey,
     challenge::Challenge,
     model::{self, Grants},
+    policy::OnFull,
+    source::SOURCE_GONE,
 };
 use limiter_tests::{
     frame::{Extension, Frame},
     info::Info,
     netns::Namespace,
     program::{Action, Program, now_ns},
-    segment::flags::SYN,
+    segment::flags::{ACK, SYN},
     tcp::{listener_of, set_tcp_option},
 };
 use socket2::Socket;
@@ -282,4 +284,54 @@ fn without_a_threshold_nothing_is_counted() {
     let mut program = program(0);
     assert_eq!(host.enter(|| program.run(&v4().to_bytes()).map(|(action, _)| action)).unwrap(), Action::Pass);
     assert_eq!((program.challenge(0).unwrap().syns, program.challenge(0).unwrap().until_ns), (0, 0));
+}
+
+#[test]
+fn a_handshake_whose_source_is_being_removed_is_left_to_the_stack_and_no_full_ledger() {
+    HOOKS.into_iter().for_each(a_handshake_whose_source_is_being_removed_is_left_to_the_stack_and_no_full_ledger_on);
+}
+
+fn a_handshake_whose_source_is_being_removed_is_left_to_the_stack_and_no_full_ledger_on(hook: Hook) {
+    let (host, _listener) = host();
+    for question in [v4(), v6()] {
+        let mut program = program_for(hook, 1);
+        let policy = ServicePolicy {
+            ipv4_prefix: 32,
+            ipv6_prefix: 64,
+            wide_ipv4_prefix: 24,
+            wide_ipv6_prefix: 48,
+            on_full: OnFull::Closed as u8,
+            ..ServicePolicy::default()
+        };
+        program.set_service(0, PORT, &policy).unwrap();
+        let cookie = answered(&host, &mut program, "the SYN", &question, &GRANTS);
+        let ack = Frame {
+            sequence: question.sequence.wrapping_add(1),
+            acknowledgement: cookie.wrapping_add(1),
+            flags: ACK,
+            tcp_options: Vec::new(),
+            ..question.clone()
+        }
+        .to_bytes();
+        let finish = |program: &mut Program| {
+            let (action, out) = host.enter(|| program.run(&ack).map(|(action, out)| (action, out.to_vec()))).unwrap();
+            // What is refused passes changed.
+            assert_eq!((action, &out), (Action::Pass, &ack), "{question:?}");
+            program.counters().unwrap()
+        };
+        let challenged = ((0, Counter::SynChallenged), 1);
+        let remote = question.source.ip().into();
+        let narrow = SourceKey::new(0, &remote, policy.ipv4_prefix, policy.ipv6_prefix);
+        for busy in [narrow, SourceKey::wide(0, &remote, policy.wide_prefix(&remote))] {
+            program.set_source(&busy, SOURCE_GONE).unwrap();
+            assert_eq!(finish(&mut program), [challenged].into(), "sock_ops is to count it");
+            let held: Vec<_> = program.source(&narrow).unwrap().iter().map(|entry| entry.connections).collect();
+            assert!(busy == narrow || held.iter().all(|&connections| connections == 0), "{held:?}");
+            assert_eq!(program.state(0).unwrap().connections, 0);
+            program.set_source(&busy, 0).unwrap();
+        }
+        // It was nothing else that kept it out.
+        assert_eq!(finish(&mut program), [challenged, ((0, Counter::OpenedReserved), 1)].into());
+        assert_eq!(program.source(&narrow).unwrap().map(|entry| entry.connections), Some(1));
+    }
 }
