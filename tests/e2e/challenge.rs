@@ -17,7 +17,7 @@ use limiter_tests::{
     limiter::Limiter,
     netns::Namespace,
     raw::RawClient,
-    tcp::{Crowd, PlainServer, connect_served, listener},
+    tcp::{Crowd, PlainServer, connect_served, listener, reset},
     tun::{TUN, TunLab},
     wait::{SOON, eventually, eventually_equal},
 };
@@ -101,7 +101,7 @@ fn a_flood_is_answered_by_cookies_and_ends(family: Family) -> Result<()> {
     let challenged = limiter.counter("syn_challenged")?;
     let after = connect_served(&home.namespace, home.service(family), SOON)?;
     assert_eq!(limiter.counter("syn_challenged")?, challenged);
-    drop((before, during, after));
+    reset([before, during, after])?;
     limiter.wait_empty()?;
     limiter.detach()?;
     assert_eq!(sysctl(&lab.server)?, "1");
@@ -127,7 +127,8 @@ fn cookies_keep_to_the_limits(family: Family) -> Result<()> {
     assert_eq!(late.unanswered.len(), 3);
     assert_eq!(limiter.counter("syn_challenged")?, challenged);
     assert!(limiter.counter("syn_source_limit")? >= 3);
-    drop((crowd, late));
+    drop(late);
+    crowd.reset()?;
     limiter.wait_empty()
 }
 

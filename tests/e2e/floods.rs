@@ -84,15 +84,15 @@ fn a_victim_that_resets_opens_all_it_may_under_a_flood_in_its_name(family: Famil
         eventually(SOON, "the flood is on", || Ok(limiter.counter("syn_admitted")? > 10_000))?;
         assert_eq!(limiter.held_by(victim)?, 0, "the flood counts for nothing");
         for _ in 0..3 {
-            drop(open_all()?);
+            open_all()?.reset()?;
             limiter.wait_held(victim, 0)?;
         }
         open_all()
     })?;
     assert_eq!(limiter.held_by(victim)?, u64::from(LIMIT));
-    drop(crowd);
+    crowd.reset()?;
     limiter.wait_held(victim, 0)?;
-    drop(open_all()?);
+    open_all()?.reset()?;
     limiter.wait_empty()?;
     assert_eq!(server.seen(victim).peak, LIMIT);
     Ok(())

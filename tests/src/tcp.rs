@@ -253,14 +253,18 @@ impl Crowd {
 }
 
 impl Crowd {
-    /// Ends those that are connected by RSTs.
-    ///
-    /// A server that takes SYN cookies may take the last ACK of a close for one if it comes twice, as it does on a busy host, and
-    /// opens another connection. That stays until the client, which answers nothing of an old one for a minute, resets it.
+    /// Ends those that are connected, as [`reset`] does.
     pub fn reset(self) -> io::Result<()> {
-        let connected = self.served.iter().chain(&self.unserved);
-        connected.map(|stream| SockRef::from(stream).set_linger(Some(Duration::ZERO))).collect()
+        reset(self.served.into_iter().chain(self.unserved))
     }
+}
+
+/// Ends connections by RSTs.
+///
+/// A server that answers by SYN cookies may take the last ACK of a close for one if it comes twice, as it does on a busy host, and
+/// opens another connection. That stays until the client, which answers nothing of an old one for a minute, resets it.
+pub fn reset(connections: impl IntoIterator<Item = TcpStream>) -> io::Result<()> {
+    connections.into_iter().try_for_each(|stream| SockRef::from(&stream).set_linger(Some(Duration::ZERO)))
 }
 
 /// One connection that the server has greeted, or the reason why there is none.
