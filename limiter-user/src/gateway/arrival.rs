@@ -85,6 +85,8 @@ pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instan
         is_local,
     };
     let prepared = tokio::select! {
+        // In this order, so that no alarm is set where there is nothing to wait for.
+        biased;
         prepared = prepare(&mut socket, &mut endpoints, shared) => prepared,
         refusal = out_of_time(shared, deadline) => {
             if shared.tls.is_some() {
