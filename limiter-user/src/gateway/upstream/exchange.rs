@@ -41,12 +41,15 @@ impl Request {
     /// Adds one of our own. In its value there is nothing that ends a line.
     pub(super) fn own(&mut self, name: &str, value: &[u8]) {
         let Self(text) = self;
+        let start = text.len();
+        text.extend_from_slice(name.as_bytes());
         let mut begins = true;
-        text.extend(name.bytes().map(|byte| {
-            let byte = if begins { byte.to_ascii_uppercase() } else { byte };
-            begins = byte == b'-';
-            byte
-        }));
+        for byte in &mut text[start..] {
+            if begins {
+                byte.make_ascii_uppercase();
+            }
+            begins = *byte == b'-';
+        }
         text.extend_from_slice(b": ");
         text.extend_from_slice(value);
         text.extend_from_slice(b"\r\n");
