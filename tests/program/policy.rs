@@ -10,6 +10,7 @@ use limiter::kernel::Hook;
 use limiter_common::{
     Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, abi,
     bucket::Rate,
+    ledger::RESERVATION_NS,
     policy::OnDeny,
     rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
@@ -279,6 +280,35 @@ fn set_policy(program: &mut Program, policy: ServicePolicy) {
 
 fn flooding() -> SourceKey {
     SourceKey::new(0, &v4().source.ip().into(), 32, 64)
+}
+
+/// What is overdue is looked for when it would keep somebody out, and behind what waits.
+#[test]
+fn a_syn_is_refused_only_for_what_is_not_overdue() {
+    const WAITING: u16 = 20;
+    for hook in [Hook::Xdp, Hook::Tc] {
+        let mut program = Program::load_for(hook).unwrap();
+        set_policy(&mut program, policy());
+        let local = v4().destination;
+        let reserve = |program: &mut Program, source: &str, port, opened_ns| {
+            let ends = Endpoints::new(SocketAddr::new(source.parse().unwrap(), port), local);
+            program.reserve(&ends, &SourceKey::new(0, &ends.remote, 32, 64), opened_ns).unwrap();
+        };
+        let (now, overdue) = (now_ns(), now_ns() - RESERVATION_NS);
+        for port in 1..=WAITING {
+            reserve(&mut program, "192.0.2.8", port, now);
+        }
+        for port in 1..=LIMIT {
+            reserve(&mut program, "192.0.2.7", port, overdue);
+        }
+        assert_eq!(syn(&mut program, "192.0.2.7"), Action::Pass, "{hook:?}: all that it holds is overdue");
+        assert_eq!(syn(&mut program, "192.0.2.8"), Action::Drop, "{hook:?}: nothing that it holds is");
+        let counted = [(Counter::SynAdmitted, 1), (Counter::SynSourceLimit, 1), (Counter::ClosedExpired, LIMIT.into())];
+        assert_eq!(program.counters().unwrap(), counted.map(|(counter, count)| ((0, counter), count)).into());
+        let state = program.state(0).unwrap();
+        assert_eq!((state.connections, state.unconfirmed), (WAITING.into(), WAITING.into()));
+        assert_eq!(program.source(&flooding()).unwrap(), None);
+    }
 }
 
 /// A flood is refused by a short way through the program. Whatever is different from a moment ago takes the long one, and is

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     Pod, TestRun as _,
     maps::{
-        Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf,
+        Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, Queue, RingBuf,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{CgroupSkb, SchedClassifier, TestRunOptions, TestRunResult, Xdp},
@@ -23,6 +23,7 @@ use limiter_common::{
     Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     challenge::Challenge,
     event::Refusal,
+    ledger::{Reservation, reservation_owner},
     policy::{InForce, ServiceState},
     rule::{MAPPED_BITS, RuleEntry},
 };
@@ -155,9 +156,24 @@ impl Program {
 
     /// Puts a connection into the ledger, with everything that counts it.
     pub fn add_connection(&mut self, ends: &Endpoints, source: &SourceKey) -> Result<()> {
+        self.enter(ends, source, 1, 1)
+    }
+
+    /// Reserves a slot for a connection, as if its handshake had completed at that time, and it were the youngest.
+    pub fn reserve(&mut self, ends: &Endpoints, source: &SourceKey, opened_ns: u64) -> Result<()> {
+        let owner = reservation_owner(opened_ns);
+        self.enter(ends, source, owner, opened_ns)?;
+        self.set_state(source.service, |state| state.unconfirmed += 1)?;
+        let key = ends.key(&self.array::<TagSecret>(abi::MAP_TAG_SECRET)?.get(&0, 0)?);
+        let queue = self.loaded.programs.map_mut(abi::MAP_RESERVATIONS).context("no reservations")?;
+        let mut queue: Queue<&mut MapData, Reservation> = queue.try_into()?;
+        Ok(queue.push(Reservation { key, reserved: 0, owner, opened_ns }, 0)?)
+    }
+
+    fn enter(&mut self, ends: &Endpoints, source: &SourceKey, owner: u64, opened_ns: u64) -> Result<()> {
         let entry = LedgerEntry {
-            owner: 1,
-            opened_ns: 1,
+            owner,
+            opened_ns,
             source: *source,
             flags: 0,
             wide_prefix: 0,
