@@ -4,6 +4,7 @@
 //! machine differs from minute to minute. Of several rounds the fastest counts, since whatever else the machine does can
 //! only add.
 
+mod cpu;
 mod peers;
 mod programs;
 mod refusal;

@@ -19,6 +19,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::{net::TcpListener, runtime::Builder};
 
+use crate::cpu;
 use proxy::{Kind, Proxy, Upstreams};
 
 /// CPUs of the proxy, and of everything else.
@@ -48,7 +49,7 @@ pub fn fairness() -> Result<()> {
 fn with_upstream(section: impl AsyncFnOnce(SocketAddr) -> Result<()>) -> Result<()> {
     proxy::install_missing()?;
     load::raise_descriptor_limit()?;
-    load::pin_to(LOAD_CPU)?;
+    cpu::pin_to(LOAD_CPU)?;
     let upstream = start_upstream()?;
     Builder::new_current_thread().enable_all().build()?.block_on(section(upstream))
 }
