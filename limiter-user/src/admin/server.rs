@@ -1,6 +1,6 @@
 //! The HTTP server of the admin address.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json, Router,
@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{Control, Metrics, Readiness, State, control};
-use crate::gateway::Overload;
+use crate::gateway::{Ending, Handed, Label, Overload, Spare};
 
 /// Connections that are served at the same time; more wait in the backlog.
 const MOST_CONNECTIONS: usize = 64;
@@ -36,6 +36,9 @@ const LONGEST_HEAD_BYTES: usize = 16 * 1024;
 
 /// How long a shutdown waits for answers on their way.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long those that were accepted just before another process took over may take to ask.
+const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// How long to wait after an accept that failed, which is for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -89,10 +92,21 @@ struct Context {
 #[derive(Debug)]
 pub struct Bound {
     listener: TcpListener,
+    /// As it was configured.
+    wanted: SocketAddr,
     address: SocketAddr,
 }
 
 impl Bound {
+    /// A second hand on the socket, for the next process.
+    ///
+    /// # Errors
+    ///
+    /// That of the kernel, which is out of descriptors.
+    pub fn spare(&self) -> io::Result<Spare> {
+        Ok(Spare::new(Label::tcp(self.wanted), self.listener.as_fd().try_clone_to_owned()?))
+    }
+
     /// The server that will show these, and let be controlled what `control` leads to.
     pub fn showing(
         self,
@@ -101,7 +115,7 @@ impl Bound {
         overload: Arc<Overload>,
         control: Option<Control>,
     ) -> Admin {
-        let Self { listener, address } = self;
+        let Self { listener, address, .. } = self;
         let is_loopback = address.ip().to_canonical().is_loopback();
         let control_of = control.clone();
         let context =
@@ -123,10 +137,23 @@ impl Admin {
     ///
     /// [`BindError`] says why the address can't be had, and what to do.
     pub async fn bind(address: SocketAddr) -> Result<Bound, BindError> {
-        let bind_error = |error| BindError { address, error };
-        let listener = TcpListener::bind(address).await.map_err(bind_error)?;
+        Self::take(address, &mut Handed::default()).await
+    }
+
+    /// The same where the process before may have handed its socket over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::bind`].
+    pub async fn take(wanted: SocketAddr, handed: &mut Handed) -> Result<Bound, BindError> {
+        let bind_error = |error| BindError { address: wanted, error };
+        let listener = match handed.take_tcp(wanted) {
+            Some(socket) => TcpListener::from_std(socket.into()),
+            None => TcpListener::bind(wanted).await,
+        }
+        .map_err(bind_error)?;
         let address = listener.local_addr().map_err(bind_error)?;
-        Ok(Bound { listener, address })
+        Ok(Bound { listener, wanted, address })
     }
 
     /// The address that it listens on.
@@ -136,6 +163,15 @@ impl Admin {
 
     /// Serves until `shutdown` completes, and then until the answers on their way are written, but not for long.
     pub async fn run(self, shutdown: impl Future<Output = ()>) {
+        self.run_until(async {
+            shutdown.await;
+            Ending::Drain
+        })
+        .await;
+    }
+
+    /// The same, where `ending` also says whether another process accepts from then on: then whoever was accepted before may still ask.
+    pub async fn run_until(self, ending: impl Future<Output = Ending>) {
         let Self { listener, router, control, .. } = self;
         // Ends when it is dropped.
         let mut watching = JoinSet::new();
@@ -145,10 +181,10 @@ impl Admin {
         let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
-        let mut shutdown = std::pin::pin!(shutdown);
-        loop {
+        let mut ending = std::pin::pin!(ending);
+        let ending = loop {
             tokio::select! {
-                () = &mut shutdown => break,
+                ending = &mut ending => break ending,
                 (stream, peer, permit) = accept(&listener, &room) => {
                     let router = router.clone().layer(Extension(peer));
                     let connection = http1::Builder::new()
@@ -165,8 +201,13 @@ impl Admin {
                 }
                 Some(_) = connections.join_next() => {}
             }
-        }
+        };
         drop(listener);
+        if ending == Ending::HandOver {
+            // A shutdown closes those that have not asked yet.
+            let all = async { while connections.join_next().await.is_some() {} };
+            let _ = tokio::time::timeout(LAST_REQUEST, all).await;
+        }
         // What is not done by then is cut off with the tasks.
         let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, graceful.shutdown()).await;
     }

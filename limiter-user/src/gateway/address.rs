@@ -10,11 +10,19 @@ use std::{
         unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use super::{inherited, listen::BindError};
+use super::{
+    handed::{Handed, Label, Spare},
+    inherited,
+    listen::BindError,
+};
 use crate::config::{self, Listen};
 
 /// How much the kernel may hold of what was written but not yet sent, in bytes. Without it a slow client has megabytes
@@ -63,6 +71,8 @@ pub struct Sockets(Vec<Bound>);
 #[derive(Debug)]
 pub(super) struct Bound {
     pub(super) place: Place,
+    /// What it was opened for; one of the service manager's has its name here.
+    listen: Listen,
     pub(super) socket: Socket,
     /// The entry in the file system that goes with the socket.
     pub(super) file: Option<SocketFile>,
@@ -74,6 +84,14 @@ impl Sockets {
     /// # Errors
     /// [`BindError`] names the address at fault and says what to do; nothing stays bound then.
     pub fn take(config: &config::Gateway) -> Result<Self, BindError> {
+        Self::take_among(config, &mut Handed::default())
+    }
+
+    /// The same where the process before has handed sockets over: those that fit are taken, and what is missing is opened.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_among(config: &config::Gateway, handed: &mut Handed) -> Result<Self, BindError> {
         if config.listen.is_empty() {
             return Err(BindError::NoAddress);
         }
@@ -82,8 +100,14 @@ impl Sockets {
         let (rest, first): (Vec<_>, Vec<_>) = config.listen.iter().partition(|listen| **listen == Listen::Systemd);
         for listen in first.into_iter().chain(rest) {
             match listen {
-                Listen::Tcp(address) => bound.push(tcp(*address, config.reuse_port)?),
-                Listen::Unix(path) => bound.push(unix(path, config.unix_mode)?),
+                Listen::Tcp(address) => bound.push(match handed.take_tcp(*address) {
+                    Some(socket) => adopt_tcp(*address, socket, config.reuse_port)?,
+                    None => tcp(*address, config.reuse_port)?,
+                }),
+                Listen::Unix(path) => bound.push(match handed.take_unix(path) {
+                    Some((socket, file)) => adopt_unix(path, socket, file, config.unix_mode)?,
+                    None => unix(path, config.unix_mode)?,
+                }),
                 Listen::Systemd | Listen::Named(_) => bound.extend(handed_over(listen)?),
             }
         }
@@ -108,12 +132,30 @@ impl Sockets {
         Self(wanted)
     }
 
+    /// A second hand on each, and on those of the service manager that no entry names, for the next process.
+    ///
+    /// # Errors
+    /// That of the kernel, which is out of descriptors.
+    pub fn spares(&self) -> io::Result<Vec<Spare>> {
+        let mut spares = self.0.iter().map(Bound::spare).collect::<io::Result<Vec<_>>>()?;
+        for (name, socket) in inherited::left()? {
+            spares.push(Spare::new(Label::new(&Listen::Named(name), None), socket));
+        }
+        Ok(spares)
+    }
+
     pub(super) fn into_bound(self) -> Vec<Bound> {
         self.0
     }
 }
 
 impl Bound {
+    fn spare(&self) -> io::Result<Spare> {
+        let label = Label::new(&self.listen, self.file.as_ref().map(SocketFile::identity));
+        let file = self.file.as_ref().map(SocketFile::owner);
+        Ok(Spare::new(label, self.socket.try_clone()?.into()).with_file(file))
+    }
+
     /// Lets clients connect; no harm if they can already.
     pub(super) fn listen(&self) -> Result<(), BindError> {
         if let Place::Tcp(_) = self.place {
@@ -144,7 +186,13 @@ fn tcp(address: SocketAddr, reuse_port: bool) -> Result<Bound, BindError> {
         Ok(socket)
     };
     let socket = bind().map_err(|error| BindError::Address { address, error })?;
-    Ok(Bound { place: Place::Tcp(address), socket, file: None })
+    Ok(Bound { place: Place::Tcp(address), listen: address.into(), socket, file: None })
+}
+
+/// One that the process before has opened.
+fn adopt_tcp(address: SocketAddr, socket: Socket, reuse_port: bool) -> Result<Bound, BindError> {
+    socket.set_reuse_port(reuse_port).map_err(|error| BindError::Address { address, error })?;
+    Ok(Bound { place: Place::Tcp(address), listen: address.into(), socket, file: None })
 }
 
 fn unix(path: &Path, mode: u32) -> Result<Bound, BindError> {
@@ -172,7 +220,18 @@ fn unix(path: &Path, mode: u32) -> Result<Bound, BindError> {
         Ok((socket, file))
     };
     let (socket, file) = bind().map_err(failed)?;
-    Ok(Bound { place: Place::Unix(path.to_owned()), socket, file: Some(file) })
+    Ok(bound_unix(path, socket, file))
+}
+
+/// One that the process before has made, with its file.
+fn adopt_unix(path: &Path, socket: Socket, file: SocketFile, mode: u32) -> Result<Bound, BindError> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .map_err(|error| BindError::Unix { path: path.to_owned(), error })?;
+    Ok(bound_unix(path, socket, file))
+}
+
+fn bound_unix(path: &Path, socket: Socket, file: SocketFile) -> Bound {
+    Bound { place: Place::Unix(path.to_owned()), listen: Listen::Unix(path.to_owned()), socket, file: Some(file) }
 }
 
 /// Removes the socket of a process that is gone. Anything else at that path is an error.
@@ -196,24 +255,42 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
+/// Device and inode of a file.
+pub(super) type Identity = (u64, u64);
+
 /// A unix socket's entry in the file system, which goes when this is dropped: unless somebody else has put another in its
-/// place meanwhile.
+/// place meanwhile, or it is another process's that has the same socket.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
+    identity: Identity,
+    is_ours: Arc<AtomicBool>,
 }
 
 impl SocketFile {
     fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), identity: identity(path)? })
+        Ok(Self { path: path.to_owned(), identity: identity(path)?, is_ours: Arc::new(true.into()) })
+    }
+
+    /// One that is still another process's.
+    pub(super) fn handed(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: identity(path)?, is_ours: Arc::default() })
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Whether it is this process's to remove.
+    pub(super) fn owner(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.is_ours)
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity)
+        if self.is_ours.load(Ordering::Acquire)
+            && identity(&self.path).is_ok_and(|found| found == self.identity)
             && let Err(error) = fs::remove_file(&self.path)
         {
             tracing::warn!(path = %self.path.display(), %error, "can't remove a unix socket; the next start does");
@@ -221,7 +298,7 @@ impl Drop for SocketFile {
     }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
+fn identity(path: &Path) -> io::Result<Identity> {
     fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
@@ -257,7 +334,7 @@ fn adopt(name: &str, fd: OwnedFd) -> Result<Bound, BindError> {
         return Err(unfit("it is neither TCP nor a unix socket"));
     };
     socket.set_nonblocking(true).map_err(|_| unfit("it can't be made non-blocking"))?;
-    Ok(Bound { place, socket, file: None })
+    Ok(Bound { place, listen: Listen::Named(name.to_owned()), socket, file: None })
 }
 
 /// What to do about an address that can't be listened on.

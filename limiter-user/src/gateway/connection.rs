@@ -202,7 +202,7 @@ async fn decide(
     let mut handshake = handshake::check(head)?;
     let route = shared.routes.of(head)?;
     origin::check(&head.headers, &shared.config.allowed_origins)?;
-    if shared.drain.begun() {
+    if shared.drain.refuses() {
         return Err(Refusal::Draining);
     }
     if is_turned_away && !route.exempt {

@@ -28,6 +28,16 @@ const KEPT_FOR_ANSWERS: u32 = 5;
 /// its time for nothing.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
+/// Why a gateway ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It is to end. Whoever is not in yet is refused.
+    Drain,
+    /// Another process accepts on the same sockets from now on. Whoever was accepted before still gets in, and is then told to come
+    /// again as everybody is.
+    HandOver,
+}
+
 /// What became of the sessions that were open at the shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DrainReport {
@@ -43,6 +53,8 @@ pub struct DrainReport {
 #[derive(Default)]
 pub(super) struct Drain {
     begun: AtomicBool,
+    /// Whether handshakes go on all the same.
+    lets_in: AtomicBool,
     waiting: Mutex<Slab<Place>>,
     closed: AtomicUsize,
     cut: AtomicUsize,
@@ -69,12 +81,17 @@ impl Drain {
         self.begun.load(Ordering::Acquire)
     }
 
+    /// Whether handshakes are refused.
+    pub(super) fn refuses(&self) -> bool {
+        self.begun() && !self.lets_in.load(Ordering::Acquire)
+    }
+
     /// Watches over one session, which counts if it ends in the drain: as cut, unless it is said to be closed before.
     pub(super) fn session(&self) -> Witness<'_> {
         Witness { drain: self, counter: &self.cut }
     }
 
-    /// Completes when the drain begins.
+    /// Completes when the drain begins, unless that lets handshakes go on.
     pub(super) fn wait(&self) -> Wait<'_> {
         Wait { drain: self, kind: State::Early, at: None }
     }
@@ -86,14 +103,17 @@ impl Drain {
 
     /// Tells those that don't wait for a turn, and gives the places of the others in random order. Who comes later has its turn
     /// at once.
-    fn begin(&self) -> Vec<usize> {
+    fn begin(&self, ending: Ending) -> Vec<usize> {
         let mut turns = Vec::new();
         let mut early = Vec::new();
         let mut waiting = self.waiting();
+        // Before the other, so that nobody sees a drain that refuses where none does.
+        self.lets_in.store(ending == Ending::HandOver, Ordering::Release);
         self.begun.store(true, Ordering::Release);
         for (key, place) in waiting.iter_mut() {
             match place.state {
                 State::Session => turns.push(key),
+                State::Early if ending == Ending::HandOver => {}
                 State::Early | State::Called => {
                     place.state = State::Called;
                     early.push(place.waker.clone());
@@ -148,7 +168,7 @@ impl Future for Wait<'_> {
         let Some((key, waker)) = at else {
             let mut waiting = drain.waiting();
             // Under the lock: whoever is not there yet when the drain begins sees that it has.
-            if drain.begun() {
+            if drain.begun() && (*kind == State::Session || drain.refuses()) {
                 return Poll::Ready(());
             }
             let key = waiting.insert(Place { waker: cx.waker().clone(), state: *kind });
@@ -214,13 +234,18 @@ fn time_for_turns(drain_timeout: Duration) -> Duration {
 }
 
 /// Ends `connections`, in good order as far as their clients take part.
-pub(super) async fn finish(connections: &mut JoinSet<()>, shared: &Arc<Shared>) -> DrainReport {
+pub(super) async fn finish(connections: &mut JoinSet<()>, shared: &Arc<Shared>, ending: Ending) -> DrainReport {
     let started = Instant::now();
     let limit = shared.config.drain_timeout;
-    let turns = shared.drain.begin();
+    let turns = shared.drain.begin(ending);
     tracing::info!(sessions = shared.admission.total(), timeout = ?limit, "draining");
 
-    let ended = timeout(limit, async {
+    // Handshakes that go on have a deadline of their own.
+    let patience = match ending {
+        Ending::Drain => limit,
+        Ending::HandOver => limit.max(shared.config.handshake_timeout),
+    };
+    let ended = timeout(patience, async {
         let all = async {
             while let Some(ended) = connections.join_next().await {
                 report_panic(&ended);

@@ -20,7 +20,7 @@ async fn turns(sessions: usize, time: Duration) -> Vec<Duration> {
         tokio::task::yield_now().await;
     }
     let begun = Instant::now();
-    let order = drain.begin();
+    let order = drain.begin(Ending::Drain);
     let mut turns = vec![Duration::MAX; sessions];
     let all = async {
         while let Some(turn) = tasks.join_next().await {
@@ -65,7 +65,7 @@ async fn handshakes_and_latecomers_have_no_turn_to_wait_for() {
     let mut handshake = Box::pin(drain.wait());
     let mut session = Box::pin(drain.turn());
     assert_eq!((handshake.as_mut().now_or_never(), session.as_mut().now_or_never()), (None, None));
-    let order = drain.begin();
+    let order = drain.begin(Ending::Drain);
     assert_eq!(order.len(), 1);
     assert_eq!((handshake.as_mut().now_or_never(), session.as_mut().now_or_never()), (Some(()), None));
     assert_eq!((drain.wait().now_or_never(), drain.turn().now_or_never()), (Some(()), Some(())));
@@ -123,11 +123,11 @@ proptest! {
                     prop_assert!(order.is_some() || polled == Pending);
                 }
                 Step::Go(i) if !waiting.is_empty() => drop(waiting.swap_remove(i % waiting.len())),
-                Step::Begin if order.is_none() => order = Some(drain.begin()),
+                Step::Begin if order.is_none() => order = Some(drain.begin(Ending::Drain)),
                 Step::Poll(_) | Step::Go(_) | Step::Begin => {}
             }
         }
-        let order = order.unwrap_or_else(|| drain.begin());
+        let order = order.unwrap_or_else(|| drain.begin(Ending::Drain));
         drain.call(order, Duration::ZERO).now_or_never().expect("there is nothing to wait for");
         for wait in &mut waiting {
             prop_assert_eq!(wait.as_mut().poll(&mut cx), Ready(()));

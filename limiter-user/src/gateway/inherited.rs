@@ -1,6 +1,7 @@
 //! Sockets that the service manager hands over, as `sd_listen_fds(3)` has it.
 
 use std::{
+    io,
     os::fd::{FromRawFd, OwnedFd},
     sync::{Mutex, PoisonError},
 };
@@ -12,6 +13,18 @@ type Named = (String, OwnedFd);
 
 /// Those that nobody has taken yet; `None`: nobody has looked.
 static LEFT: Mutex<Option<Vec<Named>>> = Mutex::new(None);
+
+/// What the process before has had of the service manager, and hands over. In the place of what the environment says, which is
+/// for that process.
+pub(super) fn give(named: Vec<Named>) {
+    *LEFT.lock().unwrap_or_else(PoisonError::into_inner) = Some(named);
+}
+
+/// A second hand on those that nobody has taken.
+pub(super) fn left() -> io::Result<Vec<Named>> {
+    let left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    left.iter().flatten().map(|(name, fd)| Ok((name.clone(), fd.try_clone()?))).collect()
+}
 
 /// Takes those of that name, or all that are left. Each is handed out once.
 pub(super) fn take(name: Option<&str>) -> Result<Vec<Named>, BindError> {

@@ -22,6 +22,7 @@ use super::{
     Shared,
     address::{Bound, LOCAL_PEER, Place, SocketFile, Sockets, advice, unix_advice},
     connection,
+    drain::Ending,
     socket::Socket,
     wire::Wire,
 };
@@ -145,7 +146,7 @@ impl Listeners {
         let mut listeners = Self { sockets: Vec::new(), addrs: Vec::new(), places: Vec::new(), next: 0 };
         for bound in sockets.into_bound() {
             bound.listen()?;
-            let Bound { place, socket, file } = bound;
+            let Bound { place, socket, file, .. } = bound;
             let (listener, place) = match place {
                 Place::Tcp(address) => {
                     let (listener, address) =
@@ -209,19 +210,19 @@ fn tcp_listener(socket: socket2::Socket) -> io::Result<(TcpListener, SocketAddr)
     Ok((listener, addr))
 }
 
-/// Accepts and serves until `shutdown` completes; then closes the listening sockets and hands back the connections that
+/// Accepts and serves until `ending` completes; then closes the listening sockets and hands back the connections that
 /// are still there.
 pub(super) async fn serve(
     mut listeners: Listeners,
     current: &watch::Receiver<Arc<Shared>>,
-    shutdown: impl Future<Output = ()>,
-) -> JoinSet<()> {
+    ending: impl Future<Output = Ending>,
+) -> (JoinSet<()>, Ending) {
     let mut connections = JoinSet::new();
-    let mut shutdown = pin!(shutdown);
+    let mut ending = pin!(ending);
     loop {
         tokio::select! {
             biased;
-            () = &mut shutdown => return connections,
+            ending = &mut ending => return (connections, ending),
             Some(ended) = connections.join_next() => report_panic(&ended),
             accepted = poll_fn(|cx| listeners.poll_accept(cx)) => match accepted {
                 Ok(Incoming { wire, remote, local }) => {
@@ -242,7 +243,7 @@ pub(super) async fn serve(
                     }
                     tokio::select! {
                         biased;
-                        () = &mut shutdown => return connections,
+                        ending = &mut ending => return (connections, ending),
                         // What it held is free: for whoever has waited longest, and at once.
                         Some(ended) = connections.join_next() => report_panic(&ended),
                         () = sleep(BACKOFF) => {}

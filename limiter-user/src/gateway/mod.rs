@@ -20,6 +20,7 @@ mod drain;
 mod forwarded;
 #[cfg(any(test, limiter_fuzz))]
 pub(crate) mod fuzz;
+mod handed;
 mod handshake;
 mod inherited;
 mod json;
@@ -55,7 +56,8 @@ mod tests;
 pub use address::{Place, Sockets};
 pub use admission::AllServices;
 pub use application::room_name;
-pub use drain::DrainReport;
+pub use drain::{DrainReport, Ending};
+pub use handed::{Handed, Label, Spare};
 pub use listen::BindError;
 pub use metrics::Metrics;
 pub use overload::{Overload, Strain};
@@ -221,14 +223,23 @@ impl Gateway {
     /// Serves until `shutdown` completes, then stops accepting, closes every session with 1001 and waits up to
     /// `drain_timeout` for the clients to do likewise. Dropping the future instead ends everything at once.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> DrainReport {
+        self.run_until(async {
+            shutdown.await;
+            Ending::Drain
+        })
+        .await
+    }
+
+    /// The same, where `ending` also says whether another process accepts on the same sockets from then on.
+    pub async fn run_until(self, ending: impl Future<Output = Ending>) -> DrainReport {
         let Self { listeners, current } = self;
         // Ends when it is dropped.
         let mut watching = JoinSet::new();
         watching.spawn(settings::watch_files(current.subscribe()));
         watching.spawn(upstream::probe(current.subscribe()));
         watching.spawn(overload::watch(current.subscribe()));
-        let mut connections = listen::serve(listeners, &current.subscribe(), shutdown).await;
+        let (mut connections, ending) = listen::serve(listeners, &current.subscribe(), ending).await;
         let shared = Arc::clone(&current.borrow());
-        drain::finish(&mut connections, &shared).await
+        drain::finish(&mut connections, &shared, ending).await
     }
 }

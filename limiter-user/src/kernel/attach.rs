@@ -5,7 +5,11 @@
 //! goes into the maps, and what was attached is pinned. A first attach that fails removes what it had pinned; a take-over
 //! that fails leaves the old policy in force, and what the old links were attached to.
 
-use std::{fs, os::fd::AsFd as _, sync::Arc};
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+};
 
 use aya::{
     Ebpf,
@@ -43,7 +47,7 @@ pub struct Attached {
     interfaces: Vec<String>,
     attach_mode: AttachMode,
     // Last, so that nobody else starts before the rest is dropped.
-    _lock: Lock,
+    lock: Lock,
 }
 
 /// What attaching did.
@@ -65,6 +69,20 @@ impl Attached {
     /// [`KernelError`] says which of the preconditions does not hold; nothing is left behind then that was not there
     /// before.
     pub fn attach(config: &Kernel, services: &[Service], rules: &[Rule]) -> Result<(Self, AttachReport), KernelError> {
+        Self::attach_after(config, services, rules, None)
+    }
+
+    /// The same where the process before has shared its lock ([`Self::share_lock`]): nobody else comes in between.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach`].
+    pub fn attach_after(
+        config: &Kernel,
+        services: &[Service],
+        rules: &[Rule],
+        handed_lock: Option<OwnedFd>,
+    ) -> Result<(Self, AttachReport), KernelError> {
         if services.len() > abi::MAX_SERVICES as usize {
             return Err(KernelError::TooManyServices { count: services.len() });
         }
@@ -78,7 +96,10 @@ impl Attached {
         let netns_cookie = host::netns_cookie()?;
 
         let pins = Pins::new(&config.pin_path);
-        let lock = pins.lock()?;
+        let lock = match handed_lock {
+            Some(handed) => pins.lock_handed(handed)?,
+            None => pins.lock()?,
+        };
         layout::check_version(&pins)?;
         let taken_over = pins.exist();
         let result =
@@ -95,7 +116,7 @@ impl Attached {
                     debug_log,
                     interfaces: config.interfaces.clone(),
                     attach_mode: config.attach_mode,
-                    _lock: lock,
+                    lock,
                 };
                 Ok((attached, report))
             }
@@ -148,6 +169,25 @@ impl Attached {
     /// The programs' debug messages, if they were asked for; `Some` once.
     pub fn take_debug_log(&mut self) -> Option<DebugLog> {
         self.debug_log.take()
+    }
+
+    /// A second hand on the lock that keeps other daemons off, for the process that comes after this one. From now on it lasts as
+    /// long as either of them.
+    ///
+    /// # Errors
+    ///
+    /// That of the kernel, which is out of descriptors.
+    pub fn share_lock(&self) -> io::Result<OwnedFd> {
+        self.lock.share()
+    }
+
+    /// Has others be told that it is this process that holds the lock, after one before has shared it.
+    ///
+    /// # Errors
+    ///
+    /// That of the kernel. The lock is held all the same.
+    pub fn claim_lock(&self) -> io::Result<()> {
+        self.lock.claim()
     }
 
     /// Takes everything away again.

@@ -36,7 +36,7 @@ pub struct Event {
 
 /// The reading end of the ring buffer.
 pub struct Events {
-    buffer: RingBuf<MapData>,
+    pins: Pins,
 }
 
 impl fmt::Debug for Events {
@@ -46,16 +46,22 @@ impl fmt::Debug for Events {
 }
 
 impl Events {
-    /// Opens the pinned buffer. There may be one reader at a time.
+    /// Of the pinned buffer. There may be one reader at a time.
     pub(super) fn open(pins: &Pins) -> Result<Self, KernelError> {
-        Ok(Self { buffer: maps::open(&pins.map(abi::MAP_EVENTS), Map::RingBuf)? })
+        buffer(pins)?;
+        Ok(Self { pins: pins.clone() })
     }
 
     /// Hands every event to `handle` as it comes; ends only with an error. Runs on a tokio runtime.
     pub async fn read(self, mut handle: impl FnMut(Event)) -> io::Error {
+        // Now, and not before: it begins where the last reader was when it is opened, and that may have read on since.
+        let buffer = match buffer(&self.pins) {
+            Ok(buffer) => buffer,
+            Err(error) => return io::Error::other(error),
+        };
         // SAFETY: the buffer owns its descriptor, returns the same one every time, and is dropped only after it was
         // taken off the reactor.
-        let mut buffer = match unsafe { AsyncFd::register(self.buffer) } {
+        let mut buffer = match unsafe { AsyncFd::register(buffer) } {
             Ok(buffer) => buffer,
             Err(error) => return error.into(),
         };
@@ -72,6 +78,10 @@ impl Events {
             ready.clear_ready();
         }
     }
+}
+
+fn buffer(pins: &Pins) -> Result<RingBuf<MapData>, KernelError> {
+    maps::open(&pins.map(abi::MAP_EVENTS), Map::RingBuf)
 }
 
 /// `None` for a record of another length or an unknown reason, which only another version's programs could write.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use netlink_sys::{Socket as Netlink, SocketAddr as NetlinkAddr, protocols::NETLINK_ROUTE};
-use tokio::{io::unix::AsyncFd, task::spawn_blocking};
+use tokio::{io::unix::AsyncFd, sync::Notify, task::spawn_blocking};
 
 use super::{
     KernelError,
@@ -50,6 +50,37 @@ pub enum Change {
 pub struct Keeper {
     netlink: Netlink,
     work: Arc<Mutex<Work>>,
+    resumed: Arc<Notify>,
+}
+
+/// A hand on a [`Keeper`], to have it wait while another process attaches: what that takes off an interface must stay off.
+#[derive(Clone)]
+pub struct KeeperPause {
+    work: Arc<Mutex<Work>>,
+    resumed: Arc<Notify>,
+}
+
+impl fmt::Debug for KeeperPause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeeperPause").finish_non_exhaustive()
+    }
+}
+
+impl KeeperPause {
+    /// From when this returns, nothing is attached any more. Blocks while that is being done.
+    pub fn pause(&self) {
+        self.set(true);
+    }
+
+    /// Goes on, with all that has changed meanwhile.
+    pub fn resume(&self) {
+        self.set(false);
+        self.resumed.notify_one();
+    }
+
+    fn set(&self, is_paused: bool) {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner).is_paused = is_paused;
+    }
 }
 
 impl fmt::Debug for Keeper {
@@ -65,6 +96,8 @@ struct Work {
     control: Arc<Control>,
     /// The interfaces that could not be attached, by name, with the index that they had then.
     failed: HashMap<String, u32>,
+    /// Another process attaches.
+    is_paused: bool,
 }
 
 impl Keeper {
@@ -79,8 +112,14 @@ impl Keeper {
         let mut netlink = Netlink::new(NETLINK_ROUTE).map_err(KernelError::failed(WHAT))?;
         netlink.bind(&NetlinkAddr::new(0, LINKS)).map_err(KernelError::failed(WHAT))?;
         netlink.set_non_blocking(true).map_err(KernelError::failed(WHAT))?;
-        let work = Work { pins: pins.clone(), names: names.to_vec(), mode, control, failed: HashMap::new() };
-        Ok(Self { netlink, work: Arc::new(Mutex::new(work)) })
+        let work =
+            Work { pins: pins.clone(), names: names.to_vec(), mode, control, failed: HashMap::new(), is_paused: false };
+        Ok(Self { netlink, work: Arc::new(Mutex::new(work)), resumed: Arc::default() })
+    }
+
+    /// A hand on it, to have it wait.
+    pub fn pauser(&self) -> KeeperPause {
+        KeeperPause { work: Arc::clone(&self.work), resumed: Arc::clone(&self.resumed) }
     }
 
     /// Hands every change to `handle`, once it was seen to. Ends only with an error. Runs on a tokio runtime.
@@ -99,9 +138,12 @@ impl Keeper {
                 Ok(changes) => changes.into_iter().for_each(&mut handle),
                 Err(error) => return io::Error::other(error),
             }
-            let mut ready = match netlink.readable().await {
-                Ok(ready) => ready,
-                Err(error) => return error,
+            let mut ready = tokio::select! {
+                ready = netlink.readable() => match ready {
+                    Ok(ready) => ready,
+                    Err(error) => return error,
+                },
+                () = self.resumed.notified() => continue,
             };
             if let Err(error) = drain(ready.get_inner()) {
                 return error;
@@ -131,6 +173,9 @@ impl Work {
     /// Compares what there is with what is attached, and attaches what is not.
     fn compare(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
+        if self.is_paused {
+            return changes;
+        }
         let interfaces = Interfaces::new(&self.pins, self.mode);
         let Ok(pinned) = interfaces.pinned() else { return changes };
         let mut attached = Vec::new();

@@ -54,12 +54,12 @@ pub use events::{Event, Events};
 pub use explain::{Explanation, ServiceExplanation, SynOutcome};
 pub use host::{LinkType, link_type, monotonic};
 pub use interfaces::InterfaceReport;
-pub use keeper::{Change, Keeper};
+pub use keeper::{Change, Keeper, KeeperPause};
 pub use kick::{Cutter, Kicked, kick};
 pub use live::LivePolicy;
 pub use load::{Hook, Loaded, load_unpinned};
 pub use maps::{Ledger, ServiceEntry, Services, Sources};
-pub use pinned::{Detached, Pinned, detach};
+pub use pinned::{Detached, Pinned, PolicyMark, detach};
 pub use placement::{Mode, Why};
 pub use report::{
     AttachedInterface, ChallengeRow, ConnectionRow, Counters, Exception, REPAIRS, ServiceRow, SourceRow, Status,

@@ -18,6 +18,7 @@ use super::{
     audit::no_list,
     challenge::{self, Challenges},
     change::Change,
+    copies::Word,
     delivery, host, in_force,
     layout::{self, Sizes},
     maps::{Audits, Ledger, ServiceEntry, Services, SocketPort, Sources},
@@ -31,6 +32,10 @@ use crate::{
     config::{Namespaces, OnDeny, OnFull, Service},
     policy::{Cidr, Limits, Rule},
 };
+
+/// See [`Pinned::policy_mark`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyMark(u64);
 
 /// The state of an attached limiter, whether a daemon runs on it or not.
 #[derive(Debug)]
@@ -313,6 +318,11 @@ impl Pinned {
         on_full: OnFull,
     ) -> Result<Vec<(u32, Service)>, KernelError> {
         in_force::put(&self.pins, services, rules, on_full)
+    }
+
+    /// Which policy is in force: another after every change.
+    pub fn policy_mark(&self) -> Result<PolicyMark, KernelError> {
+        Ok(PolicyMark(Word::open(&self.pins)?.read()?.0))
     }
 
     /// The rules.

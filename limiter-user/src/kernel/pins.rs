@@ -21,8 +21,12 @@
 use std::{
     fs::{self, File},
     io,
-    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -139,16 +143,26 @@ impl Pins {
             .map_err(KernelError::failed(format!("can't make the folder {}", self.root.display())))?;
         let folder = File::open(&self.root)
             .map_err(KernelError::failed(format!("can't open the folder {}", self.root.display())))?;
-        // SAFETY: the descriptor is open.
-        if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-            return Ok(Lock { folder, made });
-        }
-        let error = io::Error::last_os_error();
+        let Err(error) = flock(&folder, libc::LOCK_EX | libc::LOCK_NB) else {
+            return Ok(Lock { folder, made, is_shared: AtomicBool::new(false) });
+        };
         if error.kind() == io::ErrorKind::WouldBlock {
             Err(KernelError::AlreadyRunning { pin_path: self.root.clone(), pid: self.lock_holder() })
         } else {
             Err(KernelError::failed(format!("can't lock {}", self.root.display()))(error))
         }
+    }
+
+    /// The lock that the process before holds, and shares with this one. One of another pin path is closed, and this one's
+    /// taken as by [`Self::lock`].
+    pub fn lock_handed(&self, handed: OwnedFd) -> Result<Lock, KernelError> {
+        let folder = File::from(handed);
+        let is_ours = folder
+            .metadata()
+            .ok()
+            .zip(fs::metadata(&self.root).ok())
+            .is_some_and(|(handed, root)| (handed.dev(), handed.ino()) == (root.dev(), root.ino()));
+        if is_ours { Ok(Lock { folder, made: false, is_shared: AtomicBool::new(true) }) } else { self.lock() }
     }
 
     /// Waits until no other process changes the policy, and keeps others from it. Everybody takes this lock for a moment,
@@ -159,11 +173,9 @@ impl Pins {
         let file = File::open(&folder).map_err(KernelError::failed(what()))?;
         let deadline = Instant::now() + LONGEST_CHANGE;
         loop {
-            // SAFETY: the descriptor is open.
-            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+            let Err(error) = flock(&file, libc::LOCK_EX | libc::LOCK_NB) else {
                 return Ok(PolicyLock { folder: file });
-            }
-            let error = io::Error::last_os_error();
+            };
             if error.kind() != io::ErrorKind::WouldBlock {
                 return Err(KernelError::failed(what())(error));
             }
@@ -266,14 +278,38 @@ pub struct Lock {
     folder: File,
     /// Whether the pin path was made by taking the lock.
     pub made: bool,
+    /// Whether another process may hold the same lock: then it ends with the last descriptor.
+    is_shared: AtomicBool,
+}
+
+impl Lock {
+    /// A second hand on the lock, for another process. Both hold it until both are gone.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        let copy = self.folder.try_clone()?;
+        self.is_shared.store(true, Ordering::Release);
+        Ok(copy.into())
+    }
+
+    /// Has /proc/locks name this process, where another had taken the lock and shared it. Nobody gets in between: a lock that is
+    /// changed stays on the descriptor, and whoever wants the whole one is kept off by either kind.
+    pub fn claim(&self) -> io::Result<()> {
+        flock(&self.folder, libc::LOCK_SH | libc::LOCK_NB)?;
+        flock(&self.folder, libc::LOCK_EX | libc::LOCK_NB)
+    }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Said aloud, because a child process may have inherited the descriptor.
-        // SAFETY: the descriptor is open.
-        unsafe { libc::flock(self.folder.as_raw_fd(), libc::LOCK_UN) };
+        if !self.is_shared.load(Ordering::Acquire) {
+            // Said aloud, because a child process may have inherited the descriptor.
+            let _ = flock(&self.folder, libc::LOCK_UN);
+        }
     }
+}
+
+fn flock(file: &File, operation: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open.
+    if unsafe { libc::flock(file.as_raw_fd(), operation) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// That this process, and no other, changes the policy.
@@ -286,8 +322,7 @@ pub struct PolicyLock {
 impl Drop for PolicyLock {
     fn drop(&mut self) {
         // As above.
-        // SAFETY: the descriptor is open.
-        unsafe { libc::flock(self.folder.as_raw_fd(), libc::LOCK_UN) };
+        let _ = flock(&self.folder, libc::LOCK_UN);
     }
 }
 
@@ -338,6 +373,25 @@ mod tests {
         let locks = "1: POSIX  ADVISORY  WRITE 12 00:1f:23 0 EOF\n2: FLOCK  ADVISORY  WRITE 4711 00:1f:23 0 EOF\n2: -> FLOCK  ADVISORY  WRITE 4712 00:1f:23 0 EOF\n";
         assert_eq!(lock_holder(locks, "00:1f:23"), Some(4711));
         assert_eq!(lock_holder(locks, "00:1f:24"), None);
+    }
+
+    #[test]
+    fn a_lock_that_is_shared_ends_with_the_last_hand_on_it() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = || File::open(place.path()).unwrap();
+        let take = |folder: File| -> io::Result<Lock> {
+            flock(&folder, libc::LOCK_EX | libc::LOCK_NB)?;
+            Ok(Lock { folder, made: false, is_shared: AtomicBool::new(false) })
+        };
+        let lock = take(folder()).unwrap();
+        let next = Pins::new(place.path()).lock_handed(lock.share().unwrap()).unwrap();
+        take(folder()).unwrap_err();
+        drop(lock);
+        take(folder()).expect_err("the next one still holds it");
+        next.claim().unwrap();
+        take(folder()).expect_err("and after it has taken it for its own");
+        drop(next);
+        take(folder()).unwrap();
     }
 
     #[test]

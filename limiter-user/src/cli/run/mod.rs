@@ -2,7 +2,9 @@
 
 mod audits;
 mod daemon;
+mod hand_over;
 mod interfaces;
+mod kernel_side;
 mod open_files;
 mod refusals;
 mod reload;
@@ -22,11 +24,13 @@ use super::{
 use crate::{
     admin::{self, Admin, Control, Readiness},
     config::{Config, Service},
-    gateway::{self, AllServices, Gateway, Place, Sockets},
+    gateway::{self, AllServices, Gateway, Handed, Place, Sockets},
     kernel::{Attached, Pinned},
     policy::{Fixed, Policy},
 };
-use daemon::{Daemon, KernelSide, Refusals};
+use daemon::Daemon;
+use hand_over::{Inheritance, Program, Succession};
+use kernel_side::{KernelSide, Refusals};
 use reload::{KernelSettings, Reloader, RunningGateway, Typed};
 use signals::Signals;
 use tokio::sync::watch;
@@ -40,44 +44,43 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(global: &Global, args: Args) -> anyhow::Result<()> {
+    let program = Program::this();
+    let inheritance = Inheritance::take()?;
     let config = settings::for_run(global, args.kernel.clone(), args.gateway.clone())?;
     logging::start(&config.log)?;
     open_files::raise();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the threads")?;
-    runtime.block_on(serve(&config, Typed { global: global.clone(), args, ports: Vec::new() }))
+    let typed = Typed { global: global.clone(), args, ports: Vec::new() };
+    runtime.block_on(serve(&config, typed, program, inheritance))
 }
 
-async fn serve(config: &Config, typed: Typed) -> anyhow::Result<()> {
+async fn serve(config: &Config, typed: Typed, program: Program, inheritance: Inheritance) -> anyhow::Result<()> {
     // Before anything is attached, so that no signal can end the process half-way.
     let signals = Signals::new()?;
-    let sockets = Sockets::take(&config.gateway)?;
+    let Inheritance { sockets: mut handed, admin: handed_admin, lock, predecessor } = inheritance;
+    let sockets = Sockets::take_among(&config.gateway, &mut handed)?;
     let ports: Vec<u16> = sockets.places().filter_map(Place::tcp).map(|address| address.port()).collect();
     let mut config = config.clone();
     config.cover(&ports);
     let (config, typed) = (&config, Typed { ports, ..typed });
-    let addresses = Addresses::take(config, sockets).await?;
+    let succession = Succession::new(program, predecessor, handed);
+    let addresses = Addresses::take(config, sockets, handed_admin, succession).await?;
     for warning in config.warnings() {
         tracing::warn!("{warning}");
     }
     if config.kernel.interfaces.is_empty() {
         tracing::info!("no interface is configured: the gateway keeps the limits alone");
         let policies = config.services.iter().map(|service| (service.name.clone(), fixed(service, config))).collect();
-        return addresses.open(policies, None, config, typed)?.run(signals).await;
+        return addresses.open(policies, None, config, typed)?.run(signals, None).await;
     }
 
-    let (mut attached, report) = Attached::attach(&config.kernel, &config.services, &config.rules)?;
+    let (mut attached, report) = Attached::attach_after(&config.kernel, &config.services, &config.rules, lock)?;
     super::attach::log(&report);
     // Before anybody new is let in, so that it is clear who was there before.
     super::attach::log_adopted(super::attach::adopt_open(&attached, !config.kernel.audit_interval.is_zero()));
     match open_attached(config, addresses, &mut attached, typed) {
-        // Held until the end: it keeps other daemons off.
-        Ok(daemon) => {
-            let ended = daemon.run(signals).await;
-            tracing::info!("the limits in the kernel stay in force; `limiter detach` removes them");
-            drop(attached);
-            ended
-        }
+        Ok(daemon) => daemon.run(signals, Some(attached)).await,
         Err(error) if report.taken_over => Err(error),
         Err(error) => {
             // What was there before is what stays: nothing.
@@ -127,10 +130,18 @@ struct Addresses {
     gateways: Vec<(String, gateway::Reserved)>,
     admin: Option<admin::Bound>,
     control: Option<Control>,
+    succession: Succession,
 }
 
 impl Addresses {
-    async fn take(config: &Config, mut sockets: Sockets) -> anyhow::Result<Self> {
+    async fn take(
+        config: &Config,
+        mut sockets: Sockets,
+        mut handed_admin: Handed,
+        mut succession: Succession,
+    ) -> anyhow::Result<Self> {
+        const KEEP: &str = "can't keep a socket for an upgrade";
+        succession.keep_sockets(sockets.spares().context(KEEP)?);
         let mut gateways = Vec::new();
         for (i, service) in config.services.iter().enumerate() {
             // A unix socket has no port that would say whose it is.
@@ -150,14 +161,15 @@ impl Addresses {
             )));
         }
         let admin = match config.admin.listen {
-            Some(address) => Some(Admin::bind(address).await?),
+            Some(address) => Some(Admin::take(address, &mut handed_admin).await?),
             None => None,
         };
+        succession.keep_admin(admin.as_ref().map(admin::Bound::spare).transpose().context(KEEP)?, handed_admin);
         let control = match &config.admin.token_file {
             Some(path) => Some(Control::new(path).context("admin.token_file")?),
             None => None,
         };
-        Ok(Self { gateways, admin, control })
+        Ok(Self { gateways, admin, control, succession })
     }
 
     /// Lets clients connect. `policies`: by the service's name.
@@ -196,6 +208,6 @@ impl Addresses {
         let readiness = Readiness::default();
         let admin =
             self.admin.map(|bound| bound.showing(metrics, readiness.clone(), gateway_metrics.overload(), self.control));
-        Ok(Daemon { gateways, admin, readiness, kernel, reloader })
+        Ok(Daemon { gateways, admin, readiness, kernel, reloader, succession: self.succession })
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     cli::{Global, Usage, exit, logging, settings},
     config::Config,
     gateway,
-    kernel::{Control, Pinned},
+    kernel::{Control, Pinned, PolicyMark},
 };
 
 /// What it takes to read the configuration again, and whom to tell.
@@ -98,6 +98,30 @@ impl Reloader {
                     "the configuration was read again and can't be used: the old one stays in force, whole"
                 );
             }
+        }
+    }
+
+    /// Tells whether the kernel's policy is still the one of now: see [`Self::restore_policy`].
+    pub(super) fn policy_mark(&self) -> Option<PolicyMark> {
+        self.kernel.as_ref().and_then(|kernel| kernel.pinned.policy_mark().ok())
+    }
+
+    /// Puts this process's configuration in force again in the kernel, if something else is there than at the time of the mark.
+    pub(super) fn restore_policy(&self, mark: Option<PolicyMark>) {
+        let (Some(kernel), Some(mark)) = (&self.kernel, mark) else { return };
+        if kernel.pinned.policy_mark().is_ok_and(|now| now == mark) {
+            return;
+        }
+        let Config { services, rules, .. } = &self.config;
+        let restored = kernel.pinned.put(services, rules, self.config.kernel.on_full);
+        match restored.and_then(|_| kernel.pinned.put_delivery(&kernel.control, services)) {
+            Ok(_) => tracing::warn!(
+                "the new process had changed the kernel's policy: put back that of this one's configuration"
+            ),
+            Err(error) => tracing::error!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the new process has changed the kernel's policy, and this one's can't be put back: reload (SIGHUP)"
+            ),
         }
     }
 

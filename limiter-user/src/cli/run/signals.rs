@@ -10,6 +10,8 @@ pub(super) enum Signal {
     End,
     /// SIGHUP.
     Reload,
+    /// SIGUSR2.
+    HandOver,
 }
 
 /// The signals that the daemon has taken over.
@@ -18,6 +20,7 @@ pub(super) struct Signals {
     terminate: unix::Signal,
     interrupt: unix::Signal,
     hangup: unix::Signal,
+    hand_over: unix::Signal,
 }
 
 impl Signals {
@@ -28,6 +31,7 @@ impl Signals {
             terminate: take(SignalKind::terminate())?,
             interrupt: take(SignalKind::interrupt())?,
             hangup: take(SignalKind::hangup())?,
+            hand_over: take(SignalKind::user_defined2())?,
         })
     }
 
@@ -37,6 +41,7 @@ impl Signals {
             _ = self.terminate.recv() => Signal::End,
             _ = self.interrupt.recv() => Signal::End,
             _ = self.hangup.recv() => Signal::Reload,
+            _ = self.hand_over.recv() => Signal::HandOver,
         }
     }
 
