@@ -2,7 +2,7 @@
 //! limiter, and limiter itself as a process.
 //!
 //! Whatever a test makes belongs to its process and goes with it: namespaces have no name (they live as long as a
-//! descriptor of theirs is open), child processes are killed with the thread that started them, and what is pinned on
+//! descriptor of theirs is open), child processes are killed with the thread that started them (and what these have started is found by its pin path), and what is pinned on
 //! the bpffs carries the process id, so that the next run removes what a killed one left.
 
 pub mod bare;

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -255,12 +256,36 @@ impl<'lab> Limiter<'lab> {
 
 impl Drop for Limiter<'_> {
     fn drop(&mut self) {
+        end_processes(|path| path == self.pin_path);
         if self.pin_path.exists()
             && let Err(error) = self.detach()
         {
             eprintln!("cannot detach: {error:#}; removing {}", self.pin_path.display());
             remove_pins(&self.pin_path);
         }
+    }
+}
+
+/// A `limiter run` that another one has started to take its place: no child of the test's. It is killed with its [`Limiter`].
+#[derive(Debug)]
+pub struct Successor {
+    id: u32,
+}
+
+impl Successor {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        kill(self.id, signal)
+    }
+
+    /// Waits for its end.
+    pub fn wait_gone(&self) -> Result<()> {
+        eventually(COMMAND_LIMIT, &format!("the process {} has ended", self.id), || Ok(!is_alive(self.id)))
     }
 }
 
@@ -285,6 +310,22 @@ impl Daemon<'_> {
     /// Asks it to end, without waiting for that.
     pub fn begin_shutdown(&self) -> Result<()> {
         self.process.signal(libc::SIGTERM)
+    }
+
+    /// Has the process of that id, this one or one that has taken its place, hand over to a new one, and waits until it has.
+    pub fn hand_over(&self, id: u32) -> Result<Successor> {
+        const SAID: &str = "handed over to the new process";
+        let said = || -> Vec<String> {
+            self.process.stderr().lines().filter(|line| line.contains(SAID)).map(str::to_owned).collect()
+        };
+        let before = said().len();
+        kill(id, libc::SIGUSR2)?;
+        let mut successor = None;
+        eventually(SOON, "it was handed over", || {
+            successor = said().get(before).and_then(|line| line.split("pid=").nth(1)?.trim().parse().ok());
+            Ok(successor.is_some())
+        })?;
+        Ok(Successor { id: successor.context("waited for")? })
     }
 
     /// Waits for its end.
@@ -319,8 +360,8 @@ fn with_verb<S: AsRef<OsStr>>(verb: &str, arguments: impl IntoIterator<Item = S>
     all
 }
 
-/// `None` as long as nobody answers.
-fn http_get(server: &Namespace, path: &str) -> Option<(u16, String)> {
+/// Status and body of GET at the admin address of whoever runs there; `None` as long as nobody answers.
+pub fn http_get(server: &Namespace, path: &str) -> Option<(u16, String)> {
     // The default of [admin].
     let address = SocketAddr::from(([127, 0, 0, 1], 9180));
     let mut stream = server.enter(|| TcpStream::connect_timeout(&address, SOON)).ok()?;
@@ -348,15 +389,48 @@ fn binary() -> Result<PathBuf> {
     Ok(fs::canonicalize(binary)?)
 }
 
-/// What processes that are no more have left pinned.
+/// Ends whatever works on such a pin path. The name of one says that a test has started it.
+fn end_processes(is_meant: impl Fn(&Path) -> bool) {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        let mut words = line.split(|byte| *byte == 0).map(|word| Path::new(OsStr::from_bytes(word)));
+        (pid != std::process::id() && words.any(&is_meant)).then_some(pid)
+    });
+    for pid in pids.collect::<Vec<u32>>() {
+        let ended = kill(pid, libc::SIGKILL)
+            .and_then(|()| eventually(SOON, &format!("the process {pid} is gone"), || Ok(!is_alive(pid))));
+        if let Err(error) = ended {
+            eprintln!("cannot end what was left: {error:#}");
+        }
+    }
+}
+
+fn kill(pid: u32, signal: i32) -> Result<()> {
+    let number = i32::try_from(pid)?;
+    // SAFETY: kill takes two integers.
+    let outcome = unsafe { libc::kill(number, signal) };
+    ensure!(outcome == 0, "cannot signal {pid}: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// Whether there is such a process; one that has ended and whose parent does not care is none.
+fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next()).is_some_and(|state| state != 'Z')
+}
+
+/// What processes that are no more have left pinned, and those that still work on it.
 fn remove_leftovers() {
+    let of_the_dead = |path: &Path| {
+        let name = path.strip_prefix(BPFFS).ok().and_then(Path::to_str);
+        let owner = name.and_then(|name| name.strip_prefix(PIN_PREFIX)?.split_once('-'));
+        owner.is_some_and(|(pid, _)| !Path::new("/proc").join(pid).exists())
+    };
+    end_processes(of_the_dead);
     let Ok(entries) = fs::read_dir(BPFFS) else { return };
     for entry in entries.flatten() {
-        let name = entry.file_name();
-        let owner = name.to_str().and_then(|name| name.strip_prefix(PIN_PREFIX)?.split_once('-'));
-        if let Some((pid, _)) = owner
-            && !Path::new("/proc").join(pid).exists()
-        {
+        if of_the_dead(&entry.path()) {
             remove_pins(&entry.path());
         }
     }

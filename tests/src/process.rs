@@ -85,6 +85,13 @@ impl Process {
         Ok(Ended { status, stdout: self.stdout.join()?, stderr: self.stderr.join()? })
     }
 
+    /// Waits for the end of the process itself, at most for `limit`: others that it has started may go on, and write where it wrote.
+    pub fn wait_status(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let what = format!("{} ended", self.name);
+        eventually(limit, &what, || Ok(!self.is_running()?))?;
+        Ok(self.child.wait()?)
+    }
+
     /// Ends it by SIGKILL, which it can't notice.
     pub fn kill(mut self) -> Result<()> {
         self.child.kill()?;
