@@ -213,7 +213,7 @@ fn sessions_that_stay_with_the_old_process_count_until_they_end() -> Result<()> 
         &format!(
             "[kernel]\naudit_interval = \"200ms\"\n[limits]\nconnections_per_source = 2\nconnection_rate = 0\n\
              [gateway]\nlisten = [\"0.0.0.0:8080\"]\ndrain_timeout = \"10m\"\n[gateway.auth]\nauthorization = true\n\
-             api_keys = {file:?}\n",
+             api_keys = {file:?}\n[gateway.auth.users]\nconnections = 2\n",
         ),
     )?;
     let mut daemon = place.run(&limiter, &lab.interface_flags())?;
@@ -337,11 +337,13 @@ fn a_new_process_that_cannot_start_changes_nothing() -> Result<()> {
     assert!(stderr(&mut daemon).contains("limiter.toml:2:1"), "and what is wrong, in the new one's words");
     still_serves(&limiter, client, &mut session, &daemon)?;
 
-    // One that gets further: what it has put in force in the kernel is put back.
-    place.write(&good.replace("= 3", "= 7"))?;
-    place.put_script("exec 3>&-\n")?;
+    // One that gets further: what it has put in force in the kernel is put back. The pin path is the last argument.
+    place.write(good)?;
+    let set = format!("{} limit set connections_per_source=7", limiter.binary().display());
+    place.put_script(&format!("for pin; do :; done\n{set} --pin-path \"$pin\" && echo changed >&2\nexit 1\n"))?;
     daemon.process().signal(libc::SIGUSR2)?;
-    eventually(SOON, "there is a second", || Ok(stderr(&mut daemon).matches("no upgrade").count() == 2))?;
+    eventually(SOON, "it goes on with its own", || Ok(stderr(&mut daemon).contains("put back that of this one")))?;
+    assert!(stderr(&mut daemon).contains("changed\n"));
     still_serves(&limiter, client, &mut session, &daemon)?;
 
     // While one is under way there is no other.
@@ -393,7 +395,7 @@ fn still_serves(
     assert_eq!(daemon.http_status("/readyz"), Some(200));
     let status = limiter.json("status")?;
     assert_eq!(status["daemon"], daemon.id());
-    assert_eq!(status["services"][0]["limits"]["connections_per_source"], 3, "{status}");
+    assert_eq!(status["services"][0]["connections_per_source"], 3, "{status}");
     Ok(())
 }
 

@@ -84,6 +84,26 @@ fn a_socket_that_systemd_hands_over_is_served_within_limits() -> Result<()> {
     Ok(())
 }
 
+/// An upgrade: the next process has the socket under the same name, though the service manager gives it none.
+#[test]
+fn a_socket_that_systemd_hands_over_goes_on_to_the_next_process() -> Result<()> {
+    let host = Namespace::new()?;
+    let limiter = Limiter::new(&host)?;
+    let listener = host.enter(|| TcpListener::bind(("127.0.0.1", PORT)))?;
+    let service = listener.local_addr()?;
+    let arguments = ["--listen", "fd:ws"].map(str::to_owned);
+    let process = Process::start(&mut activated(&limiter, &listener, "ws", &arguments))?;
+    let mut daemon = limiter.ready(process)?;
+    let mut last = daemon.id();
+    for _ in 0..2 {
+        let next = daemon.hand_over(last)?;
+        websocket::echo(&mut websocket::open(&host, service)?, "by the next one")?;
+        last = next.id();
+    }
+    assert!(daemon.process().wait_status(SOON)?.success());
+    Ok(())
+}
+
 #[test]
 fn what_was_not_handed_over_is_said() -> Result<()> {
     let host = Namespace::new()?;

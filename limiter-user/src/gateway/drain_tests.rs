@@ -136,3 +136,14 @@ proptest! {
         prop_assert!(drain.waiting().is_empty());
     }
 }
+
+#[test]
+fn where_another_process_takes_over_handshakes_go_on() {
+    let drain = Drain::default();
+    let mut before = Box::pin(drain.wait());
+    assert_eq!(before.as_mut().now_or_never(), None);
+    drain.begin(Ending::HandOver);
+    assert!(drain.begun() && !drain.refuses());
+    assert_eq!((before.now_or_never(), drain.wait().now_or_never()), (None, None));
+    assert_eq!(drain.turn().now_or_never(), Some(()), "whoever gets in is told to come again");
+}
