@@ -123,7 +123,7 @@ fn upgrades_in_a_row_refuse_nobody_and_lose_no_count() -> Result<()> {
             .collect();
         let watcher = scope.spawn(|| -> Result<()> {
             while !done.load(Ordering::Relaxed) {
-                let (status, body) = http_get(&lab.server, "/readyz").context("the admin address does not answer")?;
+                let (status, body) = http_get(&lab.server, "/readyz")?;
                 ensure!(status == 200, "{status}: {body}");
                 asked.fetch_add(1, Ordering::Relaxed);
             }

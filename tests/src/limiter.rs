@@ -143,7 +143,7 @@ impl<'lab> Limiter<'lab> {
         let mut daemon = Daemon { process, limiter: self };
         eventually(SOON, "limiter run was ready", || {
             ensure!(daemon.process.is_running()?, "limiter run ended at once: {}", daemon.process.stderr());
-            Ok(http_get(self.server, "/readyz").is_some_and(|(status, _)| status == 200))
+            Ok(http_get(self.server, "/readyz").is_ok_and(|(status, _)| status == 200))
         })?;
         Ok(daemon)
     }
@@ -343,9 +343,9 @@ impl Daemon<'_> {
         Some(self.http_get(path)?.0)
     }
 
-    /// Status and body of GET at its admin address.
+    /// Status and body of GET at its admin address; `None` if nobody answers.
     pub fn http_get(&self, path: &str) -> Option<(u16, String)> {
-        http_get(self.limiter.server, path)
+        http_get(self.limiter.server, path).ok()
     }
 }
 
@@ -360,17 +360,19 @@ fn with_verb<S: AsRef<OsStr>>(verb: &str, arguments: impl IntoIterator<Item = S>
     all
 }
 
-/// Status and body of GET at the admin address of whoever runs there; `None` as long as nobody answers.
-pub fn http_get(server: &Namespace, path: &str) -> Option<(u16, String)> {
+/// Status and body of GET at the admin address of whoever runs there.
+pub fn http_get(server: &Namespace, path: &str) -> Result<(u16, String)> {
     // The default of [admin].
     let address = SocketAddr::from(([127, 0, 0, 1], 9180));
-    let mut stream = server.enter(|| TcpStream::connect_timeout(&address, SOON)).ok()?;
-    stream.set_read_timeout(Some(SOON)).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
+    let mut stream = server.enter(|| TcpStream::connect_timeout(&address, SOON)).context("cannot connect")?;
+    stream.set_read_timeout(Some(SOON))?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).context("cannot ask")?;
     let mut response = String::new();
-    stream.read_to_string(&mut response).ok()?;
-    let (head, body) = response.split_once("\r\n\r\n")?;
-    Some((head.split_ascii_whitespace().nth(1)?.parse().ok()?, body.to_owned()))
+    stream.read_to_string(&mut response).with_context(|| format!("no answer but {response:?}"))?;
+    let (head, body) = response.split_once("\r\n\r\n").with_context(|| format!("no answer: {response:?}"))?;
+    let status = head.split_ascii_whitespace().nth(1).context("no status")?;
+    Ok((status.parse()?, body.to_owned()))
 }
 
 /// `LIMITER_BIN`, or the binary that cargo has built next to this test.

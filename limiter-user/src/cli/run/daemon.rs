@@ -59,6 +59,8 @@ impl Daemon {
         for gateway in gateways {
             serving.spawn(gateway.run_until(said(gateways_end.subscribe())));
         }
+        // Before anybody can ask: where there was another process, it was ready all the while.
+        readiness.set(State::Ready);
         let mut helpers = JoinSet::new();
         if let Some(admin) = admin {
             tracing::info!(address = %admin.local_addr(), "metrics, health and control are at this address");
@@ -67,7 +69,6 @@ impl Daemon {
         let mut background = JoinSet::new();
         let keeper = kernel.map(|kernel| kernel.work(&mut background));
 
-        readiness.set(State::Ready);
         notify(&[NotifyState::Ready]);
         let service = Service { reloader, succession, attached, keeper };
         let (Service { reloader, succession, attached, .. }, end) =
