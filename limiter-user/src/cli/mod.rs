@@ -91,6 +91,7 @@ impl Global {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the gateway and the kernel's limits in the foreground
+    #[command(after_help = run::SIGNALS)]
     Run(run::Args),
     /// Load and pin the kernel's limits, and exit
     Attach(attach::Args),

@@ -35,6 +35,10 @@ use reload::{KernelSettings, Reloader, RunningGateway, Typed};
 use signals::Signals;
 use tokio::sync::watch;
 
+/// What signals do, for the help.
+pub(super) const SIGNALS: &str = "Signals: SIGTERM and SIGINT close the sessions and end it, a second one at once; SIGHUP reads the \
+     configuration again; SIGUSR2 upgrades it: the binary that is in its place by now is started and takes over, and nobody is refused.";
+
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]

@@ -13,17 +13,22 @@ fn start(script: &str, offer: &Offer, longest: Duration) -> Attempt {
 
 const LONG: Duration = Duration::from_secs(30);
 
-/// What a shell writes into the channel that the letter names.
-fn say(word: &str) -> String {
-    format!(r#"channel=${{{LETTER}##*'"channel":'}}; channel=${{channel%\}}}}; eval "printf {word} >&$channel""#)
+/// A process that says this, and goes on.
+async fn that_says(word: u8) -> (Attempt, UnixStream) {
+    let (channel, mut theirs) = UnixStream::pair().unwrap();
+    let mut attempt = start("exec sleep 100", &Offer::default(), LONG);
+    attempt.channel = channel;
+    theirs.write_u8(word).await.unwrap();
+    (attempt, theirs)
 }
 
 #[tokio::test]
 async fn one_that_is_ready_is_left_to_itself() {
-    let mut attempt = start(&format!("{}; sleep 100", say("r")), &Offer::default(), LONG);
+    let (mut attempt, mut theirs) = that_says(READY).await;
     attempt.ready().await.unwrap();
     let id = attempt.id();
     attempt.begin(false).await;
+    assert_eq!(theirs.read_u8().await.unwrap(), BEGIN);
     let pid = i32::try_from(id).unwrap();
     // SAFETY: it takes two numbers. Nobody has waited for the child, so the id is still its own.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0, "it lives");
@@ -36,7 +41,7 @@ async fn why_one_is_never_ready_is_said() {
     let mut stuck = start("exec sleep 100", &Offer::default(), Duration::from_millis(100));
     assert!(stuck.ready().await.unwrap_err().to_string().contains("not ready in time"));
     assert!(stuck.child.as_mut().unwrap().try_wait().unwrap().is_some(), "it was killed");
-    let mut strange = start(&format!("{}; sleep 100", say("x")), &Offer::default(), LONG);
+    let (mut strange, _theirs) = that_says(b'x').await;
     assert!(strange.ready().await.unwrap_err().to_string().contains("0x78"));
     let missing = Program { path: Some("/nowhere/limiter".into()), ..shell("") };
     let error = Attempt::start(&missing, &Offer::default(), None, LONG).unwrap_err();
@@ -56,7 +61,7 @@ async fn what_is_offered_is_handed_over_and_nothing_else() {
     assert_eq!(unsafe { libc::fcntl(careless.as_raw_fd(), libc::F_SETFD, 0) }, 0);
     let folder = tempfile::tempdir().unwrap();
     let list = folder.path().join("fds");
-    let mut attempt = start(&format!("ls /proc/$$/fd > {}", list.display()), &offer, LONG);
+    let mut attempt = start(&format!("ls /proc/$$/fd > {}; exit 1", list.display()), &offer, LONG);
     attempt.ready().await.unwrap_err();
     let list = std::fs::read_to_string(list).unwrap();
     let open: Vec<RawFd> = list.lines().map(|fd| fd.parse().unwrap()).filter(|fd| *fd > 2).collect();
