@@ -56,16 +56,18 @@ async fn what_is_offered_is_handed_over_and_nothing_else() {
     let spare = Spare::new(label, listener.as_fd().try_clone_to_owned().unwrap());
     let handed = spare.as_fd().as_raw_fd();
     let offer = Offer { sockets: vec![spare], admin: None };
-    let careless = tempfile::tempfile().unwrap();
+    // A socket as well, for the shell has files of its own.
+    let careless = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     // SAFETY: it takes three numbers.
     assert_eq!(unsafe { libc::fcntl(careless.as_raw_fd(), libc::F_SETFD, 0) }, 0);
     let folder = tempfile::tempdir().unwrap();
     let list = folder.path().join("fds");
-    let mut attempt = start(&format!("ls /proc/$$/fd > {}; exit 1", list.display()), &offer, LONG);
+    let mut attempt = start(&format!("ls -l /proc/$$/fd > {}; exit 1", list.display()), &offer, LONG);
     attempt.ready().await.unwrap_err();
     let list = std::fs::read_to_string(list).unwrap();
-    let open: Vec<RawFd> = list.lines().map(|fd| fd.parse().unwrap()).filter(|fd| *fd > 2).collect();
-    assert!(open.contains(&handed), "{list}");
-    assert!(!open.contains(&careless.as_raw_fd()), "{list}");
-    assert_eq!(open.len(), 2, "the socket and the channel: {list}");
+    let sockets: Vec<RawFd> =
+        list.lines().filter_map(|line| line.split_once(" -> socket:")?.0.rsplit(' ').next()?.parse().ok()).collect();
+    assert!(sockets.contains(&handed), "{list}");
+    assert!(!sockets.contains(&careless.as_raw_fd()), "{list}");
+    assert_eq!(sockets.len(), 2, "the socket and the channel: {list}");
 }
