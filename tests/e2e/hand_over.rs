@@ -520,3 +520,21 @@ fn systemd_is_told_whom_to_follow() -> Result<()> {
     assert!(told()?.contains("STOPPING=1"), "and nobody has said so before");
     next.wait_gone()
 }
+
+/// Its container would end with it.
+#[test]
+fn process_1_of_a_container_refuses() -> Result<()> {
+    let host = Namespace::new()?;
+    let limiter = Limiter::new(&host)?;
+    let place = Place::new(&limiter, "[gateway]\nlisten = [\"127.0.0.1:8080\"]\n")?;
+    let [binary, config] = [place.binary(), place.config()].map(|path| path.display().to_string());
+    let arguments = ["--pid", "--fork", "--kill-child", &binary, "run", "--config", &config];
+    let mut daemon = limiter.ready(Process::start(&mut limiter.command_of(Path::new("unshare"), arguments))?)?;
+    let outer = daemon.id();
+    let inner = fs::read_to_string(format!("/proc/{outer}/task/{outer}/children"))?;
+    let inner: i32 = inner.trim().parse().context("unshare has one child")?;
+    // SAFETY: kill takes two integers; the process is the child of one that this test has started, and runs.
+    assert_eq!(unsafe { libc::kill(inner, libc::SIGUSR2) }, 0);
+    eventually(SOON, "it says why not", || Ok(daemon.process().stderr().contains("process 1 of its container")))?;
+    websocket::echo(&mut websocket::open(&host, SocketAddr::from(([127, 0, 0, 1], PORT)))?, "still here")
+}

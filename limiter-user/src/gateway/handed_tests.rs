@@ -119,7 +119,9 @@ fn what_nobody_wants_any_more_is_closed_and_its_file_removed() {
     let old = Sockets::take(&gateway(&[&format!("unix:{}", path.display()), "127.0.0.1:0"])).unwrap();
     let spares = old.spares().unwrap();
     let old = old.into_bound();
-    old.iter().for_each(|bound| bound.listen().unwrap());
+    for bound in &old {
+        bound.listen().unwrap();
+    }
     let mut handed = hand_over(&spares);
     Sockets::take_among(&gateway(&["127.0.0.1:0"]), &mut handed).unwrap();
     assert_eq!(handed.close(), [format!("unix:{}", path.display())]);

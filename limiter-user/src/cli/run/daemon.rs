@@ -40,7 +40,7 @@ enum End {
     Told,
     /// Another process is ready to take its place.
     Relieved {
-        by: Attempt,
+        by: Box<Attempt>,
         /// Somebody wants the configuration read again, which it may have been before it changed.
         reload: bool,
     },
@@ -168,7 +168,9 @@ impl Service {
                     }
                 },
                 ready = ready(&mut attempt) => match (ready, attempt.take()) {
-                    (Ok(()), Some(by)) => return Ok((self, End::Relieved { by, reload: reload_after })),
+                    (Ok(()), Some(by)) => {
+                        return Ok((self, End::Relieved { by: Box::new(by), reload: reload_after }));
+                    }
                     (Ok(()), None) => continue,
                     (Err(error), _) => error,
                 },

@@ -33,7 +33,7 @@ impl Attempt {
     pub(super) fn start(
         program: &Program,
         offer: &Offer,
-        lock: Option<OwnedFd>,
+        lock: Option<&OwnedFd>,
         longest: Duration,
     ) -> anyhow::Result<Self> {
         ensure!(
@@ -51,7 +51,7 @@ impl Attempt {
         let letter = Letter {
             sockets: offer.sockets.iter().map(item).collect(),
             admin: offer.admin.as_ref().map(item),
-            lock: lock.as_ref().map(|lock| lock.as_raw_fd()),
+            lock: lock.map(OwnedFd::as_raw_fd),
             channel: theirs.as_raw_fd(),
         };
         let handed: Vec<RawFd> =

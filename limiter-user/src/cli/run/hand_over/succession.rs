@@ -52,7 +52,7 @@ impl Succession {
     /// Starts the process that is to come after this one.
     pub(in crate::cli::run) fn start_next(&self, attached: Option<&Attached>) -> anyhow::Result<Attempt> {
         let lock = attached.map(Attached::share_lock).transpose().context("can't share the lock of the pin path")?;
-        Attempt::start(&self.program, &self.offer, lock, LONGEST_START)
+        Attempt::start(&self.program, &self.offer, lock.as_ref(), LONGEST_START)
     }
 
     /// What goes with the sockets is the next process's from now on.
