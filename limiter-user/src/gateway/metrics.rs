@@ -272,8 +272,9 @@ impl OpenSession<'_> {
 
 impl Drop for OpenSession<'_> {
     fn drop(&mut self) {
-        self.metrics.sessions.dec();
         self.metrics.sessions_closed.get_or_create(&ReasonLabel { reason: self.reason }).inc();
         self.metrics.connection_seconds.observe(self.lasted().as_secs_f64());
+        // Last, so that whoever sees that nobody is there sees how they ended, too.
+        self.metrics.sessions.dec();
     }
 }
