@@ -6,7 +6,6 @@ use std::{
     fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
-    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -25,6 +24,7 @@ use crate::{
     lab::{Family, Lab, PORT},
     netns::Namespace,
     process::{Ended, Process},
+    successor::{Successor, end_processes, kill},
     wait::{SOON, eventually, eventually_equal},
 };
 
@@ -266,29 +266,6 @@ impl Drop for Limiter<'_> {
     }
 }
 
-/// A `limiter run` that another one has started to take its place: no child of the test's. It is killed with its [`Limiter`].
-#[derive(Debug)]
-pub struct Successor {
-    id: u32,
-}
-
-impl Successor {
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    /// Sends a signal.
-    pub fn signal(&self, signal: i32) -> Result<()> {
-        kill(self.id, signal)
-    }
-
-    /// Waits for its end.
-    pub fn wait_gone(&self) -> Result<()> {
-        eventually(COMMAND_LIMIT, &format!("the process {} has ended", self.id), || Ok(!is_alive(self.id)))
-    }
-}
-
 /// A running `limiter run`. Killed when this is dropped; what it pinned stays until its [`Limiter`] is dropped.
 #[derive(Debug)]
 pub struct Daemon<'limiter> {
@@ -325,7 +302,7 @@ impl Daemon<'_> {
             successor = said().get(before).and_then(|line| line.split("pid=").nth(1)?.trim().parse().ok());
             Ok(successor.is_some())
         })?;
-        Ok(Successor { id: successor.context("waited for")? })
+        Ok(Successor::new(successor.context("waited for")?))
     }
 
     /// Waits for its end.
@@ -389,37 +366,6 @@ fn binary() -> Result<PathBuf> {
         bail!("no limiter at {}: build it (cargo build -p limiter-user), or set LIMITER_BIN", binary.display());
     }
     Ok(fs::canonicalize(binary)?)
-}
-
-/// Ends whatever works on such a pin path. The name of one says that a test has started it.
-fn end_processes(is_meant: impl Fn(&Path) -> bool) {
-    let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        let line = fs::read(entry.path().join("cmdline")).ok()?;
-        let mut words = line.split(|byte| *byte == 0).map(|word| Path::new(OsStr::from_bytes(word)));
-        (pid != std::process::id() && words.any(&is_meant)).then_some(pid)
-    });
-    for pid in pids.collect::<Vec<u32>>() {
-        let ended = kill(pid, libc::SIGKILL)
-            .and_then(|()| eventually(SOON, &format!("the process {pid} is gone"), || Ok(!is_alive(pid))));
-        if let Err(error) = ended {
-            eprintln!("cannot end what was left: {error:#}");
-        }
-    }
-}
-
-fn kill(pid: u32, signal: i32) -> Result<()> {
-    let number = i32::try_from(pid)?;
-    // SAFETY: kill takes two integers.
-    let outcome = unsafe { libc::kill(number, signal) };
-    ensure!(outcome == 0, "cannot signal {pid}: {}", std::io::Error::last_os_error());
-    Ok(())
-}
-
-/// Whether there is such a process; one that has ended and whose parent does not care is none.
-fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next()).is_some_and(|state| state != 'Z')
 }
 
 /// What processes that are no more have left pinned, and those that still work on it.
