@@ -283,7 +283,10 @@ fn unix_sockets_and_changed_addresses_go_over() -> Result<()> {
     let limiter = Limiter::new(&host)?;
     let folder = tempfile::tempdir()?;
     let [path, other] = ["ws.sock", "other.sock"].map(|name| folder.path().join(name));
-    let listen = |listen: &[String]| format!("[gateway]\nlisten = {listen:?}\ndrain_timeout = \"1s\"\n");
+    let listen = |listen: &[String]| {
+        let limits = "[limits]\nconnections_per_source = 0\nconnection_rate = 0\n";
+        format!("{limits}[gateway]\nlisten = {listen:?}\ndrain_timeout = \"1s\"\n")
+    };
     let unix = |path: &Path| format!("unix:{}", path.display());
     let place = Place::new(&limiter, &listen(&[unix(&path), unix(&other), "127.0.0.1:8080".into()]))?;
     let mut daemon = place.run(&limiter, &[])?;
