@@ -107,6 +107,7 @@ impl Reloader {
     }
 
     /// Puts this process's configuration in force again in the kernel, if something else is there than at the time of the mark.
+    /// Blocks for a moment.
     pub(super) fn restore_policy(&self, mark: Option<PolicyMark>) {
         let (Some(kernel), Some(mark)) = (&self.kernel, mark) else { return };
         if kernel.pinned.policy_mark().is_ok_and(|now| now == mark) {
