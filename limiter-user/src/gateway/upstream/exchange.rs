@@ -201,7 +201,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_head_has_an_end() {
-        let line = [b"HTTP/1.1 200 OK\r\na: ".as_slice(), &[b'x'; 2 * MAX_HEAD]].concat();
+        let line = [b"HTTP/1.1 200 OK\r\na: ".as_slice(), &vec![b'x'; 2 * MAX_HEAD]].concat();
         assert!(matches!(answered(&[&line]).await, Err(ExchangeError::TooLong)));
         // Nor do announcements go on for ever.
         let early = b"HTTP/1.1 103 Early Hints\r\n\r\n".repeat(MAX_HEAD / 20);
