@@ -250,9 +250,7 @@ impl Crowd {
         (crowd.unserved, crowd.unanswered) = waiting.into_iter().partition(|stream| stream.peer_addr().is_ok());
         Ok(crowd)
     }
-}
 
-impl Crowd {
     /// Ends those that are connected, as [`reset`] does.
     pub fn reset(self) -> io::Result<()> {
         reset(self.served.into_iter().chain(self.unserved))

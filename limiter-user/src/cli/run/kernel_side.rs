@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{audits, interfaces, refusals};
-use crate::kernel::{Auditor, Challenges, Control, DebugLog, Events, Keeper, KeeperPause};
+use crate::kernel::{Auditor, Challenges, Control, DebugLog, Events, Keeper, KeeperPause, KernelError};
 
 /// All that it takes.
 pub(super) struct KernelSide {
@@ -32,9 +32,12 @@ pub(super) struct Refusals {
 impl KernelSide {
     /// Sets it going: it ends with `background`, and has nothing to finish.
     pub(super) fn work(self, background: &mut JoinSet<()>) -> KeeperPause {
-        let Self { refusals, control, debug_log, auditor, keeper, challenges, audit_interval } = self;
-        background.spawn(expire_reservations(control));
-        background.spawn(keep_up(challenges));
+        let Self { refusals, control, debug_log, auditor, keeper, mut challenges, audit_interval } = self;
+        // They end when no packet comes that would be the occasion, too.
+        background.spawn(every_second("can't look for slots that the stack never confirmed", move || control.expire()));
+        // Of what somebody changes on the host, and they need to know for a challenge.
+        background
+            .spawn(every_second("can't tell the kernel programs of net.core.rmem_max", move || challenges.keep_up()));
         if let Some(debug_log) = debug_log {
             background.spawn(async {
                 let error = debug_log.forward().await;
@@ -52,45 +55,21 @@ impl KernelSide {
     }
 }
 
-/// How often the programs are told anew what they can't see for themselves.
-const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often what nothing gives the occasion for is done.
+const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Tells the programs what somebody changes on the host, and they need to know for a challenge.
-async fn keep_up(mut challenges: Challenges) {
-    let mut ticks = tokio::time::interval(KEEP_UP_INTERVAL);
+/// Does the work again and again. What goes wrong is said once, and not every second.
+async fn every_second(can_not: &'static str, mut work: impl FnMut() -> Result<(), KernelError>) {
+    let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failed = false;
     loop {
         ticks.tick().await;
-        match challenges.keep_up() {
+        match work() {
             Ok(()) => failed = false,
-            // Said once, not every second.
             Err(error) => {
                 if !failed {
-                    tracing::warn!(%error, "can't tell the kernel programs of net.core.rmem_max; trying again");
-                }
-                failed = true;
-            }
-        }
-    }
-}
-
-/// How often reservations are looked through on behalf of nobody in particular.
-const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Gives back the slots that the stack never confirmed, also when no packet comes that would be the occasion.
-async fn expire_reservations(control: Arc<Control>) {
-    let mut ticks = tokio::time::interval(EXPIRE_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failed = false;
-    loop {
-        ticks.tick().await;
-        match control.expire() {
-            Ok(()) => failed = false,
-            // Said once, not every second.
-            Err(error) => {
-                if !failed {
-                    tracing::warn!(%error, "can't look for slots that the stack never confirmed; trying again");
+                    tracing::warn!(%error, "{can_not}; trying again");
                 }
                 failed = true;
             }

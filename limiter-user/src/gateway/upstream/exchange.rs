@@ -98,11 +98,14 @@ pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Resul
         if stream.read_buf(&mut read).await? == 0 {
             return Err(ExchangeError::Ended);
         }
-        while let Some((length, answer)) = parse(&read[start..])? {
-            start += length;
-            if let Some((status, headers)) = answer {
-                read.drain(..start);
-                return Ok(Answer { status, headers, rest: read });
+        loop {
+            match parse(&read[start..])? {
+                Head::Partial => break,
+                Head::Announcement { length } => start += length,
+                Head::Whole { length, status, headers } => {
+                    read.drain(..start + length);
+                    return Ok(Answer { status, headers, rest: read });
+                }
             }
         }
         if read.len() >= MAX_HEAD {
@@ -112,19 +115,31 @@ pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Resul
     }
 }
 
-/// How long the head is that `bytes` begin with, and what it says; `None` for that of an answer that only announces another.
-/// `None`: it is not there whole.
-#[expect(clippy::type_complexity, reason = "read in one place")]
-fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<(StatusCode, HeaderMap)>)>, ExchangeError> {
+/// What bytes begin with.
+enum Head {
+    /// The rest has not come yet.
+    Partial,
+    /// It only says that another comes (RFC 9110, 15.2).
+    Announcement {
+        length: usize,
+    },
+    Whole {
+        length: usize,
+        status: StatusCode,
+        headers: HeaderMap,
+    },
+}
+
+fn parse(bytes: &[u8]) -> Result<Head, ExchangeError> {
     let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Response::new(&mut lines);
-    let httparse::Status::Complete(length) = head.parse(bytes)? else { return Ok(None) };
-    let code = head.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(httparse::Error::Status)?;
-    if code == StatusCode::SWITCHING_PROTOCOLS && head.version != Some(1) {
+    let httparse::Status::Complete(length) = head.parse(bytes)? else { return Ok(Head::Partial) };
+    let status = head.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(httparse::Error::Status)?;
+    if status == StatusCode::SWITCHING_PROTOCOLS && head.version != Some(1) {
         return Err(ExchangeError::TooOld);
     }
-    if code.is_informational() && code != StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(Some((length, None)));
+    if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(Head::Announcement { length });
     }
     let mut headers = HeaderMap::with_capacity(head.headers.len());
     for line in head.headers {
@@ -132,7 +147,7 @@ fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<(StatusCode, HeaderMap)>)
         let value = HeaderValue::from_bytes(line.value).map_err(|_| httparse::Error::HeaderValue)?;
         headers.append(name, value);
     }
-    Ok(Some((length, Some((code, headers)))))
+    Ok(Head::Whole { length, status, headers })
 }
 
 #[cfg(test)]
