@@ -10,7 +10,7 @@ use futures_util::future::try_join_all;
 
 use super::{
     COLUMNS, each,
-    load::{Client, Message},
+    load::{Awake, Client, Message},
     proxy::Proxy,
 };
 use crate::table;
@@ -27,6 +27,7 @@ const HELD: usize = 9_500;
 const QUIET: Duration = Duration::from_secs(35);
 
 pub async fn messages(upstream: SocketAddr) -> Result<()> {
+    let _awake = Awake::keep();
     let mut rows = Vec::new();
     for (name, length, echoes, on_their_way) in
         [("128 B", 128, 8_000, 1), ("16 KiB", 16 * 1024, 2_000, 1), ("16 KiB, four on their way", 16 * 1024, 4_000, 4)]
@@ -63,6 +64,7 @@ async fn per_million(proxy: &Proxy, length: usize, echoes: usize, on_their_way: 
 
 pub async fn connections(upstream: SocketAddr) -> Result<()> {
     const EACH: usize = 300;
+    let _awake = Awake::keep();
     let message = Message::new(128);
     let mut rates = [0.0_f64; COLUMNS.len()];
     let mut costs = [f64::INFINITY; COLUMNS.len()];

@@ -1,8 +1,8 @@
 //! The gateway as a WebSocket reverse proxy, beside `HAProxy` and nginx as Debian has them: the same clients, the same
 //! upstream, one proxy after the other in each round.
 //!
-//! Every proxy has one CPU to itself and runs one thread; clients and upstream share another. limiter has all its limits on
-//! messages on; the others look at no message.
+//! Every proxy has one CPU to itself and runs one thread; clients and upstream share another CPU, and a thread. limiter has all
+//! its limits on messages on; the others look at no message.
 
 #![expect(clippy::cast_precision_loss, reason = "counts and bytes here are far below 2^53")]
 
@@ -11,12 +11,9 @@ mod fairness;
 mod load;
 mod proxy;
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    thread,
-};
+use std::net::{Ipv4Addr, SocketAddr};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use tokio::{net::TcpListener, runtime::Builder};
 
 use crate::cpu;
@@ -50,20 +47,12 @@ fn with_upstream(section: impl AsyncFnOnce(SocketAddr) -> Result<()>) -> Result<
     proxy::install_missing()?;
     load::raise_descriptor_limit()?;
     cpu::pin_to(LOAD_CPU)?;
-    let upstream = start_upstream()?;
-    Builder::new_current_thread().enable_all().build()?.block_on(section(upstream))
-}
-
-/// A server that sends every message back, in a thread of its own for as long as the process lives.
-fn start_upstream() -> Result<SocketAddr> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
-    let addr = listener.local_addr()?;
-    thread::Builder::new()
-        .name("upstream".to_owned())
-        .spawn(move || runtime.block_on(load::echo(listener)))
-        .context("cannot start the upstream")?;
-    Ok(addr)
+    Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let upstream = listener.local_addr()?;
+        tokio::spawn(load::echo(listener));
+        section(upstream).await
+    })
 }
 
 /// Each proxy in turn, started anew.
