@@ -1,12 +1,13 @@
 //! The HTTP answers of the handshake: what a refused client is told, and what the log and the metrics call it.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
-use http_body_util::Full;
 use hyper::{
-    HeaderMap, Response, StatusCode,
+    HeaderMap, Method, Response, StatusCode,
     header::{
-        CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_PROTOCOL,
-        SEC_WEBSOCKET_VERSION, UPGRADE, WWW_AUTHENTICATE,
+        CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, SEC_WEBSOCKET_VERSION, UPGRADE,
+        WWW_AUTHENTICATE,
     },
 };
 use serde::Serialize;
@@ -212,11 +213,7 @@ impl Refusal {
         Some(told(wait))
     }
 
-    pub(super) fn response(&self, overload: &Overload) -> Response<Full<Bytes>> {
-        self.response_as(|wait| overload.retry_after(wait))
-    }
-
-    /// The same with a body of another type; `told` says after how many seconds to try again.
+    /// The answer for an HTTP library; `told` says after how many seconds to try again.
     pub(crate) fn response_as<B: From<Bytes>>(&self, told: impl FnOnce(Wait) -> u16) -> Response<B> {
         let status = self.status();
         let mut response = Response::new(B::from(self.body()));
@@ -252,19 +249,25 @@ impl Refusal {
         response
     }
 
-    /// The whole answer as bytes, for a client whose request did not get as far as an HTTP server's answer.
+    /// The answer as it is sent.
     pub(super) fn raw(&self, overload: &Overload) -> Vec<u8> {
-        let status = self.status();
-        let body = self.body();
-        let retry = self.retry_after(|wait| overload.retry_after(wait));
-        let retry = retry.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
-        let mut raw = format!(
-            "HTTP/1.1 {status}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n{retry}connection: \
-             close\r\n\r\n",
-            body.len()
-        )
-        .into_bytes();
-        raw.extend_from_slice(&body);
+        self.raw_to(&Method::GET, overload)
+    }
+
+    /// The same to a request with that method. HEAD asks for all but the body.
+    pub(super) fn raw_to(&self, method: &Method, overload: &Overload) -> Vec<u8> {
+        let (head, body) = self.response_as::<Bytes>(|wait| overload.retry_after(wait)).into_parts();
+        let mut raw = Vec::with_capacity(512);
+        line(&mut raw, &[b"HTTP/1.1 ", head.status.to_string().as_bytes()]);
+        line(&mut raw, &[b"date: ", httpdate::fmt_http_date(SystemTime::now()).as_bytes()]);
+        line(&mut raw, &[b"content-length: ", body.len().to_string().as_bytes()]);
+        for (name, value) in &head.headers {
+            line(&mut raw, &[name.as_str().as_bytes(), b": ", value.as_bytes()]);
+        }
+        line(&mut raw, &[]);
+        if method != Method::HEAD {
+            raw.extend_from_slice(&body);
+        }
         raw
     }
 
@@ -282,20 +285,25 @@ impl Refusal {
     }
 }
 
-/// 101, with the subprotocol that was chosen. No extension is: a message that is small on the wire and large in memory
-/// would go past the limits.
-pub(super) fn switching_protocols(handshake: &Handshake, protocol: Option<HeaderValue>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::default());
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let headers = response.headers_mut();
-    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-    // Base64 is always a legal value.
-    if let Ok(accept) = HeaderValue::from_str(&handshake.accept) {
-        headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
-    }
+/// 101 as it is sent, with the subprotocol that was chosen. No extension is: a message that is small on the wire and large in
+/// memory would go past the limits.
+pub(super) fn switching_protocols(handshake: &Handshake, protocol: Option<&HeaderValue>) -> Vec<u8> {
+    let mut raw = Vec::with_capacity(256);
+    line(&mut raw, &[b"HTTP/1.1 101 Switching Protocols"]);
+    line(&mut raw, &[b"Connection: Upgrade"]);
+    line(&mut raw, &[b"Upgrade: websocket"]);
+    line(&mut raw, &[b"Sec-WebSocket-Accept: ", handshake.accept.as_bytes()]);
     if let Some(protocol) = protocol {
-        headers.insert(SEC_WEBSOCKET_PROTOCOL, protocol);
+        line(&mut raw, &[b"Sec-WebSocket-Protocol: ", protocol.as_bytes()]);
     }
-    response
+    line(&mut raw, &[]);
+    raw
+}
+
+/// Adds a line of a head. In its parts there is nothing that ends one.
+fn line(raw: &mut Vec<u8>, parts: &[&[u8]]) {
+    for part in parts {
+        raw.extend_from_slice(part);
+    }
+    raw.extend_from_slice(b"\r\n");
 }

@@ -1,22 +1,11 @@
 //! One accepted connection, from its first byte to its last.
 
-use std::{
-    future::poll_fn,
-    net::IpAddr,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper::{
-    Request, Response, StatusCode, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn,
-};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, http::request::Parts};
 use tokio::{
     io::AsyncWriteExt,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use super::{
@@ -27,20 +16,15 @@ use super::{
     arrival::{self, Arrived, Endpoints},
     auth::{Member, Visitor},
     forwarded::{self, Identity},
-    handshake,
-    muted::Muted,
-    origin, overload, proxy_hint,
+    handshake, origin, overload, proxy_hint,
     push::Mailbox,
+    request::{self, NoRequest},
     route::OnRoute,
     session::{self, Established},
     socket::Socket,
     upstream::Client,
 };
 use crate::policy::{Limits, TooFast};
-
-/// Longest head of a request, in bytes, and most header lines in it. A cookie and a token fit with room to spare.
-pub(super) const MAX_HEAD: usize = 16 * 1024;
-pub(super) const MAX_HEADERS: usize = 64;
 
 /// How long a client that was refused may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
@@ -85,62 +69,94 @@ async fn establish(socket: Socket, shared: Arc<Shared>) -> Option<Box<Establishe
 /// Reads the request and answers it; with what the client has sent since. `None`: refused, or the client left; the
 /// connection is closed.
 async fn shake_hands(
-    Arrived { socket, endpoints }: Arrived,
+    Arrived { mut socket, endpoints }: Arrived,
     shared: &Arc<Shared>,
     deadline: Instant,
     is_turned_away: bool,
 ) -> Option<(Socket, Vec<u8>, Accepted)> {
-    let peer = endpoints.remote.ip();
-    let answered: Arc<Mutex<Answered>> = Arc::default();
-    let service = service_fn(|request| answer(request, endpoints, deadline, is_turned_away, shared, &answered));
-    let mut http = http1::Builder::new()
-        .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(Muted::new(socket, Arc::clone(&answered))), service);
-
-    // The HTTP side is polled here rather than in a task of its own, so that the socket can always be taken back.
-    let served = tokio::select! {
-        served = poll_fn(|cx| http.poll_without_shutdown(cx)) => Ok(served),
-        refusal = out_of_time(shared, deadline) => Err(refusal),
+    let mut asked = Asked { client: endpoints.remote.ip(), method: Method::GET };
+    let negotiated = tokio::select! {
+        biased;
+        negotiated = negotiate(&mut socket, &mut asked, endpoints, deadline, is_turned_away, shared) => negotiated,
+        refusal = out_of_time(shared, deadline) => Err(Failure::Refused(refusal)),
     };
-    let parts = http.into_parts();
-    let (mut socket, held_back) = parts.io.into_inner().into_parts();
-    let answered = std::mem::take(&mut *answered.lock().unwrap_or_else(PoisonError::into_inner));
-
-    match (served, answered) {
-        (Ok(Ok(())), Answered::Accepted(accepted)) => {
-            return Some((socket, parts.read_buf.to_vec(), *accepted));
+    match negotiated {
+        Ok((answer, early, accepted)) => {
+            if let Ok(Ok(())) = timeout_at(deadline, send(&mut socket, &answer)).await {
+                return Some((socket, early, accepted));
+            }
+            shared.metrics.handshake("left");
         }
-        (Ok(_), Answered::Refused) => socket.linger(LINGER).await,
-        // What came is no request. (The HTTP side has no answer for one that begins like HTTP/2.)
-        (Ok(Err(e)), Answered::Nothing) if e.is_parse() => {
-            let refusal = Refusal::Malformed(held_back.unwrap_or(StatusCode::BAD_REQUEST));
-            refused(shared, peer, &refusal);
-            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw(&shared.metrics.overload))).await {
+        Err(Failure::Refused(refusal)) => {
+            refused(shared, asked.client, &refusal);
+            let answer = refusal.raw_to(&asked.method, &shared.metrics.overload);
+            socket.ends_soon();
+            if let Ok(Ok(())) = timeout(LINGER, send(&mut socket, &answer)).await {
                 socket.linger(LINGER).await;
             }
         }
-        // It was counted, and does not take the answer.
-        (Err(_), Answered::Refused) => {}
-        // Before it had an answer, or without reading it; nothing to log, for that is what port checks do.
-        (Ok(_), _) | (Err(_), Answered::Accepted(_)) => shared.metrics.handshake("left"),
-        (Err(refusal), Answered::Nothing) => {
-            refused(shared, peer, &refusal);
-            if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw(&shared.metrics.overload))).await {
-                socket.linger(LINGER).await;
-            }
-        }
+        // Before it had an answer; nothing to log, for that is what port checks do.
+        Err(Failure::Left) => shared.metrics.handshake("left"),
     }
     None
 }
 
-/// What the HTTP side came to.
-#[derive(Default)]
-pub(super) enum Answered {
-    #[default]
-    Nothing,
-    Refused,
-    Accepted(Box<Accepted>),
+/// Who asks, and how, as far as that is known.
+struct Asked {
+    client: IpAddr,
+    method: Method,
+}
+
+/// Why a request does not become a session.
+enum Failure {
+    /// The client left.
+    Left,
+    Refused(Refusal),
+}
+
+impl From<NoRequest> for Failure {
+    fn from(none: NoRequest) -> Self {
+        match none {
+            NoRequest::Left => Self::Left,
+            NoRequest::Malformed(status) => Self::Refused(Refusal::Malformed(status)),
+        }
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// Reads the request and finds the answer; with what the client has sent since.
+async fn negotiate(
+    socket: &mut Socket,
+    asked: &mut Asked,
+    endpoints: Endpoints,
+    deadline: Instant,
+    is_turned_away: bool,
+    shared: &Arc<Shared>,
+) -> Result<(Vec<u8>, Vec<u8>, Accepted), Failure> {
+    let (mut head, mut early) = request::read(socket).await?;
+    asked.method.clone_from(&head.method);
+    let is_proxy = endpoints.is_trusted(&shared.config);
+    let identity = forwarded::identify(asked.client, is_proxy, &head.headers, &shared.config.trusted_proxies)?;
+    asked.client = identity.ip;
+    tokio::select! {
+        biased;
+        decided = decide(&mut head, endpoints, identity, deadline, is_turned_away, shared) => {
+            let (answer, accepted) = decided?;
+            Ok((answer, early, accepted))
+        }
+        // The upstream, or who is asked whether it may connect, need not go on.
+        () = request::leaves(socket, &mut early) => Err(Failure::Left),
+    }
+}
+
+async fn send(socket: &mut Socket, answer: &[u8]) -> io::Result<()> {
+    socket.write_all(answer).await?;
+    socket.flush().await
 }
 
 /// Completes when a handshake must be over, with what to tell the client.
@@ -154,43 +170,7 @@ pub(super) async fn out_of_time(shared: &Shared, deadline: Instant) -> Refusal {
     }
 }
 
-/// Boxed because the HTTP side must be able to move it.
-type Answering = Pin<Box<dyn Future<Output = hyper::Result<Response<Full<Bytes>>>> + Send>>;
-
-/// The answer to a request, and through `answered` what comes of the connection.
-fn answer(
-    request: Request<Incoming>,
-    endpoints: Endpoints,
-    deadline: Instant,
-    is_turned_away: bool,
-    shared: &Arc<Shared>,
-    answered: &Arc<Mutex<Answered>>,
-) -> Answering {
-    let shared = Arc::clone(shared);
-    let answered = Arc::clone(answered);
-    Box::pin(async move {
-        let (mut head, _) = request.into_parts();
-        let peer = endpoints.remote.ip();
-        let is_proxy = endpoints.is_trusted(&shared.config);
-        let identity = forwarded::identify(peer, is_proxy, &head.headers, &shared.config.trusted_proxies);
-        let client = identity.as_ref().map_or(peer, |identity| identity.ip);
-        let decided = match identity {
-            Ok(identity) => decide(&mut head, endpoints, identity, deadline, is_turned_away, &shared).await,
-            Err(refusal) => Err(refusal),
-        };
-        let (response, outcome) = match decided {
-            Ok((response, accepted)) => (response, Answered::Accepted(Box::new(accepted))),
-            Err(refusal) => {
-                refused(&shared, client, &refusal);
-                (refusal.response(&shared.metrics.overload), Answered::Refused)
-            }
-        };
-        *answered.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
-        Ok(response)
-    })
-}
-
-/// Whether this client gets a session, and the application's side of it. `is_turned_away`: unless its route is exempt, it does not.
+/// Whether this client gets a session: the answer that says so, and the application's side of it. `is_turned_away`: unless its route is exempt, it does not.
 async fn decide(
     head: &mut Parts,
     endpoints: Endpoints,
@@ -198,7 +178,7 @@ async fn decide(
     deadline: Instant,
     is_turned_away: bool,
     shared: &Arc<Shared>,
-) -> Result<(Response<Full<Bytes>>, Accepted), Refusal> {
+) -> Result<(Vec<u8>, Accepted), Refusal> {
     let mut handshake = handshake::check(head)?;
     let route = shared.routes.of(head)?;
     origin::check(&head.headers, &shared.config.allowed_origins)?;
@@ -276,8 +256,8 @@ async fn decide(
     if let Some(member) = &user {
         member.take_over();
     }
-    let response = switching_protocols(&handshake, protocol.or_else(|| handshake.fallback_protocol.clone()));
-    Ok((response, Accepted { client: identity.ip, permit, user, application, mail, place }))
+    let answer = switching_protocols(&handshake, protocol.as_ref().or(handshake.fallback_protocol.as_ref()));
+    Ok((answer, Accepted { client: identity.ip, permit, user, application, mail, place }))
 }
 
 /// Counts a handshake that came to nothing, and logs some of them. Never the URL: tokens live there.

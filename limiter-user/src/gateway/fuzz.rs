@@ -1,44 +1,37 @@
 //! What holds for whatever a client or a proxy sends; see [`crate::fuzz`].
 
 use std::{
-    convert::Infallible,
     fs, io,
     net::{IpAddr, Ipv4Addr},
     pin::{Pin, pin},
-    sync::{Arc, LazyLock, Mutex},
+    sync::LazyLock,
     task::{Context, Poll, Waker},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use bytes::Bytes;
-use http_body_util::Empty;
 use hyper::{
-    HeaderMap, Request, Response,
-    body::Incoming,
+    HeaderMap,
     header::{CONTENT_LENGTH, FORWARDED, HOST, HeaderValue, TRANSFER_ENCODING},
     http::request::Parts,
-    server::conn::http1,
-    service::service_fn,
 };
-use hyper_util::rt::TokioIo;
 use ring::hmac;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, ReadBuf},
     time::Instant,
 };
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use super::{
     auth::token::Tokens,
-    connection::{MAX_HEAD, MAX_HEADERS},
     forwarded::{self, X_FORWARDED_FOR, identify},
     handshake::{self, Handshake},
     json::{Screen, Screened, is_forbidden},
     messages::Violation,
     proxy_protocol::{self, Header},
     relay::{Inspector, Judge, Sender, Stop, Verdict},
+    request::{self, MAX_HEAD},
 };
 use crate::config::{Jwt, Sanitize};
 
@@ -50,7 +43,7 @@ fn cuts(data: &[u8]) -> (usize, &[u8]) {
     }
 }
 
-/// What a server reads, in pieces; all that it writes is forgotten.
+/// What a server reads, in pieces.
 struct Pieces<'a> {
     rest: &'a [u8],
     most: usize,
@@ -65,47 +58,19 @@ impl AsyncRead for Pieces<'_> {
     }
 }
 
-impl AsyncWrite for Pieces<'_> {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Ok(buf.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
 /// A request, and what the check of its head says.
 type Found = (Parts, Option<Handshake>);
 
 /// The first request of a stream, if there is one.
 fn first_request(stream: &[u8], most: usize) -> Option<Found> {
-    let found: Arc<Mutex<Option<Found>>> = Arc::default();
-    let service = service_fn(|request: Request<Incoming>| {
-        let (head, _) = request.into_parts();
-        let checked = handshake::check(&head).ok();
-        found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert((head, checked));
-        let response = Response::builder().header("connection", "close").body(Empty::<Bytes>::new());
-        std::future::ready(Ok::<_, Infallible>(response.unwrap_or_default()))
-    });
-    {
-        let mut http = http1::Builder::new();
-        let io = TokioIo::new(Pieces { rest: stream, most });
-        let mut http = pin!(http.max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS).serve_connection(io, service));
-        let mut cx = Context::from_waker(Waker::noop());
-        // What is read is always there, so that it only yields.
-        for _ in 0..2 * stream.len() + 64 {
-            if http.as_mut().poll(&mut cx).is_ready() {
-                break;
-            }
-        }
-    }
-    let mut found = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    found.take()
+    let mut pieces = Pieces { rest: stream, most };
+    let mut reading = pin!(request::read(&mut pieces));
+    let mut cx = Context::from_waker(Waker::noop());
+    // What is read is always there.
+    let Poll::Ready(read) = reading.as_mut().poll(&mut cx) else { unreachable!("it waits for nothing") };
+    let (head, _) = read.ok()?;
+    let checked = handshake::check(&head).ok();
+    Some((head, checked))
 }
 
 /// A request is the same however it is cut. One that is taken has one host and no body, and is taken again as we would write it.

@@ -35,6 +35,8 @@ pub(super) struct Socket {
 /// What the bytes go through. Boxed where it is large: most of the room of a TLS session is elsewhere anyway.
 enum Transport {
     Plain(Wire),
+    /// What is written is the last.
+    Ending(Wire),
     /// In the TLS handshake; nothing is read or written meanwhile.
     Handshake(Box<FallibleAccept<Wire>>),
     Tls(Box<TlsStream<Wire>>),
@@ -62,7 +64,7 @@ impl Socket {
     /// During the TLS handshake.
     pub(super) fn wire(&self) -> &Wire {
         match &self.transport {
-            Transport::Plain(stream) => stream,
+            Transport::Plain(stream) | Transport::Ending(stream) => stream,
             Transport::Tls(stream) => stream.get_ref().0,
             Transport::Handshake(_) | Transport::Gone => unreachable!("`secure` has the socket to itself"),
         }
@@ -105,6 +107,15 @@ impl Socket {
         }
     }
 
+    /// From here on whatever is written is soon followed by the end of the connection: it leaves together with that, or when a fifth
+    /// of a second is over. (Not in TLS, which has an end of its own.)
+    pub(super) fn ends_soon(&mut self) {
+        self.transport = match std::mem::replace(&mut self.transport, Transport::Gone) {
+            Transport::Plain(wire) => Transport::Ending(wire),
+            other => other,
+        };
+    }
+
     /// When the client was last heard of: any byte counts.
     pub(super) fn last_read(&self) -> Instant {
         self.last_read
@@ -118,7 +129,7 @@ impl Socket {
             self.shutdown().await?;
             // Whatever it is, it need not be decrypted.
             let stream = match &mut self.transport {
-                Transport::Plain(stream) => stream,
+                Transport::Plain(stream) | Transport::Ending(stream) => stream,
                 Transport::Tls(stream) => stream.get_mut().0,
                 Transport::Handshake(_) | Transport::Gone => return Err(not_ready()),
             };
@@ -149,7 +160,7 @@ impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let polled = match &mut self.transport {
-            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Plain(stream) | Transport::Ending(stream) => Pin::new(stream).poll_read(cx, buf),
             Transport::Tls(stream) => match Pin::new(stream.as_mut()).poll_read(cx, buf) {
                 // Without TLS having said so. Many clients end like that, and WebSocket has an end of its own, the Close frame,
                 // whose lack is noticed.
@@ -169,6 +180,7 @@ impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Transport::Ending(stream) => stream.poll_write_last(cx, &[io::IoSlice::new(buf)]),
             Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_write(cx, buf),
             Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
         }
@@ -176,7 +188,7 @@ impl AsyncWrite for Socket {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.transport {
-            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Plain(stream) | Transport::Ending(stream) => Pin::new(stream).poll_flush(cx),
             Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
             Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
         }
@@ -184,7 +196,7 @@ impl AsyncWrite for Socket {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.transport {
-            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Plain(stream) | Transport::Ending(stream) => Pin::new(stream).poll_shutdown(cx),
             Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
             Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
         }
@@ -197,6 +209,7 @@ impl AsyncWrite for Socket {
     ) -> Poll<io::Result<usize>> {
         match &mut self.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Transport::Ending(stream) => stream.poll_write_last(cx, bufs),
             Transport::Tls(stream) => Pin::new(stream.as_mut()).poll_write_vectored(cx, bufs),
             Transport::Handshake(_) | Transport::Gone => Poll::Ready(Err(not_ready())),
         }
@@ -205,6 +218,7 @@ impl AsyncWrite for Socket {
     fn is_write_vectored(&self) -> bool {
         match &self.transport {
             Transport::Plain(stream) => stream.is_write_vectored(),
+            Transport::Ending(_) => true,
             Transport::Tls(stream) => stream.is_write_vectored(),
             Transport::Handshake(_) | Transport::Gone => false,
         }

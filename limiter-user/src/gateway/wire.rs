@@ -4,7 +4,7 @@ use std::{
     io,
     mem::MaybeUninit,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use socket2::SockRef;
@@ -50,6 +50,27 @@ impl Wire {
         match self {
             Self::Tcp(stream) => stream.try_read(buffer),
             Self::Unix(stream) => stream.try_read(buffer),
+        }
+    }
+
+    /// Writes what is followed by the end of the connection at once, so that TCP has both in one packet.
+    pub(super) fn poll_write_last(&self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let send = |socket: SockRef<'_>| socket.send_vectored_with_flags(bufs, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        loop {
+            let written = match self {
+                Self::Tcp(stream) => {
+                    ready!(stream.poll_write_ready(cx))?;
+                    stream.try_io(Interest::WRITABLE, || send(stream.into()))
+                }
+                Self::Unix(stream) => {
+                    ready!(stream.poll_write_ready(cx))?;
+                    stream.try_io(Interest::WRITABLE, || send(stream.into()))
+                }
+            };
+            match written {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
         }
     }
 }
@@ -112,6 +133,11 @@ impl AsyncWrite for Wire {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        future::poll_fn,
+        time::{Duration, Instant},
+    };
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -130,5 +156,24 @@ mod tests {
         assert_eq!(&rest, b"OXY");
         drop(client);
         assert_eq!(wire.peek(&mut seen).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_written_last_leaves_with_the_end() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let wire = Wire::Tcp(listener.accept().await.unwrap().0);
+        let began = Instant::now();
+        for part in [b"so", b"ng"] {
+            let written = poll_fn(|cx| wire.poll_write_last(cx, &[io::IoSlice::new(part)])).await;
+            assert_eq!(written.unwrap(), 2);
+        }
+        let early = SockRef::from(&client).peek(&mut [MaybeUninit::uninit(); 4]);
+        // It waits for a fifth of a second at most.
+        assert!(early.is_err() || began.elapsed() > Duration::from_millis(100), "{early:?}");
+        drop(wire);
+        let mut all = String::new();
+        client.read_to_string(&mut all).await.unwrap();
+        assert_eq!(all, "song");
     }
 }

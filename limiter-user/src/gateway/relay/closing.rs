@@ -83,6 +83,8 @@ async fn settle(relay: &mut Relay<'_>, end: &End) -> bool {
     let Relay { client, upstream, up, down, inbound, outbound, .. } = relay;
     match end {
         End::Client(_) => {
+            // The answer is the last that it gets.
+            client.ends_soon();
             let mut way = Way::default();
             let answered = poll_fn(|cx| {
                 ready!(way.poll(cx));
@@ -152,6 +154,9 @@ struct Closing {
 impl Closing {
     /// Says whether the client agreed to the end.
     async fn client(mut self, mut socket: Socket, end: &End, answered: bool, drain_timeout: Duration) -> bool {
+        if matches!(end, End::Client(_)) {
+            socket.ends_soon();
+        }
         let told = self.tell(&mut socket).await;
         match end {
             End::Lost => true,

@@ -157,6 +157,37 @@ async fn a_client_that_leaves_is_over_at_once() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_need_not_be_answered_by_its_upstream() {
+    let upstream = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = config::Gateway {
+        upstream: format!("ws://{}", upstream.local_addr().unwrap()).parse().unwrap(),
+        handshake_timeout: Duration::from_hours(1),
+        ..quiet()
+    };
+    let gateway = start(&config);
+    let mut client = TcpStream::connect(gateway.addr).await.unwrap();
+    client.write_all(good_request("/").as_bytes()).await.unwrap();
+    let (mut asked, _) = upstream.accept().await.unwrap();
+    read_head(&mut asked).await;
+    // What it sends early is no reason to stay.
+    client.write_all(&frame(0x81, b"early")).await.unwrap();
+    drop(client);
+    gateway.policy.wait_closed(1).await;
+    assert_eq!(timeout(PATIENCE, asked.read(&mut [0])).await.unwrap().unwrap(), 0, "the upstream is told");
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"left\"}"), 1);
+}
+
+#[tokio::test]
+async fn an_answer_to_head_has_no_body() {
+    let gateway = start(&quiet());
+    let answer = gateway.raw(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 426 ") && head.contains("\r\ncontent-length: "), "{head}");
+    assert!(head.contains("\r\ndate: ") && head.contains(" GMT\r\n"), "{head}");
+    assert_eq!(body, "");
+}
+
+#[tokio::test]
 async fn both_wildcards_can_have_one_port_and_a_taken_port_is_said_clearly() {
     let bind = |addrs: &[String]| {
         let listen = addrs.iter().map(|a| a.parse().unwrap()).collect();
