@@ -60,14 +60,15 @@ impl Held<'_> {
 }
 
 /// All that a quiet session keeps, in one piece.
-struct Session<'a, T> {
-    turns: T,
-    held: Held<'a>,
+pub(super) struct Session<T, H> {
+    pub(super) turns: T,
+    /// What is given back at its end.
+    pub(super) held: H,
 }
 
 enum Begun<'a> {
-    Relay(Box<Session<'a, Relay<'a>>>),
-    BuiltIn(Box<Session<'a, BuiltIn<'a>>>),
+    Relay(Box<Session<Relay<'a>, Held<'a>>>),
+    BuiltIn(Box<Session<BuiltIn<'a>, Held<'a>>>),
 }
 
 /// Serves a client to the end of the session and closes both sides.
@@ -76,11 +77,7 @@ pub(super) async fn run(established: Box<Established>, shared: &Arc<Shared>) {
         Begun::Relay(mut session) => {
             let end = last(&mut session, shared).await;
             // Boxed, because the room is needed only now.
-            Box::pin(async move {
-                let Session { turns: relay, held } = *session;
-                relay::close(relay, &end, shared.config.drain_timeout, |agreed| held.release(agreed)).await;
-            })
-            .await;
+            Box::pin(relay::close(session, &end, shared.config.drain_timeout, Held::release)).await;
         }
         Begun::BuiltIn(mut session) => {
             let end = last(&mut session, shared).await;
@@ -116,7 +113,7 @@ fn begin(established: Box<Established>, shared: &Shared) -> Begun<'_> {
 
 /// How long it goes on, and why it ends. What waits here is all that a quiet session has beside [`Session`], and `select!` would
 /// keep some of it twice.
-async fn last<T: Turns>(session: &mut Session<'_, T>, shared: &Shared) -> End {
+async fn last<T: Turns>(session: &mut Session<T, Held<'_>>, shared: &Shared) -> End {
     let Session { turns, held } = session;
     let end = {
         let mut drain = pin!(shared.drain.turn());
@@ -173,7 +170,7 @@ mod tests {
     /// It is what thousands of quiet connections need; docs/benchmarks.md has the whole.
     #[test]
     fn a_relayed_session_is_small() {
-        let size = size_of::<Session<'_, Relay<'_>>>();
+        let size = size_of::<Session<Relay<'_>, Held<'_>>>();
         assert!(size <= 816, "{size} bytes");
     }
 }

@@ -20,23 +20,29 @@ use super::{
 use crate::gateway::{
     close::{CLOSE_TIMEOUT, End, FLUSH_TIMEOUT},
     overload::Overload,
+    session::Session,
     socket::Socket,
     turns::Way,
     upstream::Stream,
 };
 
-/// Closes both sides. `client_closed` is told when the client's socket is closed, and whether the client agreed, or was cut
-/// off. It does not wait for the upstream.
-pub(in crate::gateway) async fn close(
-    mut relay: Relay<'_>,
+/// Closes both sides, and `release`s what else the session holds when the client's socket is closed, with whether the client agreed,
+/// or was cut off. That does not wait for the upstream.
+///
+/// The session stays where it is, but for its sockets: to move all of it from hand to hand would take longer than to close it.
+pub(in crate::gateway) async fn close<H>(
+    mut session: Box<Session<Relay<'_>, H>>,
     end: &End,
     drain_timeout: Duration,
-    client_closed: impl FnOnce(bool),
+    release: impl FnOnce(H, bool),
 ) {
-    // From here on it takes nothing, and nobody must wait for it.
-    relay.mail = None;
-    let agreed = settle(&mut relay, end).await;
-    let Relay { client, upstream, up, down, outbound, .. } = relay;
+    let agreed = {
+        let relay = &mut session.turns;
+        // From here on it takes nothing, and nobody must wait for it.
+        relay.mail = None;
+        settle(relay, end).await
+    };
+    let Session { turns: Relay { client, upstream, ref mut up, ref mut down, ref outbound, .. }, held } = *session;
     let may_write_down = down.intake.unfinished() == 0;
     let may_write_up = up.intake.unfinished() == 0;
     // One that has answered, or has been answered, needs no frame of ours; one that is gone gets none.
@@ -50,9 +56,11 @@ pub(in crate::gateway) async fn close(
         _ if agreed => Vec::new(),
         end => close_frame(end.for_upstream().as_ref(), Sender::Client),
     };
-    let of_client = Closing { intake: up.intake, outlet: down.outlet, may_write: may_write_down, frame: to_client };
-    let of_upstream = Closing { intake: down.intake, outlet: up.outlet, may_write: may_write_up, frame: to_upstream };
-    let close_client = async { client_closed(of_client.client(client, end, agreed, drain_timeout).await) };
+    let of_client =
+        Closing { intake: &mut up.intake, outlet: &mut down.outlet, may_write: may_write_down, frame: to_client };
+    let of_upstream =
+        Closing { intake: &mut down.intake, outlet: &mut up.outlet, may_write: may_write_up, frame: to_upstream };
+    let close_client = async { release(held, of_client.client(client, end, agreed, drain_timeout).await) };
     let close_upstream = of_upstream.upstream(upstream, end);
     tokio::join!(close_client, close_upstream);
 }
@@ -61,7 +69,7 @@ pub(in crate::gateway) async fn close(
 /// Says whether the client agreed to the end.
 pub(in crate::gateway) async fn close_client(
     client: Socket,
-    intake: Intake,
+    mut intake: Intake,
     mut outlet: Outlet,
     end: &End,
     drain_timeout: Duration,
@@ -74,7 +82,8 @@ pub(in crate::gateway) async fn close_client(
     if matches!(end, End::SlowConsumer | End::NoPong | End::Kicked(_)) {
         outlet.keep_first();
     }
-    Closing { intake, outlet, may_write: true, frame }.client(client, end, false, drain_timeout).await
+    let closing = Closing { intake: &mut intake, outlet: &mut outlet, may_write: true, frame };
+    closing.client(client, end, false, drain_timeout).await
 }
 
 /// Where one side closes: passes its Close frame on, and the answer of the other. True: there is one, and all is said.
@@ -140,18 +149,18 @@ fn is_close(ended: &Ended) -> bool {
 }
 
 /// One side's end.
-struct Closing {
+struct Closing<'a> {
     /// What comes from it.
-    intake: Intake,
+    intake: &'a mut Intake,
     /// What goes to it.
-    outlet: Outlet,
+    outlet: &'a mut Outlet,
     /// Whether it has all of every frame that has begun.
     may_write: bool,
     /// The Close frame that it has still to get, if any.
     frame: Vec<u8>,
 }
 
-impl Closing {
+impl Closing<'_> {
     /// Says whether the client agreed to the end.
     async fn client(mut self, mut socket: Socket, end: &End, answered: bool, drain_timeout: Duration) -> bool {
         if matches!(end, End::Client(_)) {

@@ -3,7 +3,10 @@
 //! By hand, since there is one for each connection of a client: a client of a library's, with its queue of requests and its bodies,
 //! takes several times as long to make as this takes to write and to read.
 
-use std::io;
+use std::{
+    fmt,
+    io::{self, Write as _},
+};
 
 use hyper::{
     HeaderMap, StatusCode,
@@ -40,6 +43,20 @@ impl Request {
 
     /// Adds one of our own. In its value there is nothing that ends a line.
     pub(super) fn own(&mut self, name: &str, value: &[u8]) {
+        self.name(name);
+        self.0.extend_from_slice(value);
+        self.0.extend_from_slice(b"\r\n");
+    }
+
+    /// The same, as it is shown.
+    pub(super) fn own_shown(&mut self, name: &str, value: fmt::Arguments<'_>) {
+        self.name(name);
+        // There is always room in memory.
+        _ = self.0.write_fmt(value);
+        self.0.extend_from_slice(b"\r\n");
+    }
+
+    fn name(&mut self, name: &str) {
         let Self(text) = self;
         let start = text.len();
         text.extend_from_slice(name.as_bytes());
@@ -51,8 +68,6 @@ impl Request {
             begins = *byte == b'-';
         }
         text.extend_from_slice(b": ");
-        text.extend_from_slice(value);
-        text.extend_from_slice(b"\r\n");
     }
 
     #[cfg(test)]

@@ -25,7 +25,7 @@ use super::{
 };
 
 /// Headers of a request that hold for one hop, or that only the gateway may set.
-const NOT_PASSED_ON: [HeaderName; 14] = [
+static NOT_PASSED_ON: [HeaderName; 14] = [
     CONNECTION,
     UPGRADE,
     TE,
@@ -114,18 +114,17 @@ fn request(
     if let Some(protocols) = &handshake.protocols {
         request.header(&SEC_WEBSOCKET_PROTOCOL, protocols);
     }
-    let hop = named_by_connection(&head.headers);
     for (name, value) in &head.headers {
-        if *name != HOST && is_passed_on(name) && !hop.contains(name) {
+        if *name != HOST && is_passed_on(name) && !is_for_one_hop(name, &head.headers) {
             request.header(name, value);
         }
     }
-    request.own(X_FORWARDED_FOR.as_str(), client.ip.to_string().as_bytes());
+    request.own_shown(X_FORWARDED_FOR.as_str(), format_args!("{}", client.ip));
     request.own(X_FORWARDED_PROTO.as_str(), client.scheme.name().as_bytes());
     if let Some(port) = client.port {
-        request.own("x-forwarded-port", port.to_string().as_bytes());
+        request.own_shown("x-forwarded-port", format_args!("{port}"));
     }
-    request.own("x-request-id", format!("{:032x}", client.request_id).as_bytes());
+    request.own_shown("x-request-id", format_args!("{:032x}", client.request_id));
     if let Some(user) = client.user {
         request.own("x-limiter-user", user.as_bytes());
     }
@@ -136,15 +135,13 @@ fn is_passed_on(name: &HeaderName) -> bool {
     !NOT_PASSED_ON.contains(name) && !NOT_PASSED_ON_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix))
 }
 
-/// The headers that the client says are for this hop alone (RFC 9110, 7.6.1).
-fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+/// Whether the client says that this header is for one hop alone (RFC 9110, 7.6.1).
+fn is_for_one_hop(name: &HeaderName, headers: &HeaderMap) -> bool {
     headers
         .get_all(CONNECTION)
         .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .any(|named| named.trim_ascii().eq_ignore_ascii_case(name.as_str().as_bytes()))
 }
 
 /// The subprotocol of an upstream's 101; an error says what is wrong with the answer (RFC 6455, 4.1).
