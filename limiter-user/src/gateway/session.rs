@@ -171,6 +171,7 @@ mod tests {
     #[test]
     fn a_relayed_session_is_small() {
         let size = size_of::<Session<Relay<'_>, Held<'_>>>();
-        assert!(size <= 816, "{size} bytes");
+        // The next rooms that the allocator has are of 768 and 1024 bytes.
+        assert!(size <= 896, "{size} bytes");
     }
 }
