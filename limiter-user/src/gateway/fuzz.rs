@@ -35,18 +35,20 @@ use super::{
 };
 use crate::config::{Jwt, Sanitize};
 
+pub(crate) use super::upstream::fuzz::upstream;
+
 /// Cuts of a stream, by its own first byte: the same input is always cut in the same way.
-fn cuts(data: &[u8]) -> (usize, &[u8]) {
+pub(super) fn cuts(data: &[u8]) -> (usize, &[u8]) {
     match data.split_first() {
         Some((first, rest)) => (usize::from(*first).max(1), rest),
         None => (1, data),
     }
 }
 
-/// What a server reads, in pieces.
-struct Pieces<'a> {
-    rest: &'a [u8],
-    most: usize,
+/// What comes from the other side, in pieces.
+pub(super) struct Pieces<'a> {
+    pub(super) rest: &'a [u8],
+    pub(super) most: usize,
 }
 
 impl AsyncRead for Pieces<'_> {

@@ -8,18 +8,17 @@ use std::{
     io::{self, Write as _},
 };
 
+use bytes::BufMut;
 use hyper::{
     HeaderMap, StatusCode,
     header::{HeaderName, HeaderValue},
     http::uri::PathAndQuery,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-use super::Stream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Longest head of an upstream's answer, in bytes, with those that say that another comes; and the most header lines in one.
-const MAX_HEAD: usize = 16 * 1024;
-const MAX_HEADERS: usize = 100;
+pub(super) const MAX_HEAD: usize = 16 * 1024;
+pub(super) const MAX_HEADERS: usize = 100;
 
 /// The room for an answer to begin with: that of most.
 const USUAL_HEAD: usize = 512;
@@ -100,17 +99,28 @@ pub(super) enum ExchangeError {
 }
 
 /// Sends a request and reads the head of the answer.
-pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Result<Answer, ExchangeError> {
+pub(super) async fn exchange<S>(stream: &mut S, mut request: Request) -> Result<Answer, ExchangeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     request.0.extend_from_slice(b"\r\n");
     stream.write_all(&request.0).await?;
     stream.flush().await?;
     drop(request);
+    read_answer(stream).await
+}
 
+/// Reads the head of an answer. However it comes in pieces, the same comes of it, and no more than [`MAX_HEAD`] bytes are read.
+pub(super) async fn read_answer<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Answer, ExchangeError> {
     let mut read = Vec::with_capacity(USUAL_HEAD);
     // Where the head begins: behind those that announced it.
     let mut start = 0;
     loop {
-        if stream.read_buf(&mut read).await? == 0 {
+        let room = MAX_HEAD - read.len();
+        if room == 0 {
+            return Err(ExchangeError::TooLong);
+        }
+        if stream.read_buf(&mut (&mut read).limit(room)).await? == 0 {
             return Err(ExchangeError::Ended);
         }
         loop {
@@ -122,9 +132,6 @@ pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Resul
                     return Ok(Answer { status, headers, rest: read });
                 }
             }
-        }
-        if read.len() >= MAX_HEAD {
-            return Err(ExchangeError::TooLong);
         }
         read.reserve(USUAL_HEAD);
     }
@@ -169,7 +176,7 @@ fn parse(bytes: &[u8]) -> Result<Head, ExchangeError> {
 mod tests {
     use tokio::net::UnixStream;
 
-    use super::*;
+    use super::{super::Stream, *};
 
     const ASKED: &str = "GET /a?b HTTP/1.1\r\nX-Request-Id: 1\r\n\r\n";
 

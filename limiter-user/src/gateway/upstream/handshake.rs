@@ -145,7 +145,11 @@ fn is_for_one_hop(name: &HeaderName, headers: &HeaderMap) -> bool {
 }
 
 /// The subprotocol of an upstream's 101; an error says what is wrong with the answer (RFC 6455, 4.1).
-fn chosen_protocol(headers: &HeaderMap, handshake: &Handshake, key: &str) -> Result<Option<HeaderValue>, &'static str> {
+pub(super) fn chosen_protocol(
+    headers: &HeaderMap,
+    handshake: &Handshake,
+    key: &str,
+) -> Result<Option<HeaderValue>, &'static str> {
     if headers.get(SEC_WEBSOCKET_ACCEPT).is_none_or(|accept| *accept != derive_accept_key(key.as_bytes())) {
         return Err("Sec-WebSocket-Accept does not match the key");
     }

@@ -4,6 +4,8 @@
 //! asks it for a WebSocket by an [`mod@exchange`], and [`mod@probe`] sees whether it is there.
 
 mod exchange;
+#[cfg(any(test, limiter_fuzz))]
+pub(crate) mod fuzz;
 mod handshake;
 mod probe;
 mod server;
