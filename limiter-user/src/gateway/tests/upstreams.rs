@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write as _,
     net::SocketAddr,
     sync::{
         Arc,
@@ -270,6 +271,31 @@ async fn an_upstream_may_listen_on_a_unix_socket() {
     echoes(&mut client, "hello").await;
     assert_eq!(request.recv().await.unwrap(), b"GET /ws HT");
     drop(client);
+    gateway.stop().await;
+}
+
+/// It can't be had that each is closed before the request is written, but of so many some are.
+#[tokio::test]
+async fn an_upstream_that_answers_and_closes_without_reading_is_passed_on() {
+    const TIMES: u64 = 100;
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("app.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let serving = std::thread::spawn(move || {
+        for _ in 0..TIMES {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\n\r\nlater").unwrap();
+        }
+    });
+    let url = format!("unix:{}", path.display());
+    let gateway = start(&config::Gateway { upstream: url.parse().unwrap(), ..quiet() });
+    for _ in 0..TIMES {
+        let answer = gateway.raw(good_request("/").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 429 ") && answer.contains("retry-after: 7\r\n"), "{answer}");
+    }
+    serving.join().unwrap();
+    assert_eq!(gateway.metric("limiter_handshakes_total{result=\"upstream_refused\"}"), TIMES);
+    assert_eq!(gateway.metric(&format!("limiter_upstream_failures_total{{upstream=\"{url}\",reason=\"answer\"}}")), 0);
     gateway.stop().await;
 }
 

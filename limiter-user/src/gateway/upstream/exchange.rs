@@ -14,7 +14,9 @@ use hyper::{
     header::{HeaderName, HeaderValue},
     http::uri::PathAndQuery,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+
+use super::Stream;
 
 /// Longest head of an upstream's answer, in bytes, with those that say that another comes; and the most header lines in one.
 pub(super) const MAX_HEAD: usize = 16 * 1024;
@@ -98,16 +100,24 @@ pub(super) enum ExchangeError {
     TooOld,
 }
 
-/// Sends a request and reads the head of the answer.
-pub(super) async fn exchange<S>(stream: &mut S, mut request: Request) -> Result<Answer, ExchangeError>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+/// Sends a request and reads the head of the answer. There may be one to a request that could not be sent to its end: an upstream may
+/// refuse by its first lines, or whoever asks, and close.
+pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Result<Answer, ExchangeError> {
     request.0.extend_from_slice(b"\r\n");
-    stream.write_all(&request.0).await?;
-    stream.flush().await?;
+    let sent = send(stream, &request).await;
     drop(request);
-    read_answer(stream).await
+    match (read_answer(stream).await, sent) {
+        // That it took half a request and left says more than that it left.
+        (Err(ExchangeError::Ended), Err(error)) => Err(error.into()),
+        // It would wait for the rest, and what is sent next would be taken for that.
+        (Ok(answer), Err(error)) if answer.status == StatusCode::SWITCHING_PROTOCOLS => Err(error.into()),
+        (answer, _) => answer,
+    }
+}
+
+async fn send(stream: &mut Stream, Request(text): &Request) -> io::Result<()> {
+    stream.write_all(text).await?;
+    stream.flush().await
 }
 
 /// Reads the head of an answer. However it comes in pieces, the same comes of it, and no more than [`MAX_HEAD`] bytes are read.
@@ -176,7 +186,7 @@ fn parse(bytes: &[u8]) -> Result<Head, ExchangeError> {
 mod tests {
     use tokio::net::UnixStream;
 
-    use super::{super::Stream, *};
+    use super::*;
 
     const ASKED: &str = "GET /a?b HTTP/1.1\r\nX-Request-Id: 1\r\n\r\n";
 
@@ -234,6 +244,34 @@ mod tests {
         assert!(matches!(error(&[b"HTTP/1.0 101 Switching\r\n\r\n"]).await, ExchangeError::TooOld));
         let many = [b"HTTP/1.1 200 OK\r\n".as_slice(), &b"a: b\r\n".repeat(101), b"\r\n"].concat();
         assert!(matches!(error(&[&many]).await, ExchangeError::Malformed(_)));
+    }
+
+    /// What comes of it when the upstream has sent this and closed before it was asked.
+    async fn answered_before(answer: &[u8]) -> Result<Answer, ExchangeError> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(answer).await.unwrap();
+        drop(theirs);
+        exchange(&mut Stream::Unix(ours), Request::get(&PathAndQuery::from_static("/"))).await
+    }
+
+    #[tokio::test]
+    async fn an_answer_counts_though_the_upstream_has_closed_before_it_was_asked_to_the_end() {
+        let answer =
+            answered_before(b"HTTP/1.1 429 Wait\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\nno").await.unwrap();
+        assert_eq!(
+            (answer.status, &answer.headers["retry-after"]),
+            (StatusCode::TOO_MANY_REQUESTS, &"7".parse().unwrap())
+        );
+        // But what is none does not, and what it takes to send is told.
+        for no_answer in [b"".as_slice(), b"HTTP/1.1 429 Wa", b"HTTP/1.1 101 Switching Protocols\r\n\r\n"] {
+            let error = answered_before(no_answer).await.err().unwrap();
+            assert!(
+                matches!(&error, ExchangeError::Io(error) if error.kind() == io::ErrorKind::BrokenPipe),
+                "{no_answer:?}: {error}"
+            );
+        }
+        let error = answered_before(b"220 mail.example ESMTP\r\n").await.err().unwrap();
+        assert!(matches!(error, ExchangeError::Malformed(_)), "{error}");
     }
 
     #[tokio::test]
