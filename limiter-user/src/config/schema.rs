@@ -96,7 +96,7 @@ pub enum OnDeny {
     Drop,
     /// A RST, so that the client fails at once; past a thousand a second, nothing.
     Reset,
-    /// It is counted and passes.
+    /// It is counted and passes; the gateway does the same with whom it would refuse.
     Observe,
 }
 

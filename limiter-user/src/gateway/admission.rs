@@ -26,6 +26,11 @@ impl AllServices {
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
     }
 
+    /// Takes one, whether there is one or not.
+    fn take_past(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn give_back(&self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -96,13 +101,24 @@ impl Admission {
         if !self.all.take(limits.connections_total_all) {
             return Err(Full::AllServices);
         }
-        counts.sources.insert(source, held + 1);
-        if let Some(wide) = wide_source {
-            counts.wide_sources.insert(wide, held_wide + 1);
+        Ok(self.enter(&mut counts, Sources { narrow: source, wide: wide_source }))
+    }
+
+    /// Takes a slot for a client at `ip` whatever the limits say: it is only observed. It counts like any other.
+    pub(crate) fn admit_past(self: &Arc<Self>, ip: IpAddr, limits: &Limits) -> Permit {
+        let sources = Sources { narrow: limits.source(ip), wide: limits.wide_source(ip) };
+        self.all.take_past();
+        self.enter(&mut self.counts(), sources)
+    }
+
+    /// Counts a session that has its slot among all.
+    fn enter(self: &Arc<Self>, counts: &mut Counts, sources: Sources) -> Permit {
+        *counts.sources.entry(sources.narrow).or_default() += 1;
+        if let Some(wide) = sources.wide {
+            *counts.wide_sources.entry(wide).or_default() += 1;
         }
         counts.total += 1;
-        let sources = Sources { narrow: source, wide: wide_source };
-        Ok(Permit { admission: Arc::clone(self), sources: Some(sources) })
+        Permit { admission: Arc::clone(self), sources: Some(sources) }
     }
 
     /// How many sessions are open.
@@ -242,6 +258,28 @@ mod tests {
     }
 
     #[test]
+    fn who_is_only_observed_counts_like_any_other_and_gives_back_what_it_took() {
+        let admission = Arc::new(Admission::default());
+        let limits =
+            Limits { connections_total_all: 1, wide_ipv4_prefix: 24, connections_per_wide_source: 1, ..limits(1, 1) };
+        let first = admission.try_admit(ip(1), &limits).unwrap();
+        let mut past = [1, 1, 2].map(|n| admission.admit_past(ip(n), &limits));
+        assert_eq!((admission.total(), admission.all.0.load(Ordering::Relaxed)), (4, 4));
+        assert_eq!(
+            (admission.held(limits.source(ip(1))).0, admission.counts().wide_sources.values().sum::<u32>()),
+            (3, 4)
+        );
+        past[1].leave_source();
+        assert_eq!(admission.held(limits.source(ip(1))).0, 2);
+        drop(first);
+        assert_eq!(admission.try_admit(ip(1), &limits).err(), Some(Full::Source(1)), "those past it are there");
+        drop(past);
+        assert_eq!((admission.total(), admission.all.0.load(Ordering::Relaxed)), (0, 0));
+        assert!(admission.counts().sources.is_empty() && admission.counts().wide_sources.is_empty());
+        assert!(admission.try_admit(ip(1), &limits).is_ok());
+    }
+
+    #[test]
     fn zero_is_no_limit() {
         let admission = Arc::new(Admission::default());
         let permits: Vec<_> = (0..100).map(|_| admission.try_admit(ip(1), &limits(0, 0)).unwrap()).collect();
@@ -277,6 +315,8 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         Arrive(u8),
+        /// The same, where whoever is past a limit is only observed.
+        ArrivePast(u8),
         Leave(usize),
         Tune(u32, u32),
     }
@@ -284,6 +324,7 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             4 => (0..4u8).prop_map(Step::Arrive),
+            1 => (0..4u8).prop_map(Step::ArrivePast),
             3 => any::<usize>().prop_map(Step::Leave),
             1 => (0..5u32, 0..12u32).prop_map(|(per_source, total)| Step::Tune(per_source, total)),
         ]
@@ -291,7 +332,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_is_over_the_limit_nor_released_twice(steps in proptest::collection::vec(step(), 0..300)) {
+        fn nothing_new_is_over_the_limit_nor_released_twice(steps in proptest::collection::vec(step(), 0..300)) {
             let admission = Arc::new(Admission::default());
             let mut current = limits(3, 8);
             let mut held: Vec<(u8, Permit)> = Vec::new();
@@ -315,6 +356,7 @@ mod tests {
                             Err(full) => prop_assert_eq!(expected, Some(full)),
                         }
                     }
+                    Step::ArrivePast(n) => held.push((n, admission.admit_past(ip(n), &current))),
                     Step::Leave(i) if !held.is_empty() => {
                         let i = i % held.len();
                         drop(held.swap_remove(i));

@@ -10,13 +10,13 @@ use tokio::{
 
 use super::{
     Shared,
-    admission::{Full as NoRoom, Permit},
+    admission::Permit,
     answer::{Refusal, switching_protocols},
     application::Opened,
     arrival::{self, Arrived, Endpoints},
     auth::{Member, Visitor},
     forwarded::{self, Identity},
-    handshake, origin, overload, proxy_hint,
+    handshake, limits, origin, overload,
     push::Mailbox,
     request::{self, NoRequest},
     route::OnRoute,
@@ -24,7 +24,6 @@ use super::{
     socket::Socket,
     upstream::Client,
 };
-use crate::policy::{Limits, TooFast};
 
 /// How long a client that was refused may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
@@ -188,48 +187,7 @@ async fn decide(
     if is_turned_away && !route.exempt {
         return Err(Refusal::Overloaded);
     }
-    // The kernel has seen to those that it sees.
-    let is_seen_below = shared.policy.is_kept_below() && identity.ip == endpoints.peer && endpoints.are_seen_below();
-    if !is_seen_below && shared.policy.denies(identity.ip) {
-        return Err(Refusal::Denied);
-    }
-    if (shared.config.messages.deny_after != 0 || route.config.messages.deny_after != 0)
-        && shared.offenders.denies(shared.policy.limits().source(identity.ip), Instant::now())
-    {
-        return Err(Refusal::Denied);
-    }
-    // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
-    let limits = if identity.is_proxy { shared.policy.limits() } else { shared.policy.limits_for(identity.ip) };
-    let limits = if route.exempt {
-        Limits {
-            connections_per_source: 0,
-            connections_per_wide_source: 0,
-            connections_total: 0,
-            connections_total_all: 0,
-            connection_rate: 0,
-            service_connection_rate: 0,
-            ..limits
-        }
-    } else {
-        limits
-    };
-    let admitted = shared.admission.try_admit(identity.ip, &limits).map_err(|full| match full {
-        NoRoom::Source(limit) => Refusal::SourceFull(limit),
-        NoRoom::Service => Refusal::ServiceFull,
-        NoRoom::AllServices => Refusal::AllFull,
-    });
-    proxy_hint::warn(shared, &endpoints, &head.headers, &limits);
-    let mut permit = admitted?;
-    if !is_seen_below {
-        // The kernel has counted a proxy's connection as one to the service, whoever the client is.
-        let is_counted_below = shared.policy.is_kept_below() && endpoints.are_seen_below();
-        let service_connection_rate = if is_counted_below { 0 } else { limits.service_connection_rate };
-        let rates = Limits { service_connection_rate, ..limits };
-        shared.rates.spend(limits.source(identity.ip), &rates).map_err(|too_fast| match too_fast {
-            TooFast::Source => Refusal::SourceRate,
-            TooFast::Service => Refusal::ServiceRate,
-        })?;
-    }
+    let mut permit = limits::admit(&head.headers, &endpoints, &identity, route, shared)?;
     let place = route.enter().ok_or(Refusal::ServiceFull)?;
     let user = match &shared.auth {
         Some(auth) if route.auth => {

@@ -20,6 +20,7 @@ const CONNECTION_SECONDS: [f64; 10] = [0.1, 1.0, 10.0, 60.0, 300.0, 1_800.0, 3_6
 /// The gateway's metrics. One is made per process, registered, and handed to [`Gateway::bind`](super::Gateway::bind).
 pub struct Metrics {
     handshakes: Family<ResultLabel, Counter>,
+    handshakes_observed: Family<ReasonLabel, Counter>,
     handshake_seconds: Histogram,
     sessions: Gauge,
     sessions_closed: Family<ReasonLabel, Counter>,
@@ -118,6 +119,7 @@ impl Default for Metrics {
             received: passed("in"),
             sent: passed("out"),
             handshakes: Family::default(),
+            handshakes_observed: Family::default(),
             handshake_seconds: Histogram::new(HANDSHAKE_SECONDS),
             sessions: Gauge::default(),
             sessions_closed: Family::default(),
@@ -149,6 +151,11 @@ impl Metrics {
         registry.register_collector(Box::new(self.upstreams.clone()));
         self.overload.register(registry);
         registry.register("handshakes", "WebSocket handshakes, by what came of them", self.handshakes.clone());
+        registry.register(
+            "handshakes_observed",
+            "WebSocket handshakes that the limits of a service would have refused if it did not only observe, by reason",
+            self.handshakes_observed.clone(),
+        );
         registry.register(
             "handshake_seconds",
             "From accept to the end of the upgrade, of handshakes that succeeded",
@@ -216,6 +223,11 @@ impl Metrics {
     /// A handshake came to an end.
     pub(super) fn handshake(&self, result: &'static str) {
         self.handshakes.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// A handshake goes on that would have been refused.
+    pub(super) fn handshake_observed(&self, reason: &'static str) {
+        self.handshakes_observed.get_or_create(&ReasonLabel { reason }).inc();
     }
 
     /// A client's message does not pass, for that reason.

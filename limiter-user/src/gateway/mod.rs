@@ -24,6 +24,7 @@ mod handed;
 mod handshake;
 mod inherited;
 mod json;
+mod limits;
 pub(crate) mod listen;
 mod liveness;
 mod messages;

@@ -15,7 +15,10 @@ use super::{
     rules::{Rules, apply, is_allow, is_deny},
     users,
 };
-use crate::policy::{Action, Cidr, Connection, Limits, Policy, Rule, Source};
+use crate::{
+    config::OnDeny,
+    policy::{Action, Cidr, Connection, Limits, Policy, Rule, Source},
+};
 
 /// How many times as long as it took to look for rules that have ended it is not done again: with a great many rules it takes a
 /// good part of a second, and whoever offends on purpose decides how often somebody is denied.
@@ -104,6 +107,16 @@ impl Policy for LivePolicy {
             Ok(found) => found.is_some_and(|(_, rule)| is_deny(&rule)),
             Err(error) => {
                 tracing::warn!(%error, "can't look up the rule for a client; it is not taken for denied");
+                false
+            }
+        }
+    }
+
+    fn observes(&self) -> bool {
+        match self.services.get(self.index) {
+            Ok(service) => service.is_some_and(|service| service.on_deny == OnDeny::Observe),
+            Err(error) => {
+                tracing::warn!(%error, "can't read whether the service only observes; it is taken not to");
                 false
             }
         }

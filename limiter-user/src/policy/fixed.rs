@@ -14,6 +14,7 @@ pub struct Fixed {
     limits: Limits,
     /// By the length of the prefix: as many look-ups as there are lengths, however many rules.
     rules: BTreeMap<u8, HashMap<Cidr, Rule>>,
+    observes: bool,
 }
 
 impl Fixed {
@@ -23,7 +24,13 @@ impl Fixed {
         for rule in rules {
             by_length.entry(rule.cidr.prefix()).or_default().insert(rule.cidr, *rule);
         }
-        Self { limits, rules: by_length }
+        Self { limits, rules: by_length, observes: false }
+    }
+
+    /// The same, where `observes` says whether nobody is refused for them (`on_deny = "observe"`).
+    #[must_use]
+    pub fn observing(self, observes: bool) -> Self {
+        Self { observes, ..self }
     }
 
     /// What the rule says with the longest prefix that an address is in, of those that have not ended.
@@ -75,6 +82,10 @@ impl Policy for Fixed {
 
     fn is_kept_below(&self) -> bool {
         false
+    }
+
+    fn observes(&self) -> bool {
+        self.observes
     }
 
     fn closed(&self, _: &Connection) {}

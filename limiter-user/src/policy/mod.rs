@@ -44,6 +44,11 @@ pub trait Policy: Send + Sync + 'static {
         true
     }
 
+    /// Whether nobody is refused for the limits and rules: who would be is counted, and let in.
+    fn observes(&self) -> bool {
+        false
+    }
+
     /// The client of a connection has shown who it is: from now on the connection counts against that user instead of its
     /// source. Called at most once for a connection, and before [`Self::closed`].
     fn authenticated(&self, connection: &Connection, user: &str) {

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     admin::{self, Admin, Control, Readiness},
-    config::{Config, Service},
+    config::{Config, OnDeny, Service},
     gateway::{self, AllServices, Gateway, Handed, Place, Sockets},
     kernel::{Attached, Pinned},
     policy::{Fixed, Policy},
@@ -125,7 +125,7 @@ fn open_attached(
 }
 
 fn fixed(service: &Service, config: &Config) -> Arc<dyn Policy> {
-    Arc::new(Fixed::new(service.limits, &config.rules))
+    Arc::new(Fixed::new(service.limits, &config.rules).observing(service.on_deny == OnDeny::Observe))
 }
 
 /// Every address of the daemon, taken before anything is done to the host: what can't be had is known by then.

@@ -141,7 +141,11 @@ async fn a_panic_ends_its_own_connection_only_and_releases_it() {
 
 /// A gateway without a kernel, by itself or among others.
 fn without_a_kernel(limits: Limits, rules: &[Rule], all: &AllServices) -> Served {
-    let policy = Arc::new(Fixed::new(limits, rules));
+    serve(Fixed::new(limits, rules), all)
+}
+
+fn serve(policy: Fixed, all: &AllServices) -> Served {
+    let policy = Arc::new(policy);
     let metrics = Arc::new(Metrics::default());
     let gateway = Gateway::reserve(&quiet()).unwrap().open_among(policy, Arc::clone(&metrics), all.clone()).unwrap();
     let url = format!("ws://{}/", gateway.local_addrs()[0]);
@@ -196,6 +200,10 @@ impl Served {
             }
         };
         timeout(PATIENCE, connected).await.expect("there is room again")
+    }
+
+    fn observed(&self, reason: &str) -> u64 {
+        sampler(&self.metrics)(&format!("limiter_handshakes_observed_total{{reason=\"{reason}\"}}"))
     }
 
     fn refused(&self, reason: &str) -> u64 {
@@ -304,4 +312,65 @@ async fn without_a_kernel_the_gateway_keeps_the_rules() {
     let (held, status) = served.fill().await;
     assert!(held.len() >= 3, "{}", held.len());
     assert_eq!((status, served.refused("source_rate")), (429, 1));
+}
+
+#[tokio::test]
+async fn where_a_service_only_observes_everybody_gets_in_and_each_refusal_is_counted_once() {
+    let wide = Limits { wide_ipv4_prefix: 24, connections_per_wide_source: 2, ..none() };
+    let full = Limits { connections_per_source: 2, connections_total: 1, ..none() };
+    let slow = Limits { connection_rate: 1, connection_burst: 2, ..none() };
+    for (limits, rules, reason, expected) in [
+        (Limits { connections_per_source: 2, ..none() }, vec![], "source_full", 3),
+        (wide, vec![], "source_full", 3),
+        (Limits { connections_total: 2, ..none() }, vec![], "service_full", 3),
+        (Limits { connections_total_all: 2, ..none() }, vec![], "total_full", 3),
+        (none(), vec![everybody(Action::Deny)], "rule", 5),
+        // By the first of several reasons.
+        (Limits { connection_rate: 1, connection_burst: 1, ..full }, vec![everybody(Action::Deny)], "rule", 5),
+        (full, vec![], "source_full", 3),
+        (none(), vec![everybody(Action::Allow)], "source_full", 0),
+    ] {
+        let served = serve(Fixed::new(limits, &rules).observing(true), &AllServices::default());
+        let mut held = Vec::new();
+        for _ in 0..5 {
+            held.push(served.connect().await.unwrap_or_else(|status| panic!("{reason}: {status}")));
+        }
+        echoes(&mut held[4], "in").await;
+        assert_eq!((served.observed(reason), served.refused("accepted")), (expected, 5), "{reason}");
+    }
+    // At most a few tokens come back meanwhile.
+    for (limits, reason) in [
+        (slow, "source_rate"),
+        (Limits { service_connection_rate: 1, service_connection_burst: 2, ..none() }, "service_rate"),
+    ] {
+        let served = serve(Fixed::new(limits, &[]).observing(true), &AllServices::default());
+        let mut connects = 0;
+        while served.observed(reason) < 3 {
+            served.connect().await.unwrap();
+            connects += 1;
+            assert!(connects < 1000, "{reason}: no rate is kept");
+        }
+        assert!(connects >= 5, "{connects}");
+    }
+}
+
+#[tokio::test]
+async fn who_was_only_observed_counts_and_gives_its_slot_back_once() {
+    let gateway = start_with(&quiet(), Limits { connections_per_source: 1, ..unlimited() });
+    gateway.policy.observes.store(true, Ordering::Relaxed);
+    let (first, second, third) = (gateway.connect().await, gateway.connect().await, gateway.connect().await);
+    let observed = || gateway.metric("limiter_handshakes_observed_total{reason=\"source_full\"}");
+    assert_eq!((gateway.admission().total(), observed()), (3, 2));
+    // From now on it counts.
+    gateway.policy.observes.store(false, Ordering::Relaxed);
+    assert_eq!(refusal(&gateway).await.0, 429);
+    let admission = gateway.admission();
+    drop((first, second));
+    eventually("two are free", || admission.total() == 1).await;
+    assert_eq!(refusal(&gateway).await.0, 429);
+    drop(third);
+    gateway.wait_released().await;
+    let _fourth = gateway.connect().await;
+    assert_eq!(refusal(&gateway).await.0, 429);
+    assert_eq!((gateway.admission().total(), observed()), (1, 2));
 }

@@ -50,6 +50,8 @@ pub struct Recorder {
     closed: Mutex<HashMap<Connection, u32>>,
     /// Whether nobody below keeps rules and rates.
     pub is_alone: AtomicBool,
+    /// Whether who would be refused is let in.
+    pub observes: AtomicBool,
     /// The users of connections, in the order in which they were told.
     pub users: Mutex<Vec<(Connection, String)>>,
 }
@@ -65,6 +67,10 @@ impl Policy for Recorder {
 
     fn is_kept_below(&self) -> bool {
         !self.is_alone.load(Ordering::Relaxed)
+    }
+
+    fn observes(&self) -> bool {
+        self.observes.load(Ordering::Relaxed)
     }
 
     fn denies(&self, client: IpAddr) -> bool {
