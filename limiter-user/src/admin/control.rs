@@ -239,12 +239,12 @@ async fn disconnect(control: &Control, peer: SocketAddr, body: &[u8]) -> Result<
     if !matches!(code, 1000 | 1001 | 1008 | 1011..=1013 | 3000..=4999) {
         return Err(bad("code: a server closes with 1000, 1001, 1008, 1011 to 1013, or 3000 to 4999"));
     }
-    let reason = reason.as_deref().unwrap_or("disconnected");
-    if reason.len() > LONGEST_REASON_BYTES {
+    if reason.as_ref().is_some_and(|reason| reason.len() > LONGEST_REASON_BYTES) {
         return Err(bad(format!("reason: a Close frame has room for {LONGEST_REASON_BYTES} bytes")));
     }
     let gateways = control.gateways.iter();
-    let sessions: u32 = join_all(gateways.map(|gateway| gateway.disconnect(&user, code, reason))).await.iter().sum();
+    let sessions: u32 =
+        join_all(gateways.map(|gateway| gateway.disconnect(&user, code, reason.as_deref()))).await.iter().sum();
     tracing::info!(%peer, user, code, sessions, "disconnected by the admin address");
     Ok(json!({ "sessions": sessions }))
 }

@@ -44,7 +44,7 @@ pub(super) enum End {
     /// A newer session of the same user takes its place.
     Replaced,
     /// Whoever may publish to the client's user has it closed, with this.
-    Kicked(Box<CloseFrame>),
+    Kicked(Box<Kick>),
     /// The gateway is being shut down.
     Draining,
     /// The upstream closes.
@@ -53,6 +53,23 @@ pub(super) enum End {
     UpstreamGone,
     /// The upstream sent what can't be passed on.
     UpstreamMalformed,
+}
+
+/// What whoever may publish to a user has its sessions closed with.
+#[derive(Clone, Debug)]
+pub(super) struct Kick {
+    pub(super) frame: CloseFrame,
+    /// Whether each is told when to come back, behind the reason.
+    pub(super) may_come_back: bool,
+}
+
+impl Kick {
+    /// Who gives no reason leaves the words to the gateway, and with a code that says that it is only for now (1012, 1013), the hint.
+    pub(super) fn new(code: u16, reason: Option<&str>) -> Self {
+        let frame = CloseFrame { code: CloseCode::from(code), reason: reason.unwrap_or("disconnected").into() };
+        let may_come_back = reason.is_none() && matches!(frame.code, CloseCode::Restart | CloseCode::Again);
+        Self { frame, may_come_back }
+    }
 }
 
 impl End {
@@ -87,7 +104,8 @@ impl End {
     pub(super) fn for_client(&self, overload: &Overload) -> Option<CloseFrame> {
         let (code, reason) = match self {
             Self::Client(frame) | Self::Upstream(frame) => return frame.clone(),
-            Self::Kicked(frame) => return Some((**frame).clone()),
+            Self::Kicked(kick) if !kick.may_come_back => return Some(kick.frame.clone()),
+            Self::Kicked(kick) => (kick.frame.code, kick.frame.reason.as_str()),
             Self::Lost => return None,
             Self::Malformed(code, reason) => (*code, *reason),
             Self::Violation(violation) => violation.close(),
@@ -103,7 +121,8 @@ impl End {
             Self::UpstreamMalformed => (CloseCode::Error, "application error"),
         };
         let reason = match self {
-            Self::TooOld | Self::Draining | Self::UpstreamGone => {
+            // As far as it gets here, one who is kicked may come back.
+            Self::TooOld | Self::Draining | Self::UpstreamGone | Self::Kicked(_) => {
                 format!("{reason}; reconnect in {} s", overload.reconnect_after()).into()
             }
             _ => reason.into(),

@@ -16,7 +16,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+
+use crate::gateway::close::Kick;
 
 /// What an entry counts for beside its bytes: about what its own bookkeeping takes.
 pub(super) const ENTRY_BYTES: usize = 128;
@@ -33,14 +34,14 @@ pub(super) enum Item {
     /// A whole frame of a server.
     Frame(Bytes),
     /// Their sessions end, with this.
-    Leave(Arc<CloseFrame>),
+    Leave(Arc<Kick>),
 }
 
 impl Item {
     fn cost(&self) -> usize {
         let length = match self {
             Self::Frame(frame) => frame.len(),
-            Self::Leave(frame) => frame.reason.len(),
+            Self::Leave(kick) => kick.frame.reason.len(),
         };
         length + ENTRY_BYTES
     }
@@ -76,7 +77,7 @@ pub(super) struct State {
     round: u32,
     lost: Lost,
     /// The last time that everybody was told to leave.
-    left: Option<(u64, Arc<CloseFrame>)>,
+    left: Option<(u64, Arc<Kick>)>,
 }
 
 #[derive(Debug)]
@@ -275,8 +276,8 @@ impl State {
                 lost += u64::from(oldest.left);
             }
         }
-        if let Item::Leave(frame) = &item {
-            self.left = Some((number, Arc::clone(frame)));
+        if let Item::Leave(kick) = &item {
+            self.left = Some((number, Arc::clone(kick)));
         }
         self.cost += item.cost();
         self.log.push_back(Entry { number, item, from, left: receivers });
@@ -364,7 +365,7 @@ impl State {
     }
 
     /// With what the member has to leave, however much is before that.
-    pub(super) fn must_leave(&mut self, place: u32) -> Option<Arc<CloseFrame>> {
+    pub(super) fn must_leave(&mut self, place: u32) -> Option<Arc<Kick>> {
         let seen = self.member(place)?.seen;
         self.left.as_ref().filter(|(number, _)| *number > seen).map(|(_, frame)| Arc::clone(frame))
     }

@@ -9,7 +9,6 @@ use std::{
 
 use bytes::Bytes;
 use tokio::time::Instant;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use super::{
     Hub,
@@ -17,7 +16,7 @@ use super::{
     frame::payload_length,
     wake_all,
 };
-use crate::gateway::close::End;
+use crate::gateway::close::{End, Kick};
 
 /// Most that is taken at once, in bytes, but for a message that is longer. So much, or one message, can a session hold that the
 /// channel has forgotten.
@@ -99,7 +98,7 @@ impl Mailbox {
                         bytes += frame.len();
                         frames.push_back(frame);
                     }
-                    Item::Leave(frame) => return Some(kicked(&frame)),
+                    Item::Leave(kick) => return Some(kicked(&kick)),
                 }
             }
             None
@@ -124,7 +123,7 @@ impl Mailbox {
         let end = self.look(need, cx, |opened| {
             opened.iter_mut().flatten().find_map(|channel| {
                 let leaves = channel.state.must_leave(channel.place).filter(|_| is_held_up);
-                channel.loss().or_else(|| leaves.map(|frame| kicked(&frame)))
+                channel.loss().or_else(|| leaves.map(|kick| kicked(&kick)))
             })
         });
         end.map_or(Ok(()), Err)
@@ -230,12 +229,12 @@ impl Opened<'_> {
         if !self.state.has_lost(self.place) {
             return None;
         }
-        Some(self.state.must_leave(self.place).map_or(End::SlowConsumer, |frame| kicked(&frame)))
+        Some(self.state.must_leave(self.place).map_or(End::SlowConsumer, |kick| kicked(&kick)))
     }
 }
 
-fn kicked(frame: &CloseFrame) -> End {
-    End::Kicked(Box::new(frame.clone()))
+fn kicked(kick: &Kick) -> End {
+    End::Kicked(Box::new(kick.clone()))
 }
 
 impl Drop for Mailbox {

@@ -27,9 +27,8 @@ use std::{
 };
 
 use tokio::task::yield_now;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, frame::coding::CloseCode};
 
-use super::metrics::Metrics;
+use super::{close::Kick, metrics::Metrics};
 use channel::{Appended, Channel, Item, State, WOKEN_AT_ONCE};
 use mailbox::{CHANNELS, Seat};
 
@@ -102,12 +101,13 @@ impl Push {
 
     /// Closes every session of a user with that code, after what was published to it before. Says how many there are.
     ///
+    /// Without a reason, it is "disconnected"; with 1012 or 1013 each is then also told when to come back, as those of a shutdown are.
+    ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub async fn disconnect(&self, user: &str, code: u16, reason: &str) -> u32 {
+    pub async fn disconnect(&self, user: &str, code: u16, reason: Option<&str>) -> u32 {
         let Some(channel) = self.0.channel(Recipients::User(user)) else { return 0 };
-        let frame = CloseFrame { code: CloseCode::from(code), reason: reason.into() };
-        self.0.publish(&channel, Item::Leave(Arc::new(frame))).await.receivers
+        self.0.publish(&channel, Item::Leave(Arc::new(Kick::new(code, reason)))).await.receivers
     }
 
     /// The rooms by their names, from the first after `after` on, `limit` at most.

@@ -240,16 +240,16 @@ async fn a_user_who_has_to_leave_gets_what_was_published_before_and_nothing_afte
     let mut reader = Session::new(&hub, None, Some("alice"));
     let mut stalled = Session::new(&hub, None, Some("alice"));
     push.publish(Recipients::User("alice"), Content::Text("before")).await;
-    assert_eq!(push.disconnect("alice", 4000, "bye").await, 2);
+    assert_eq!(push.disconnect("alice", 4000, Some("bye")).await, 2);
     push.publish(Recipients::User("alice"), Content::Text("after")).await;
     let mut later = Session::new(&hub, None, Some("alice"));
     let Poll::Ready(Ok(before)) = reader.try_take() else { panic!("there is something") };
     assert_eq!(before, ["before"]);
-    let Poll::Ready(Err(End::Kicked(frame))) = reader.try_take() else { panic!("it has to leave") };
-    assert_eq!((u16::from(frame.code), frame.reason.as_str()), (4000, "bye"));
+    let Poll::Ready(Err(End::Kicked(kick))) = reader.try_take() else { panic!("it has to leave") };
+    assert_eq!((u16::from(kick.frame.code), kick.frame.reason.as_str()), (4000, "bye"));
     assert!(matches!(stalled.watch(), Err(End::Kicked(_))), "it is not waited for");
     assert!(later.take().is_empty() && later.watch().is_ok());
-    assert_eq!(push.disconnect("bob", 4000, "").await, 0);
+    assert_eq!(push.disconnect("bob", 4000, None).await, 0);
 }
 
 #[tokio::test]
@@ -261,7 +261,7 @@ async fn a_turn_that_ends_before_all_is_taken_is_no_reason_to_leave_early() {
     for _ in 0..5 {
         push.publish(Recipients::User("alice"), Content::Text(&long)).await;
     }
-    push.disconnect("alice", 4000, "").await;
+    push.disconnect("alice", 4000, None).await;
     let mut taken = 0;
     let end = loop {
         match alice.try_take() {

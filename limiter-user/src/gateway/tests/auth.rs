@@ -367,8 +367,8 @@ async fn a_user_is_reached_wherever_it_is_connected_and_closed_on_request() {
         assert_eq!(push.publish(Recipients::User("alice"), Content::Text("for alice")).await, 1);
         assert_eq!(push.publish(Recipients::User("bob"), Content::Text("for bob")).await, 0);
         assert_eq!(push.users("", 9), [("alice".into(), 1)]);
-        assert_eq!(push.disconnect("bob", 4000, "").await, 0);
-        assert_eq!(push.disconnect("alice", 4000, "bye").await, 1);
+        assert_eq!(push.disconnect("bob", 4000, None).await, 0);
+        assert_eq!(push.disconnect("alice", 4000, Some("bye")).await, 1);
         assert_eq!(next(&mut alice).await, Message::text("for alice"));
         assert_eq!(next_close(&mut alice).await, (4000, "bye".to_owned()));
         gateway.policy.wait_closed(1).await;
@@ -378,6 +378,28 @@ async fn a_user_is_reached_wherever_it_is_connected_and_closed_on_request() {
     // Both have metrics of their own.
     let kicked = "limiter_sessions_closed_total{reason=\"kicked\"}";
     assert_eq!((relay.metric(kicked), rooms.metric(kicked)), (1, 1));
+}
+
+/// A restart is everybody's, and a client that is told to come back is told when; but not in words that the caller did not choose.
+#[tokio::test]
+async fn who_is_disconnected_for_now_is_told_when_to_come_back() {
+    let mut setup = Setup::new();
+    setup.auth.users = users(0, OnExcess::Refuse, 0);
+    let gateway = start(&setup.config());
+    let push = gateway.settings.0.borrow().hub.push();
+    let kicked = async |code, reason| {
+        let mut alice = connect(&gateway, "/", &bearer(&setup.signer.token_of("alice", 60))).await.unwrap();
+        assert_eq!(push.disconnect("alice", code, reason).await, 1);
+        next_close(&mut alice).await
+    };
+    for code in [1012, 1013] {
+        assert_eq!(without_hint(kicked(code, None).await), (code, "disconnected".to_owned()));
+        assert_eq!(kicked(code, Some("upgrade")).await, (code, "upgrade".to_owned()));
+        assert_eq!(kicked(code, Some("")).await, (code, String::new()));
+    }
+    for code in [1001, 1008, 4403] {
+        assert_eq!(kicked(code, None).await, (code, "disconnected".to_owned()));
+    }
 }
 
 #[tokio::test]

@@ -200,7 +200,7 @@ async fn interfere(gateway: &Running, push: &Push, config: &config::Gateway, mut
     for _ in 0..6 {
         sleep(AT_ONCE.mul_f64(random.f64() / 3.0)).await;
         match random.u8(0..3) {
-            0 => _ = push.disconnect(&user(random.usize(..)), 4000, "bye").await,
+            0 => _ = push.disconnect(&user(random.usize(..)), 4000, Some("bye")).await,
             1 => {
                 let mut config = config.clone();
                 config.messages.max_size = random.usize(1000..10_000);

@@ -183,7 +183,7 @@ async fn of_users() -> Vec<Ending> {
     let gateway = start(&setup.config());
     let push = gateway.settings.0.borrow().hub.push();
     let stream = login(&gateway, &setup.signer.token_of("alice", 60)).await;
-    assert_eq!(push.disconnect("alice", 4000, "bye").await, 1);
+    assert_eq!(push.disconnect("alice", 4000, Some("bye")).await, 1);
     endings.push(Ending::new("kicked", 4000, "bye", gateway, stream).holding(setup));
 
     let service = forward_auth::Service::start(forward_auth::ALICE).await;
