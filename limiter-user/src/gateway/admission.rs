@@ -127,7 +127,7 @@ impl Admission {
     }
 
     /// How many sessions are open for clients that count as `source`, and how many in all.
-    pub(super) fn held(&self, source: Source) -> (u32, u32) {
+    pub(crate) fn held(&self, source: Source) -> (u32, u32) {
         let counts = self.counts();
         (counts.sources.get(&source).copied().unwrap_or(0), counts.total)
     }

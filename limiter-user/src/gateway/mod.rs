@@ -40,7 +40,7 @@ mod relay;
 mod request;
 pub(crate) mod retry;
 mod route;
-mod sampler;
+pub(crate) mod sampler;
 mod session;
 mod settings;
 mod socket;

@@ -13,7 +13,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Lets one line of each kind pass per interval, which is a second for most, and counts the others.
 #[derive(Default)]
-pub(super) struct Sampler {
+pub(crate) struct Sampler {
     kinds: Mutex<HashMap<&'static str, Kind>>,
 }
 
@@ -24,7 +24,7 @@ struct Kind {
 
 impl Sampler {
     /// Whether to write a line of `kind` now; then with how many of it were left out since the last.
-    pub(super) fn admit(&self, kind: &'static str) -> Option<u64> {
+    pub(crate) fn admit(&self, kind: &'static str) -> Option<u64> {
         self.admit_every(INTERVAL, kind)
     }
 

@@ -27,7 +27,7 @@ impl<S> Layer<S> for AdmitLayer {
 }
 
 /// Takes a slot for the connection that a request comes on, or answers it: 403 if a rule denies its address, 429 if its source is at its
-/// limit, 503 if the service is, the last two with Retry-After and a body (RFC 9457). The slot is the connection's until it ends, upgraded or not; more
+/// limit or too fast, 503 if the service is, the last two with Retry-After and a body (RFC 9457). The slot is the connection's until it ends, upgraded or not; more
 /// requests on it take no more.
 ///
 /// Who asks is in the request's extensions: a [`Guest`], or axum's `ConnectInfo<Guest>`. A request that has none is answered
@@ -64,6 +64,8 @@ where
             Some(guest) => match guest.admit() {
                 Ok(()) => return Box::pin(self.inner.call(request)),
                 Err(Refused::Source { limit }) => Refusal::SourceFull(limit),
+                Err(Refused::SourceRate) => Refusal::SourceRate,
+                Err(Refused::ServiceRate) => Refusal::ServiceRate,
                 Err(Refused::Denied) => Refusal::Denied,
                 // Nobody is there to read it.
                 Err(Refused::Service | Refused::Gone) => Refusal::ServiceFull,

@@ -3,7 +3,8 @@
 //! What [`Guard::accept`] hands out tells the policy when it is dropped, so the slot of a connection comes back the moment
 //! that the application is done with it, and not when the kernel has given up on a client that vanished. With the policy of
 //! [`kernel::Attached`](crate::kernel::Attached) that is the ledger that the kernel's limits go by; with
-//! [`policy::Fixed`](crate::policy::Fixed) there is no kernel's part, and [`Guest::admit`] alone keeps the limits.
+//! [`policy::Fixed`](crate::policy::Fixed) there is no kernel's part, and [`Guest::admit`] alone keeps the limits, the rates of new
+//! connections among them.
 //!
 //! ```no_run
 //! # async fn serve() -> anyhow::Result<()> {
@@ -37,7 +38,7 @@ pub use stream::Guarded;
 
 use std::{
     fmt, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
@@ -51,8 +52,9 @@ use crate::{
     gateway::{
         admission::{Admission, Full, Permit},
         listen::{BACKOFF, is_about_one_connection},
+        sampler::Sampler,
     },
-    policy::{Accepted, Policy},
+    policy::{Accepted, Policy, Rates, TooFast},
 };
 
 /// A listener whose connections are counted.
@@ -60,7 +62,15 @@ pub struct Guard {
     listener: TcpListener,
     address: SocketAddr,
     policy: Arc<dyn Policy>,
+    kept: Arc<Kept>,
+}
+
+/// What the connections of a listener are held against together.
+#[derive(Default)]
+struct Kept {
     admission: Arc<Admission>,
+    rates: Rates,
+    log: Sampler,
 }
 
 impl fmt::Debug for Guard {
@@ -77,7 +87,7 @@ impl Guard {
     /// If the listener can't tell its address.
     pub fn new(listener: TcpListener, policy: Arc<dyn Policy>) -> io::Result<Self> {
         let address = listener.local_addr()?;
-        Ok(Self { listener, address, policy, admission: Arc::default() })
+        Ok(Self { listener, address, policy, kept: Arc::default() })
     }
 
     /// The address that it listens on.
@@ -105,7 +115,7 @@ impl Guard {
     fn guard(&self, stream: TcpStream, remote: SocketAddr) -> (Guarded, Guest) {
         let accepted = Accepted::new(&stream, remote, self.address, Arc::clone(&self.policy));
         let remote = accepted.connection().remote;
-        let seat = Arc::new(Seat { accepted, admission: Arc::clone(&self.admission), permit: Mutex::default() });
+        let seat = Arc::new(Seat { accepted, kept: Arc::clone(&self.kept), permit: Mutex::default() });
         let guest = Guest { remote, seat: Arc::downgrade(&seat) };
         (Guarded::new(seat, stream), guest)
     }
@@ -136,8 +146,48 @@ impl Connected<IncomingStream<'_, Guard>> for Guest {
 /// this order.
 struct Seat {
     permit: Mutex<Option<Permit>>,
-    admission: Arc<Admission>,
+    kept: Arc<Kept>,
     accepted: Accepted,
+}
+
+impl Seat {
+    /// A slot for the client, if nothing speaks against it or the service only observes what does.
+    fn admit(&self, client: IpAddr) -> Result<Permit, Refused> {
+        let Kept { admission, rates, log } = &*self.kept;
+        let policy = self.accepted.policy();
+        let observes = policy.observes();
+        let mut past = policy.denies(client).then_some(Refused::Denied);
+        if let Some(refused) = past.filter(|_| !observes) {
+            return Err(refused);
+        }
+        let limits = policy.limits_for(client);
+        let permit = match admission.try_admit(client, &limits) {
+            Ok(permit) => permit,
+            Err(full) => {
+                let refused = *past.get_or_insert(full.into());
+                if !observes {
+                    return Err(refused);
+                }
+                admission.admit_past(client, &limits)
+            }
+        };
+        // The kernel keeps rates where it can, at the handshake.
+        if past.is_none()
+            && !policy.is_kept_below()
+            && let Err(too_fast) = rates.spend(limits.source(client), &limits)
+        {
+            let refused = *past.insert(too_fast.into());
+            if !observes {
+                return Err(refused);
+            }
+        }
+        if let Some(reason) = past.map(Refused::label)
+            && let Some(left_out) = log.admit(reason)
+        {
+            tracing::info!(%client, reason, left_out, "would refuse a connection");
+        }
+        Ok(permit)
+    }
 }
 
 impl fmt::Debug for Seat {
@@ -162,7 +212,10 @@ impl Guest {
     /// Takes one of its source's slots for the connection, if it has none yet; it is given back when the connection ends.
     ///
     /// Where the kernel's limits are in force there is room for whoever gets here, but for what changed since the
-    /// handshake. A gateway alone has nothing but this.
+    /// handshake. Without the kernel's part (see [`Policy::is_kept_below`]) there is nothing but this; it then keeps
+    /// `connection_rate` and `service_connection_rate`, too: a connection spends when it is admitted, and one that is refused does not.
+    /// Where the policy only [observes](Policy::observes), everybody is admitted, and the log says, once a second for each reason, who
+    /// would not have been.
     ///
     /// # Errors
     /// [`Refused`] says which limit is reached.
@@ -170,16 +223,7 @@ impl Guest {
         let seat = self.seat.upgrade().ok_or(Refused::Gone)?;
         let mut permit = seat.permit.lock().unwrap_or_else(PoisonError::into_inner);
         if permit.is_none() {
-            let policy = seat.accepted.policy();
-            if policy.denies(self.remote.ip()) {
-                return Err(Refused::Denied);
-            }
-            let limits = policy.limits_for(self.remote.ip());
-            let taken = seat.admission.try_admit(self.remote.ip(), &limits).map_err(|full| match full {
-                Full::Source(limit) => Refused::Source { limit },
-                Full::Service | Full::AllServices => Refused::Service,
-            })?;
-            *permit = Some(taken);
+            *permit = Some(seat.admit(self.remote.ip())?);
         }
         Ok(())
     }
@@ -197,10 +241,48 @@ pub enum Refused {
     /// `connections_total` or `connections_total_all` is reached.
     #[error("the service has no room for another connection at the moment")]
     Service,
+    /// Its source opens connections faster than `connection_rate` and `connection_burst` allow.
+    #[error("too many new connections from this address at once")]
+    SourceRate,
+    /// The service gets connections faster than `service_connection_rate` and `service_connection_burst` allow.
+    #[error("too many new connections to this service at once")]
+    ServiceRate,
     /// A rule denies its address.
     #[error("connections from this address are not allowed")]
     Denied,
     /// The connection has ended meanwhile.
     #[error("the connection has ended")]
     Gone,
+}
+
+impl Refused {
+    /// What the log calls it.
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Source { .. } => "source_full",
+            Self::Service => "service_full",
+            Self::SourceRate => "source_rate",
+            Self::ServiceRate => "service_rate",
+            Self::Denied => "rule",
+            Self::Gone => "gone",
+        }
+    }
+}
+
+impl From<Full> for Refused {
+    fn from(full: Full) -> Self {
+        match full {
+            Full::Source(limit) => Self::Source { limit },
+            Full::Service | Full::AllServices => Self::Service,
+        }
+    }
+}
+
+impl From<TooFast> for Refused {
+    fn from(too_fast: TooFast) -> Self {
+        match too_fast {
+            TooFast::Source => Self::SourceRate,
+            TooFast::Service => Self::ServiceRate,
+        }
+    }
 }

@@ -173,6 +173,73 @@ async fn whom_a_rule_denies_is_refused_without_the_kernel_too() {
     assert_eq!(guest.admit(), Err(Refused::Denied));
 }
 
+/// A connection to a guard by limits that stay as they are, with both of its ends.
+async fn guest_of(guard: &mut Guard) -> (TcpStream, Guarded, Guest) {
+    let client = TcpStream::connect(guard.local_addr()).await.unwrap();
+    let (stream, guest) = guard.accept().await;
+    (client, stream, guest)
+}
+
+async fn fixed(policy: Fixed) -> Guard {
+    Guard::new(TcpListener::bind("127.0.0.1:0").await.unwrap(), Arc::new(policy)).unwrap()
+}
+
+#[tokio::test]
+async fn without_the_kernel_rates_are_kept_and_who_is_refused_spends_nothing() {
+    // A token comes back in a second: some may meanwhile.
+    let slow = Limits { connection_rate: 1, connection_burst: 2, connections_per_source: 0, ..Limits::default() };
+    let service = Limits { service_connection_rate: 1, service_connection_burst: 2, ..Limits::default() };
+    for (limits, refused) in [(slow, Refused::SourceRate), (service, Refused::ServiceRate)] {
+        let mut guard = fixed(Fixed::new(limits, &[])).await;
+        let mut held = Vec::new();
+        let first = loop {
+            let one = guest_of(&mut guard).await;
+            match one.2.admit() {
+                Ok(()) => held.push(one),
+                Err(first) => break first,
+            }
+            assert!(held.len() < 1000, "no rate is kept");
+        };
+        assert!(held.len() >= 2, "{}", held.len());
+        assert_eq!(first, refused);
+        assert_eq!(
+            guard.kept.admission.try_admit([127, 0, 0, 1].into(), &limits).map(drop),
+            Ok(()),
+            "nor takes a slot"
+        );
+        // One that is in asks as often as it likes.
+        for _ in 0..100 {
+            assert_eq!(held[0].2.admit(), Ok(()));
+        }
+    }
+    // Whom the kernel has let in has spent there.
+    let policy = Recorder::new(0, 0);
+    let mut guard = guard(&policy).await;
+    for _ in 0..policy.limits.connection_burst + 5 {
+        assert_eq!(guest_of(&mut guard).await.2.admit(), Ok(()));
+    }
+}
+
+#[tokio::test]
+async fn where_the_policy_observes_everybody_is_admitted_and_counts() {
+    let deny = Rule::new("127.0.0.0/8".parse().unwrap(), Action::Deny);
+    let one = Limits { connections_per_source: 1, ..Limits::default() };
+    let slow = Limits { connection_rate: 1, connection_burst: 1, ..Limits::default() };
+    for (limits, rules) in [(Limits::default(), vec![deny]), (one, vec![]), (slow, vec![])] {
+        let mut guard = fixed(Fixed::new(limits, &rules).observing(true)).await;
+        let mut held = Vec::new();
+        for _ in 0..4 {
+            let one = guest_of(&mut guard).await;
+            assert_eq!(one.2.admit(), Ok(()));
+            held.push(one);
+        }
+        let source = limits.source([127, 0, 0, 1].into());
+        assert_eq!(guard.kept.admission.held(source), (4, 4));
+        drop(held);
+        assert_eq!(guard.kept.admission.held(source), (0, 0));
+    }
+}
+
 #[tokio::test]
 async fn a_request_of_nobody_is_an_error_and_does_not_pass() {
     let inner = tower::service_fn(|_: Request<()>| async {
