@@ -1,14 +1,24 @@
-//! What an upgrade of a running `limiter run` must not do: leave anything changed if it fails, or let the old process go on working.
+//! What an upgrade of a running `limiter run` must not do: leave anything changed if it fails, let the old process go on working, or
+//! do anything twice.
 
-use std::{fs, net::SocketAddr, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use limiter_tests::{
     lab::{Client, Family, Lab, PORT},
     limiter::{Daemon, Limiter},
     netns::Namespace,
     place::Place,
     process::Process,
+    tcp::Crowd,
     wait::{SOON, eventually},
     websocket,
 };
@@ -119,6 +129,93 @@ fn the_old_process_attaches_nothing_any_more() -> Result<()> {
     let _ = websocket::close_code(&mut session);
     next.signal(libc::SIGTERM)?;
     next.wait_gone()
+}
+
+/// Refusals as the kernel tells of them: of whom, at which stage, and how many are left out. A client that tries again is the same.
+type Refusals = BTreeMap<(String, String, u64), usize>;
+
+/// What both processes have logged of them: they write to the same place.
+fn logged(log: &str) -> Result<Refusals> {
+    let mut refusals = Refusals::new();
+    for line in log.lines().filter(|line| line.contains(" stage=")) {
+        let field = |name: &str| {
+            let value = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+            value.map(|value| value.trim_matches('"').to_owned()).with_context(|| format!("no {name} in {line}"))
+        };
+        ensure!(field("left_out")? == "0", "too many for the log: {line}");
+        *refusals.entry((field("remote")?, field("stage")?, field("unreported")?.parse()?)).or_default() += 1;
+    }
+    Ok(refusals)
+}
+
+/// The same by whoever reads beside them.
+fn told(limiter: &Limiter<'_>) -> Result<Refusals> {
+    let mut refusals = Refusals::new();
+    for line in limiter.output(["events", "--json"])?.lines() {
+        let event: serde_json::Value = serde_json::from_str(line)?;
+        let field =
+            |name: &str| event[name].as_str().map(str::to_owned).with_context(|| format!("no {name} in {line}"));
+        let unreported = event["unreported"].as_u64().context("a number")?;
+        *refusals.entry((field("remote")?, field("stage")?, unreported)).or_default() += 1;
+    }
+    Ok(refusals)
+}
+
+#[test]
+fn each_refusal_is_logged_once_whichever_process_reads_it() -> Result<()> {
+    const NO_ANSWER: Duration = Duration::from_millis(50);
+    let lab = Lab::new(4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let place = Place::new(
+        &limiter,
+        "[gateway]\nlisten = [\"0.0.0.0:8080\", \"[::]:8080\"]\ndrain_timeout = \"10m\"\n\
+         [limits]\nconnections_per_source = 1\nconnection_rate = 0\n",
+    )?;
+    let mut daemon = place.run(&limiter, &lab.interface_flags())?;
+    let sources = || lab.clients.iter().flat_map(|client| [(client, Family::V4), (client, Family::V6)]);
+    // Nobody reads, so they stay with the first process.
+    let held = sources()
+        .map(|(client, family)| websocket::open(&client.namespace, client.service(family)))
+        .collect::<Result<Vec<_>>>()?;
+    let done = AtomicBool::new(false);
+    let mut upgraded = vec![daemon.id()];
+    thread::scope(|scope| -> Result<()> {
+        let knocking: Vec<_> = sources()
+            .map(|(client, family)| {
+                let done = &done;
+                scope.spawn(move || -> Result<()> {
+                    while !done.load(Ordering::Relaxed) {
+                        let crowd = Crowd::connect(&client.namespace, client.service(family), 1, NO_ANSWER)?;
+                        ensure!(crowd.unanswered.len() == 1, "{crowd:?}");
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let upgrades = (|| {
+            for _ in 0..3 {
+                let before = logged(&daemon.process().stderr())?.len();
+                eventually(SOON, "refusals are logged", || {
+                    Ok(logged(&daemon.process().stderr())?.len() >= before + held.len())
+                })?;
+                upgraded.push(daemon.hand_over(upgraded[upgraded.len() - 1])?.id());
+            }
+            let before = logged(&daemon.process().stderr())?.len();
+            eventually(SOON, "by the last one, too", || Ok(logged(&daemon.process().stderr())?.len() > before))
+        })();
+        done.store(true, Ordering::Relaxed);
+        for one in knocking {
+            one.join().map_err(|_| anyhow!("one panicked"))??;
+        }
+        upgrades
+    })?;
+    // What clients had sent before they gave up may still come.
+    eventually(SOON, "what the kernel told of is logged, and once", || {
+        Ok(logged(&daemon.process().stderr())? == told(&limiter)?)
+    })?;
+    assert!(daemon.process().is_running()?, "the first process is there all the while");
+    drop(held);
+    Ok(())
 }
 
 /// Its container would end with it.
