@@ -1,7 +1,13 @@
 //! Every kind of end, in any order and at once, of the same sessions: whatever comes first, each session ends once, and all that it
 //! held is given back once.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    future::pending,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use futures_util::{SinkExt, StreamExt, future::join_all};
 use serde_json::json;
@@ -14,7 +20,7 @@ use tokio::{
 
 use super::{auth, support::*};
 use crate::{
-    config::{self, Messages, OnExcess, Upstream},
+    config::{self, Auth, Forward, Messages, OnExcess, OnViolation, Upstream},
     gateway::{Push, auth::signing::now},
     policy::Limits,
 };
@@ -22,6 +28,9 @@ use crate::{
 /// Sessions of a round, and users that they are of.
 const SESSIONS: usize = 24;
 const USERS: usize = 4;
+
+/// So many violations deny the source that all of them come from.
+const DENY_AFTER: u32 = 3;
 
 /// Within this, everything happens that is to end a session; what waits for a time takes longer.
 const AT_ONCE: Duration = Duration::from_millis(300);
@@ -143,7 +152,7 @@ async fn upstream(seed: u64) -> SocketAddr {
 
 async fn serve(stream: TcpStream, mut random: fastrand::Rng) {
     let Ok(mut server) = tokio_tungstenite::accept_async(stream).await else { return };
-    let patience = AT_ONCE.mul_f64(1.0 + random.f64());
+    let patience = AT_ONCE.mul_f64(2.0 * random.f64());
     let echoed = timeout(patience, async {
         while let Some(Ok(message)) = server.next().await {
             if (message.is_text() || message.is_binary()) && server.send(message).await.is_err() {
@@ -154,19 +163,68 @@ async fn serve(stream: TcpStream, mut random: fastrand::Rng) {
     if echoed.await.is_ok() {
         return;
     }
-    match random.u8(0..6) {
+    match random.u8(0..7) {
         0 => drop(server),
         1 => socket2::SockRef::from(server.get_ref()).set_linger(Some(Duration::ZERO)).unwrap(),
         2 => _ = server.close(None).await,
         3 => _ = server.get_mut().write_all(&[0xff, 0x00]).await,
         4 => _ = server.get_mut().write_all(&[0x82, 100, 1, 2, 3]).await,
-        // It is there, and takes and says nothing.
-        _ => sleep(PATIENCE).await,
+        // It is there, and takes and says nothing; or its host has vanished, and nobody acknowledges anything any more.
+        5 => sleep(PATIENCE).await,
+        _ => {
+            // Classic BPF: "return 0", which drops every packet.
+            let nothing = socket2::SockFilter::new(0x06, 0, 0, 0);
+            socket2::SockRef::from(server.get_ref()).attach_filter(&[nothing]).unwrap();
+            sleep(PATIENCE).await;
+        }
     }
 }
 
-fn settings(setup: &auth::Setup, upstream: Upstream) -> config::Gateway {
+/// A service that is asked who may connect: it lets everybody in, under the name that is in the path, and when it is asked again it may
+/// say anything.
+async fn judge(seed: u64) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let known: Arc<Mutex<HashSet<String>>> = Arc::default();
+    tokio::spawn(async move {
+        for n in 0.. {
+            let Ok((stream, _)) = listener.accept().await else { return };
+            tokio::spawn(answer(stream, Arc::clone(&known), fastrand::Rng::with_seed(seed << 32 | n)));
+        }
+    });
+    addr
+}
+
+async fn answer(mut stream: TcpStream, known: Arc<Mutex<HashSet<String>>>, mut random: fastrand::Rng) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        // Its session may have ended meanwhile.
+        let Ok(byte) = stream.read_u8().await else { return };
+        head.push(byte);
+    }
+    let head = String::from_utf8(head).unwrap().to_lowercase();
+    let asked = head.lines().find_map(|line| line.strip_prefix("x-original-uri: ")).unwrap().to_owned();
+    let user = asked.rsplit('=').next().unwrap().to_owned();
+    let is_new = known.lock().unwrap().insert(asked);
+    sleep(AT_ONCE.mul_f64(random.f64() / 10.0)).await;
+    let said = match if is_new { 9 } else { random.u8(0..10) } {
+        0 => "HTTP/1.1 401 Unauthorized\r\n\r\n".to_owned(),
+        1 => "HTTP/1.1 403 Forbidden\r\n\r\n".to_owned(),
+        2 => "HTTP/1.1 200 OK\r\nX-User: somebody else\r\n\r\n".to_owned(),
+        3 => "HTTP/1.1 500 Oops\r\n\r\n".to_owned(),
+        4 => "HTTP/1.1 2".to_owned(),
+        5 => return,
+        // Until its session ends for something else.
+        6 => pending().await,
+        _ => format!("HTTP/1.1 204 No Content\r\nX-User: {user}\r\n\r\n"),
+    };
+    _ = stream.write_all(said.as_bytes()).await;
+}
+
+fn settings(auth: Auth, upstream: Upstream, on_violation: OnViolation) -> config::Gateway {
     let messages = Messages {
+        on_violation,
+        deny_after: DENY_AFTER,
         rate: 50,
         window: Duration::from_hours(1),
         rate_per_user: 1000,
@@ -191,7 +249,8 @@ fn settings(setup: &auth::Setup, upstream: Upstream) -> config::Gateway {
         max_lifetime: Duration::from_millis(2500),
         drain_timeout: Duration::from_secs(1),
         messages,
-        ..setup.config()
+        auth: Some(auth),
+        ..quiet()
     }
 }
 
@@ -213,16 +272,24 @@ async fn interfere(gateway: &Running, push: &Push, config: &config::Gateway, mut
 }
 
 fn user(n: usize) -> String {
-    format!("user {}", n % USERS)
+    format!("user-{}", n % USERS)
 }
 
-async fn round(seed: u64, upstream: Upstream, drains: bool) {
-    println!("seed {seed}");
+/// `asks`: a service says who clients are, again and again; otherwise they have tokens.
+async fn round(seed: u64, upstream: Upstream, drains: bool, asks: bool) {
+    println!("seed {seed}, asks {asks}");
     let mut random = fastrand::Rng::with_seed(seed);
     let mut setup = auth::Setup::new();
     // Some log in over the limit, and replace an older session of their user.
     setup.auth.users = auth::users(5, OnExcess::Replace, 0);
-    let config = settings(&setup, upstream);
+    if asks {
+        let url = format!("http://{}/", judge(seed).await).parse().unwrap();
+        let forward = Forward { url, timeout: PATIENCE, user_header: "X-User".into() };
+        setup.auth =
+            Auth { forward: Some(forward), reauth_interval: AT_ONCE, users: setup.auth.users, ..Auth::default() };
+    }
+    let on_violation = if random.bool() { OnViolation::Close } else { OnViolation::Drop };
+    let config = settings(setup.auth.clone(), upstream, on_violation);
     let gateway = start(&config);
     let push = gateway.settings.0.borrow().hub.push();
     let all_in = Arc::new(Barrier::new(SESSIONS + 1));
@@ -231,6 +298,8 @@ async fn round(seed: u64, upstream: Upstream, drains: bool) {
         let deed = DEEDS[own.usize(0..DEEDS.len())];
         let path = if n % 6 == 5 {
             "/open".to_owned()
+        } else if asks {
+            format!("/room{}?client={n}&user={}", n % 3, user(n))
         } else {
             // Some expire while others are at it.
             let lasts = if own.bool() { 2 } else { 60 };
@@ -253,7 +322,7 @@ async fn round(seed: u64, upstream: Upstream, drains: bool) {
 
     let (policy, admission) = (Arc::clone(&gateway.policy), gateway.admission());
     let (metric, exposition, addr) = (gateway.sampler(), gateway.exposition(), gateway.addr);
-    let draining = drains.then(|| gateway.begin_stop());
+    let (draining, serving) = if drains { (Some(gateway.begin_stop()), None) } else { (None, Some(gateway)) };
     for client in join_all(clients).await {
         client.unwrap();
     }
@@ -272,6 +341,15 @@ async fn round(seed: u64, upstream: Upstream, drains: bool) {
     eventually("no upstream has a session", || sum("limiter_upstream_connections{") == 0).await;
     assert_eq!(metric("limiter_handshakes_total{result=\"accepted\"}"), SESSIONS as u64);
     assert_eq!(sum("limiter_sessions_closed_total{"), SESSIONS as u64, "each end is counted once");
+    // Each violation is counted once, whoever's it is, and every third denies.
+    let refused = sum("limiter_messages_total{direction=\"in\"")
+        - metric("limiter_messages_total{direction=\"in\",verdict=\"passed\"}");
+    let denials = policy.convicted.lock().unwrap().len() as u64;
+    assert_eq!((denials, metric("limiter_sources_denied_total")), (refused / u64::from(DENY_AFTER), denials));
+    if let Some(gateway) = serving.filter(|_| denials > 0) {
+        let answer = gateway.raw(good_request("/open").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+    }
     if let Some(draining) = draining {
         timeout(PATIENCE, draining).await.expect("the drain ends").unwrap();
     }
@@ -284,7 +362,7 @@ async fn whatever_comes_first_each_session_ends_once_and_leaves_nothing() {
         let seed = fastrand::u64(..);
         let relay = Upstream::Relay(vec![format!("ws://{}", upstream(seed).await).parse().unwrap()]);
         for upstream in [Upstream::Echo, Upstream::Broadcast, relay] {
-            round(seed, upstream, drains).await;
+            tokio::join!(round(seed, upstream.clone(), drains, false), round(seed, upstream, drains, true));
         }
     }
 }
