@@ -191,11 +191,13 @@ pub enum Counter {
     /// Changes of the rules that were refused, because there was no room for all that there would be. User space counts it, and
     /// for no service.
     RulesFull = 48,
+    /// Connections that were open and could not be entered at that moment, though there may have been room: other CPUs were in the way.
+    LedgerBusy = 49,
 }
 
 impl Counter {
     /// All counters, in the order of their numbers.
-    pub const ALL: [Self; 49] = [
+    pub const ALL: [Self; 50] = [
         Self::SynAdmitted,
         Self::SynSourceLimit,
         Self::SynServiceLimit,
@@ -245,6 +247,7 @@ impl Counter {
         Self::HandshakeObservedServiceRateLimit,
         Self::HeadersUnreadable,
         Self::RulesFull,
+        Self::LedgerBusy,
     ];
 
     /// What a refusal is counted in: at the SYN or at the handshake, enforced or only observed.
@@ -320,6 +323,7 @@ impl Counter {
             Self::ClosedGateway => "closed_gateway",
             Self::ClosedExpired => "closed_expired",
             Self::LedgerFull => "ledger_full",
+            Self::LedgerBusy => "ledger_busy",
             Self::EventsLost => "events_lost",
             Self::HandshakeObservedSourceLimit => "handshake_observed_source_limit",
             Self::HandshakeObservedServiceLimit => "handshake_observed_service_limit",

@@ -166,7 +166,7 @@ pub enum Entered {
     Yes,
     /// Somebody else was faster.
     ThereAlready,
-    /// The ledger has no room for it.
+    /// There is none: the ledger has no room for it, or other CPUs were in the way.
     Full,
 }
 
@@ -191,7 +191,10 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
     let mut entry = new_entry(ends, service, policy, cookie, 0, now_ns);
     let key = key_of(ends);
     let wide = wide_of(&entry);
-    let Ok(held) = take(&entry.source, &wide, state) else { return no_room(service, counter) };
+    let held = match take(&entry.source, &wide, state) {
+        Ok(held) => held,
+        Err(why) => return left_out(service, counter, why),
+    };
     // From here on the ends are those of the entry: the stack has no room for two of them.
     let limits = limits_for(&entry.remote, policy, in_force);
     let past = if policy.on_deny == OnDeny::Observe as u8 { None } else { past_limit(policy, &limits, &held) };
@@ -205,7 +208,7 @@ fn enter(ends: &Endpoints, service: u16, in_force: InForce, cookie: u64, counter
         if error == -EEXIST {
             return Entered::ThereAlready;
         }
-        return no_room(service, counter);
+        return left_out(service, counter, NotAdded::from_error(error));
     }
     count(service, counter);
     if entry.flags & FLAG_PAST_LIMIT != 0
@@ -312,8 +315,8 @@ fn is_for(key: &ConnectionKey, ends: &Endpoints) -> bool {
     LEDGER.get_ptr(key).is_some_and(|entry| unsafe { (*entry).is_of(ends) })
 }
 
-/// What becomes of a connection that could not be entered. One that is let pass is entered when it is open, or counted as one that
-/// there was no room for, by [`no_room`].
+/// What becomes of a connection that could not be entered. One that is let pass is entered when it is open, or counted as left
+/// out then ([`left_out`]).
 #[inline(always)]
 fn not_entered(policy: &ServicePolicy, why: NotAdded) -> Reserved {
     if matches!(why, NotAdded::Full) && policy.on_full == OnFull::Closed as u8 {
@@ -325,9 +328,9 @@ fn not_entered(policy: &ServicePolicy, why: NotAdded) -> Reserved {
 
 /// Notes that a connection is open and has no entry: once for each, and not whenever the audit tries again.
 #[inline(always)]
-fn no_room(service: u16, counter: Counter) -> Entered {
+fn left_out(service: u16, counter: Counter, why: NotAdded) -> Entered {
     if let Counter::OpenedUnseen = counter {
-        count(service, Counter::LedgerFull);
+        count(service, if matches!(why, NotAdded::Full) { Counter::LedgerFull } else { Counter::LedgerBusy });
     }
     Entered::Full
 }

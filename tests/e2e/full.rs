@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use limiter_common::{
-    LedgerEntry, abi,
+    LedgerEntry, SourceKey, abi,
     ledger::reservation_owner,
     rule::{RuleAction, RuleEntry},
 };
@@ -167,6 +167,31 @@ fn a_full_map_of_sources_that_is_closed_refuses(family: Family) -> Result<()> {
     state.remove_sources(&others)?;
     drop(connect_served(&new.namespace, new.service(family), SOON)?);
     drop((some, counted));
+    limiter.wait_empty()
+}
+
+/// What other CPUs are in the way of is no reason to raise `max_connections`.
+#[test]
+fn who_finds_its_source_busy_passes_and_is_counted_by_the_audit() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let client = &lab.clients[0];
+    let address = client.address(Family::V4);
+    let _server = PlainServer::start(&lab.server, Family::V4)?;
+    let limiter = Limiter::new(&lab.server)?;
+    // Closed only for those that there is no room for.
+    let (_config, arguments) = arguments(&lab, "closed")?;
+    let _daemon = limiter.run(arguments)?;
+    let mut state = State::open(&limiter)?;
+    let source = SourceKey::new(0, &address.into(), 32, 64);
+    state.keep_busy(source)?;
+    let crowd = Crowd::connect(&client.namespace, client.service(Family::V4), 3, SOON)?;
+    assert_eq!(crowd.served.len(), 3, "they pass");
+    let names = ["ledger_busy", "ledger_full", "handshake_ledger_full", "opened_unseen"];
+    assert_eq!(limiter.counters(names)?, [3, 0, 0, 0]);
+    state.remove_sources(&[source])?;
+    limiter.wait_held(address, 3)?;
+    assert_eq!(limiter.counters(["opened_audit", "ledger_busy"])?, [3, 3]);
+    drop(crowd);
     limiter.wait_empty()
 }
 

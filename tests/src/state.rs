@@ -18,6 +18,7 @@ use limiter_common::{
     bucket::Rate,
     policy::{InForce, ServiceState},
     rule::{RuleEntry, RuleKey},
+    source::SOURCE_GONE,
 };
 
 use crate::{bpf, limiter::Limiter, wait::eventually};
@@ -98,6 +99,12 @@ impl State {
             }
         }
         Ok(made)
+    }
+
+    /// Has a source look as if another CPU were just taking it away, until it is [removed](Self::remove_sources).
+    pub fn keep_busy(&mut self, source: SourceKey) -> Result<()> {
+        let entry = SourceEntry { connections: SOURCE_GONE, key: source, ..SourceEntry::default() };
+        Ok(self.sources.insert(source, entry, 0)?)
     }
 
     /// Takes sources away, whatever they hold.

@@ -243,6 +243,11 @@ fn write_status(writer: &mut Writer, status: &Status) -> fmt::Result {
         services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::LedgerFull))),
     )?;
     writer.counter(
+        "ledger_busy",
+        "Connections that were not counted at once because other CPUs were in the way; the audit enters them",
+        services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::LedgerBusy))),
+    )?;
+    writer.counter(
         "events_lost",
         "Refusals that were not reported because the ring buffer was full",
         services().map(|row| ([("service", row.name.as_str())], row.counters.get(Counter::EventsLost))),

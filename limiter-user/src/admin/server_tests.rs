@@ -142,6 +142,7 @@ async fn metrics_of_the_kernel_and_the_process_are_openmetrics() {
         "limiter_ledger_repairs_total{service=\"ch\\\"at\",kind=\"removed\"} 1",
         "limiter_connections_cut_total{service=\"ch\\\"at\"} 0",
         "limiter_ledger_full_total{service=\"ch\\\"at\"} 0",
+        "limiter_ledger_busy_total{service=\"ch\\\"at\"} 0",
         "limiter_events_lost_total{service=\"ch\\\"at\"} 0",
     ] {
         assert!(body.lines().any(|found| found == line), "{line} is not in\n{body}");
