@@ -30,7 +30,7 @@ pub async fn messages(upstream: SocketAddr) -> Result<()> {
     let _awake = Awake::keep();
     let mut rows = Vec::new();
     for (name, length, echoes, on_their_way) in
-        [("128 B", 128, 8_000, 1), ("16 KiB", 16 * 1024, 2_000, 1), ("16 KiB, four on their way", 16 * 1024, 4_000, 4)]
+        [("128 B", 128, 8_000, 1), ("16 KiB", 16 * 1024, 6_000, 1), ("16 KiB, four on their way", 16 * 1024, 6_000, 4)]
     {
         let mut best = [f64::INFINITY; COLUMNS.len()];
         for _ in 0..ROUNDS {

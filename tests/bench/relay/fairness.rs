@@ -1,26 +1,30 @@
 //! What one client that floods does to the others.
 //!
-//! It and whom it floods run only when nobody else on their CPU has anything to do (`SCHED_IDLE`), so what the others wait for is
-//! the proxy.
+//! It and whom it floods are tasks beside the others, in the one thread of the load, and leave it to them after every message: what
+//! these wait for is the proxy.
 
 use std::{
-    io::{self, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    io,
+    net::{Ipv4Addr, SocketAddr},
     os::fd::AsRawFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use futures_util::future::try_join_all;
+use tokio::{
+    io::Interest,
+    net::{TcpListener, TcpStream},
+    task::{JoinHandle, yield_now},
+};
 
 use super::{
     COLUMNS, KINDS,
-    load::{self, Client, Message},
+    load::{self, Awake, Client, Message},
     proxy::{Proxy, Upstreams},
 };
 use crate::table;
@@ -47,20 +51,21 @@ struct Measured {
 }
 
 pub async fn run(upstream: SocketAddr) -> Result<()> {
-    let sink = Sink::start()?;
+    let _awake = Awake::keep();
+    let sink = Sink::start().await?;
     let mut best: [Option<Measured>; COLUMNS.len()] = [None; COLUMNS.len()];
     for _ in 0..ROUNDS {
         for (kind, best) in KINDS.into_iter().zip(&mut best) {
             eprintln!("{kind:?} …");
             let proxy = Proxy::start(kind, Upstreams { echo: upstream, flood: Some(sink.addr) })?;
             let alone = paced(&proxy).await?;
-            let flood = Flood::start(proxy.addr)?;
+            let flood = Flood::start(proxy.addr).await?;
             // Once it is under way.
             sink.wait_for(1_000_000).await?;
             let (before, began) = (sink.taken(), Instant::now());
             let flooded = paced(&proxy).await?;
             let passed = (sink.taken() - before) as f64 / began.elapsed().as_secs_f64() / 1e6;
-            flood.stop()?;
+            drop(flood);
             let result = Measured { alone, flooded, passed };
             if best.is_none_or(|best| result.times() < best.times()) {
                 *best = Some(result);
@@ -100,61 +105,50 @@ impl Measured {
     }
 }
 
-/// A client that sends as fast as it can, in a thread of its own.
-struct Flood {
-    stops: Arc<AtomicBool>,
-    thread: JoinHandle<Result<()>>,
-}
+/// A client that sends as fast as it can; until it is dropped.
+struct Flood(JoinHandle<()>);
 
 impl Flood {
-    fn start(proxy: SocketAddr) -> Result<Self> {
-        let stops = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stops);
-        let thread = thread::Builder::new().name("flood".to_owned()).spawn(move || {
-            only_when_idle()?;
-            let mut stream = TcpStream::connect(proxy)?;
-            stream.write_all(load::request("/flood").as_bytes())?;
-            let head = read_head(&mut stream)?;
-            ensure!(head.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&head));
-            let message = Message::new(16 * 1024);
-            while !stopped.load(Ordering::Relaxed) {
-                stream.write_all(&message.sent)?;
+    async fn start(proxy: SocketAddr) -> Result<Self> {
+        let mut client = Client::connect_to(proxy, "/flood").await?;
+        let message = Message::new(16 * 1024);
+        Ok(Self(tokio::spawn(async move {
+            // When the proxy takes no more of it, its time is over.
+            while client.send(&message).await.is_ok() {
+                yield_now().await;
             }
-            Ok(())
-        })?;
-        Ok(Self { stops, thread })
-    }
-
-    fn stop(self) -> Result<()> {
-        self.stops.store(true, Ordering::Relaxed);
-        self.thread.join().ok().context("the flood panicked")?
+        })))
     }
 }
 
-/// A server that throws away what it gets, in a thread of its own for as long as the process lives.
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A server that throws away what it gets.
 struct Sink {
     addr: SocketAddr,
     taken: Arc<AtomicU64>,
 }
 
 impl Sink {
-    fn start() -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    async fn start() -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let (addr, taken) = (listener.local_addr()?, Arc::new(AtomicU64::new(0)));
         let counter = Arc::clone(&taken);
-        thread::Builder::new().name("sink".to_owned()).spawn(move || {
-            only_when_idle()?;
-            for stream in listener.incoming() {
-                let mut stream = stream?;
-                let head = read_head(&mut stream)?;
-                // One that looks whether somebody is there asks for nothing.
-                if !head.is_empty() {
-                    stream.write_all(load::answer(&head)?.as_bytes())?;
-                    discard(&stream, &counter);
-                }
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let counter = Arc::clone(&counter);
+                tokio::spawn(async move {
+                    // One that looks whether somebody is there asks for nothing.
+                    if let Ok(stream) = load::accept(stream).await {
+                        _ = discard(&stream, &counter).await;
+                    }
+                });
             }
-            anyhow::Ok(())
-        })?;
+        });
         Ok(Self { addr, taken })
     }
 
@@ -175,34 +169,19 @@ impl Sink {
 }
 
 /// Up to the end of the connection. The kernel does not even copy it.
-fn discard(stream: &TcpStream, counter: &AtomicU64) {
+async fn discard(stream: &TcpStream, counter: &AtomicU64) -> io::Result<()> {
     loop {
-        // SAFETY: with MSG_TRUNC, TCP writes nothing to the buffer (tcp(7)), so there need be none.
-        let taken = unsafe { libc::recv(stream.as_raw_fd(), std::ptr::null_mut(), 1 << 20, libc::MSG_TRUNC) };
-        match u64::try_from(taken) {
-            Ok(taken) if taken > 0 => counter.fetch_add(taken, Ordering::Relaxed),
-            _ => return,
+        let taken = stream.async_io(Interest::READABLE, || {
+            // SAFETY: with MSG_TRUNC, TCP writes nothing to the buffer (tcp(7)), so there need be none.
+            let taken = unsafe { libc::recv(stream.as_raw_fd(), std::ptr::null_mut(), 1 << 20, libc::MSG_TRUNC) };
+            u64::try_from(taken).map_err(|_| io::Error::last_os_error())
+        });
+        match taken.await? {
+            0 => return Ok(()),
+            taken => counter.fetch_add(taken, Ordering::Relaxed),
         };
+        yield_now().await;
     }
-}
-
-/// Up to the empty line; or to the end.
-fn read_head(stream: &mut TcpStream) -> Result<Vec<u8>> {
-    let mut head = Vec::new();
-    let mut byte = [0];
-    while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte)? > 0 {
-        head.extend_from_slice(&byte);
-    }
-    Ok(head)
-}
-
-/// Leaves the CPU of this thread to whoever else wants it.
-fn only_when_idle() -> Result<()> {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the kernel only reads the structure.
-    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) } == 0;
-    ensure!(done, "cannot give the flood the lowest priority: {}", io::Error::last_os_error());
-    Ok(())
 }
 
 async fn paced(proxy: &Proxy) -> Result<Latency> {

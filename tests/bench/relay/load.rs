@@ -57,16 +57,25 @@ impl Drop for Awake {
 }
 
 /// A client after its handshake.
-pub struct Client(pub TcpStream);
+pub struct Client(TcpStream);
 
 impl Client {
     pub async fn connect(proxy: SocketAddr) -> Result<Self> {
+        Self::connect_to(proxy, "/").await
+    }
+
+    pub async fn connect_to(proxy: SocketAddr, path: &str) -> Result<Self> {
         let mut stream = TcpStream::connect(proxy).await?;
         stream.set_nodelay(true)?;
-        stream.write_all(request("/").as_bytes()).await?;
+        stream.write_all(request(path).as_bytes()).await?;
         let head = read_head(&mut stream).await?;
         ensure!(head.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&head));
         Ok(Self(stream))
+    }
+
+    /// Sends a message.
+    pub async fn send(&mut self, message: &Message) -> Result<()> {
+        Ok(self.0.write_all(&message.sent).await?)
     }
 
     /// Sends a message and waits until it is back.
@@ -110,7 +119,7 @@ impl Client {
 }
 
 /// A client's handshake.
-pub fn request(path: &str) -> String {
+fn request(path: &str) -> String {
     format!(
         "GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: \
          13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"
@@ -118,7 +127,7 @@ pub fn request(path: &str) -> String {
 }
 
 /// A server's answer to one.
-pub fn answer(head: &[u8]) -> Result<String> {
+fn answer(head: &[u8]) -> Result<String> {
     let head = String::from_utf8_lossy(head);
     let key = head
         .lines()
@@ -163,10 +172,16 @@ pub async fn echo(listener: TcpListener) {
     }
 }
 
-async fn echo_one(mut stream: TcpStream) -> Result<()> {
+/// Makes the handshake of a server.
+pub async fn accept(mut stream: TcpStream) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     let head = read_head(&mut stream).await?;
     stream.write_all(answer(&head)?.as_bytes()).await?;
+    Ok(stream)
+}
+
+async fn echo_one(stream: TcpStream) -> Result<()> {
+    let mut stream = accept(stream).await?;
     // The beginning of a frame whose rest has not come yet; none most of the time, so thousands of quiet connections need little.
     let mut begun = Vec::new();
     let mut answer = Vec::new();
