@@ -15,7 +15,7 @@ use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
     task::{JoinError, JoinSet},
-    time::sleep,
+    time::{MissedTickBehavior, interval, sleep},
 };
 
 use super::{
@@ -31,6 +31,9 @@ use crate::config::{AuthError, CertificateError, Listen, SchemaError};
 /// How long the loop rests when the host can give no more sockets, unless one of its own connections ends before; what is
 /// established meanwhile waits in the backlog.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
+
+/// How often what is left of connections that have ended is cleared away.
+const CLEARING: Duration = Duration::from_secs(1);
 
 /// Why a gateway can't start.
 #[derive(Debug, thiserror::Error)]
@@ -219,11 +222,14 @@ pub(super) async fn serve(
 ) -> (JoinSet<()>, Ending) {
     let mut connections = JoinSet::new();
     let mut ending = pin!(ending);
+    // What is left of a connection that has ended is little and can wait: to be woken by each would take longer than to clear it away.
+    let mut clearing = interval(CLEARING);
+    clearing.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
             ending = &mut ending => return (connections, ending),
-            Some(ended) = connections.join_next() => report_panic(&ended),
+            _ = clearing.tick(), if !connections.is_empty() => clear(&mut connections),
             accepted = poll_fn(|cx| listeners.poll_accept(cx)) => match accepted {
                 Ok(Incoming { wire, remote, local }) => {
                     let shared = Arc::clone(&current.borrow());
@@ -241,6 +247,7 @@ pub(super) async fn serve(
                             "cannot accept; clients wait in the backlog (out of descriptors: raise LimitNOFILE)"
                         );
                     }
+                    clear(&mut connections);
                     tokio::select! {
                         biased;
                         ending = &mut ending => return (connections, ending),
@@ -251,6 +258,13 @@ pub(super) async fn serve(
                 }
             }
         }
+    }
+}
+
+/// Clears away what is left of connections that have ended.
+fn clear(connections: &mut JoinSet<()>) {
+    while let Some(ended) = connections.try_join_next() {
+        report_panic(&ended);
     }
 }
 
