@@ -29,7 +29,7 @@ pub(super) trait Turns {
     /// The other end of the client's connection, which may be a proxy.
     fn remote(&self) -> SocketAddr;
 
-    /// Called now and then: a quiet session keeps what it needs.
+    /// Called whenever the alarm rings: a quiet session keeps what it needs.
     fn settle(&mut self, now: Instant);
 }
 
@@ -85,14 +85,17 @@ pub(super) fn poll(
             Err(end) => return Poll::Ready(end),
         };
         // Most of what happens makes the next deadline later. The alarm is left as it is then, and set anew when it rings.
-        if alarm.is_elapsed() || due < alarm.deadline() {
+        let rings = alarm.is_elapsed();
+        if rings {
+            session.settle(now);
+        }
+        if rings || due < alarm.deadline() {
             alarm.as_mut().reset(due);
         }
         if alarm.as_mut().poll(cx).is_pending() {
             return Poll::Pending;
         }
         now = Instant::now();
-        session.settle(now);
     }
 }
 
@@ -101,11 +104,49 @@ mod tests {
     use std::{
         future::poll_fn,
         sync::{Arc, Mutex},
+        time::Duration,
     };
 
-    use tokio::{io::AsyncReadExt, net::UnixStream, runtime::Builder};
+    use tokio::{io::AsyncReadExt, net::UnixStream, runtime::Builder, time::timeout};
 
     use super::*;
+
+    /// A session in which nothing happens but what is due, again and again.
+    #[derive(Default)]
+    struct Quiet {
+        settled: u32,
+    }
+
+    impl Turns for Quiet {
+        fn poll_pass(&mut self, _: &mut Context<'_>, _: Instant, _: &mut Way) -> Poll<End> {
+            Poll::Pending
+        }
+
+        fn due(&mut self, _: &mut Context<'_>, now: Instant) -> Result<Instant, End> {
+            Ok(now + Duration::from_millis(5))
+        }
+
+        fn remote(&self) -> SocketAddr {
+            unreachable!("nobody logs it")
+        }
+
+        fn settle(&mut self, _: Instant) {
+            self.settled += 1;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_session_settles_whenever_its_alarm_rings() {
+        let (mut quiet, mut way, mut polls) = (Quiet::default(), Way::default(), 0);
+        let mut alarm = pin!(alarm());
+        let rung = poll_fn(|cx| {
+            polls += 1;
+            assert!(poll(&mut quiet, cx, &mut way, alarm.as_mut()).is_pending());
+            if quiet.settled < 3 { Poll::Pending } else { Poll::Ready(()) }
+        });
+        timeout(Duration::from_secs(20), rung).await.expect("the alarm rings");
+        assert!(polls <= 4, "it is polled to set the alarm, and then when that rings: {polls}");
+    }
 
     #[test]
     fn whoever_has_news_comes_before_the_one_that_gave_way() {
