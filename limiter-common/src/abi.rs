@@ -124,6 +124,8 @@ const fn field(global: &'static str, path: &'static [(&'static str, &'static str
 }
 /// Load-time constant (`u32`): 1 where programs may read the kernel's memory (`bpf_probe_read_kernel`).
 pub const GLOBAL_READS_KERNEL_MEMORY: &str = "READS_KERNEL_MEMORY";
+/// Load-time constant (`u64`): [`crate::source::REPORT_INTERVAL_SECONDS`] in jiffies, whose length is the kernel's choice.
+pub const GLOBAL_REPORT_INTERVAL: &str = "REPORT_INTERVAL_JIFFIES";
 /// Load-time constant (`u64`): cookie of the network namespace whose sockets are counted.
 pub const GLOBAL_NETNS_COOKIE: &str = "NETNS_COOKIE";
 

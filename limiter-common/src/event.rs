@@ -2,7 +2,7 @@
 
 use crate::Endpoints;
 
-/// A refusal, as it is reported to user space: the first of each source in each [`crate::source::REPORT_INTERVAL_NS`], and
+/// A refusal, as it is reported to user space: the first of each source in each [`crate::source::REPORT_INTERVAL_SECONDS`], and
 /// every one at [`Stage::Open`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

@@ -251,8 +251,8 @@ pub struct ServiceState {
     /// When reservations were last looked through for this service's sake, in nanoseconds of `CLOCK_MONOTONIC` (to a
     /// jiffy).
     pub expired_ns: u64,
-    /// When the last refusal because the service was full was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy).
-    pub reported_ns: u64,
+    /// When the last refusal because the service was full was reported, in jiffies (`bpf_jiffies64`); 0: never.
+    pub reported_jiffies: u64,
     /// Such refusals since then that were not reported; a few may be missing where several CPUs refuse at once.
     pub unreported: u64,
     /// The word of the [`crate::bucket`] of [`RESET_RATE`].

@@ -60,8 +60,8 @@ pub struct SourceEntry {
     /// How many ledger entries name this source, or [`SOURCE_GONE`] while the last one's closer takes the entry away.
     /// Changed by atomic operations only.
     pub connections: u64,
-    /// When the last refusal of this source was reported, in nanoseconds of `CLOCK_MONOTONIC` (to a jiffy); 0: never.
-    pub reported_ns: u64,
+    /// When the last refusal of this source was reported, in jiffies (`bpf_jiffies64`); 0: never.
+    pub reported_jiffies: u64,
     /// Refusals since then that were not reported; a few may be missing where several CPUs refuse at once.
     pub unreported: u64,
     /// The entry's own key. The kernel may reuse an element for another key at any time after it was removed: whoever has
@@ -81,8 +81,8 @@ pub const fn is_gone(connections: u64) -> bool {
     connections >= SOURCE_GONE / 2
 }
 
-/// Least time between two reported refusals of one source, in nanoseconds.
-pub const REPORT_INTERVAL_NS: u64 = 1_000_000_000;
+/// Least time between two reported refusals of one source, in seconds.
+pub const REPORT_INTERVAL_SECONDS: u64 = 1;
 
 #[cfg(feature = "user")]
 mod host {

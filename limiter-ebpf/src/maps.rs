@@ -116,6 +116,10 @@ pub static NET_RMEM: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static READS_KERNEL_MEMORY: Global<u32> = Global::new(0);
 
+/// How long a source's refusals are left out after one was reported, in jiffies.
+#[unsafe(no_mangle)]
+pub static REPORT_INTERVAL_JIFFIES: Global<u64> = Global::new(0);
+
 /// Cookie of the network namespace whose sockets are counted.
 #[unsafe(no_mangle)]
 pub static NETNS_COOKIE: Global<u64> = Global::new(0);

@@ -132,7 +132,8 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, NotAdded> {
         } else {
             // Hidden from the compiler, which would call a function to write both, and that takes stack.
             let none = hint::black_box(0);
-            let first = SourceEntry { connections: 1, reported_ns: none, unreported: none, key: *key, reserved: 0 };
+            let first =
+                SourceEntry { connections: 1, reported_jiffies: none, unreported: none, key: *key, reserved: 0 };
             match SOURCES.insert(key, &first, u64::from(BPF_NOEXIST)) {
                 Ok(()) => return Ok(0),
                 Err(error) if error == -EEXIST => {}

@@ -63,6 +63,17 @@ pub fn monotonic() -> std::time::Duration {
     std::time::Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
+/// How many ticks the kernel counts in a second (`CONFIG_HZ`): its coarse clocks move at each, and say so.
+pub fn jiffies_per_second() -> u64 {
+    // SAFETY: an all-zero timespec is a valid one.
+    let mut tick: libc::timespec = unsafe { mem::zeroed() };
+    // SAFETY: the pointer is valid for the call, which can't fail for this clock.
+    unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &raw mut tick) };
+    // In whole nanoseconds, so it does not always come out even; and never 0.
+    let tick_ns = tick.tv_nsec.unsigned_abs().max(1);
+    (1_000_000_000 + tick_ns / 2) / tick_ns
+}
+
 /// Whether a path, or the nearest of its ancestors that is there, lies on a bpffs.
 pub fn is_on_bpffs(path: &Path) -> bool {
     path.ancestors().find(|ancestor| ancestor.exists()).is_some_and(|ancestor| {

@@ -7,7 +7,7 @@ use aya::{
     maps::Array,
     programs::{Program, ProgramError, SchedClassifier, SockOps, Xdp},
 };
-use limiter_common::{TagSecret, abi};
+use limiter_common::{TagSecret, abi, source::REPORT_INTERVAL_SECONDS};
 
 use super::{KernelError, btf::VMLINUX, debug_log::DebugLog, error::log_end, host, offsets::Offsets, pins::Pins};
 use crate::config::Kernel;
@@ -122,12 +122,14 @@ const MAPS: &str = "can't load the kernel programs' maps";
 fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32) -> Result<Loaded, KernelError> {
     let offsets = Offsets::of_kernel().map_err(KernelError::failed(format!("can't read {VMLINUX}")))?;
     let reads_kernel_memory = u32::from(host::lets_programs_read_its_memory());
+    let report_interval = REPORT_INTERVAL_SECONDS * host::jiffies_per_second();
     let log_level = if config.debug_log { aya_log::Level::Debug as u8 } else { 0 };
 
     let mut loader = EbpfLoader::new();
     loader
         .override_global(abi::GLOBAL_SNT_ISN_OFFSET, &offsets.snt_isn, true)
         .override_global(abi::GLOBAL_READS_KERNEL_MEMORY, &reads_kernel_memory, true)
+        .override_global(abi::GLOBAL_REPORT_INTERVAL, &report_interval, true)
         .override_global(abi::GLOBAL_NETNS_COOKIE, &netns_cookie, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(abi::MAP_LEDGER, config.max_connections)
