@@ -50,32 +50,29 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn masked(&self, prefix: u8) -> Self {
+        let [first, second, third, fourth] = self.words;
         if self.is_v4() {
-            Self { words: [0, 0, MAPPED, self.words[3] & word_mask(prefix as u32)] }
+            let [mask, _] = mask(prefix);
+            Self { words: [0, 0, MAPPED, fourth & mask] }
+        } else if prefix <= 64 {
+            let [first_mask, second_mask] = mask(prefix);
+            Self { words: [first & first_mask, second & second_mask, 0, 0] }
         } else {
-            let bits = prefix as u32;
-            Self {
-                words: [
-                    self.words[0] & word_mask(bits),
-                    self.words[1] & word_mask(bits.saturating_sub(32)),
-                    self.words[2] & word_mask(bits.saturating_sub(64)),
-                    self.words[3] & word_mask(bits.saturating_sub(96)),
-                ],
-            }
+            let [third_mask, fourth_mask] = mask(prefix - 64);
+            Self { words: [first, second, third & third_mask, fourth & fourth_mask] }
         }
     }
 }
 
-/// A mask of the first `bits` bits of a word in memory order.
+/// A mask of the first `bits` bits of two words in memory order. 64 are all; so are more.
+#[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
 #[inline(always)]
-const fn word_mask(bits: u32) -> u32 {
-    if bits == 0 {
-        0
-    } else if bits >= 32 {
-        u32::MAX
-    } else {
-        (u32::MAX << (32 - bits)).to_be()
-    }
+const fn mask(bits: u8) -> [u32; 2] {
+    let mask = match u64::MAX.checked_shr(bits as u32) {
+        Some(rest) => !rest,
+        None => u64::MAX,
+    };
+    [((mask >> 32) as u32).to_be(), (mask as u32).to_be()]
 }
 
 #[cfg(any(test, feature = "user"))]

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use limiter::kernel::Hook;
@@ -321,6 +322,15 @@ fn a_syn_refused_again_is_told_from_every_other() {
             reported: true,
             ..Again::refused("nothing was reported", |program| {
                 program.set_source(&flooding(), LIMIT.into()).unwrap();
+            })
+        },
+        Again::refused("the report is half a second old", |program| {
+            program.age_report(&flooding(), Duration::from_millis(500)).unwrap();
+        }),
+        Again {
+            reported: true,
+            ..Again::refused("the report is a second old", |program| {
+                program.age_report(&flooding(), Duration::from_secs(1)).unwrap();
             })
         },
         Again {

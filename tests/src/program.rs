@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -54,6 +55,15 @@ pub fn now_ns() -> u64 {
     let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
     assert_eq!(failed, 0, "this clock is always there");
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+}
+
+/// The length of the kernel's jiffies, which its coarse clocks move by.
+fn tick() -> Duration {
+    let mut tick = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours.
+    let failed = unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &raw mut tick) };
+    assert_eq!(failed, 0, "this clock is always there");
+    Duration::from_nanos(tick.tv_nsec.cast_unsigned())
 }
 
 /// One of the programs with its maps.
@@ -320,6 +330,15 @@ impl Program {
     pub fn set_source(&mut self, key: &SourceKey, connections: u64) -> Result<()> {
         let entry = SourceEntry { connections, key: *key, ..SourceEntry::default() };
         Ok(self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?.insert(key, entry, 0)?)
+    }
+
+    /// Has the last report of a source's refusals be that much older.
+    pub fn age_report(&mut self, key: &SourceKey, by: Duration) -> Result<()> {
+        let mut sources = self.hash::<SourceKey, SourceEntry>(abi::MAP_SOURCES)?;
+        let mut entry = sources.get(key, 0)?;
+        let ticks = by.as_nanos() / tick().as_nanos();
+        entry.reported_jiffies = entry.reported_jiffies.wrapping_sub(u64::try_from(ticks)?);
+        Ok(sources.insert(key, entry, 0)?)
     }
 
     /// Another reader of the reported refusals.

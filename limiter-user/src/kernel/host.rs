@@ -238,6 +238,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_kernel_ticks_as_often_as_kernels_do() {
+        let hz = jiffies_per_second();
+        assert!([100, 200, 250, 300, 500, 1000].contains(&hz), "{hz}");
+    }
+
+    #[test]
     fn finds_a_unified_hierarchy() {
         let mountinfo = "24 1 0:22 / /proc rw - proc proc rw\n31 23 0:27 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(cgroup_mount(mountinfo), Some("/sys/fs/cgroup".into()));
