@@ -6,10 +6,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    io::AsyncWriteExt,
-    time::{Instant, timeout},
-};
+use tokio::time::Instant;
 
 use super::{
     Shared,
@@ -101,12 +98,7 @@ pub(super) async fn arrive(mut socket: Socket, shared: &Shared, deadline: Instan
         Err(Failure::Refused(refusal)) => {
             refused(shared, endpoints.remote.ip(), &refusal);
             match refusal {
-                Refusal::NotTls => {
-                    if let Ok(Ok(())) = timeout(LINGER, socket.write_all(&refusal.raw(&shared.metrics.overload))).await
-                    {
-                        socket.linger(LINGER).await;
-                    }
-                }
+                Refusal::NotTls => socket.end_with(&refusal.raw(&shared.metrics.overload), LINGER).await,
                 // So that the alert arrives, which is the answer in TLS.
                 Refusal::Tls(_) => socket.linger(LINGER).await,
                 // To the others there is no answer that they would understand.

@@ -1,12 +1,9 @@
 //! One accepted connection, from its first byte to its last.
 
-use std::{io, net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use hyper::{Method, http::request::Parts};
-use tokio::{
-    io::AsyncWriteExt,
-    time::{Instant, sleep_until, timeout, timeout_at},
-};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
     Shared,
@@ -81,7 +78,7 @@ async fn shake_hands(
     };
     match negotiated {
         Ok((answer, early, accepted)) => {
-            if let Ok(Ok(())) = timeout_at(deadline, send(&mut socket, &answer)).await {
+            if let Ok(Ok(())) = timeout_at(deadline, socket.send(&answer)).await {
                 return Some((socket, early, accepted));
             }
             shared.metrics.handshake("left");
@@ -89,10 +86,7 @@ async fn shake_hands(
         Err(Failure::Refused(refusal)) => {
             refused(shared, asked.client, &refusal);
             let answer = refusal.raw_to(&asked.method, &shared.metrics.overload);
-            socket.ends_soon();
-            if let Ok(Ok(())) = timeout(LINGER, send(&mut socket, &answer)).await {
-                socket.linger(LINGER).await;
-            }
+            socket.end_with(&answer, LINGER).await;
         }
         // Before it had an answer; nothing to log, for that is what port checks do.
         Err(Failure::Left) => shared.metrics.handshake("left"),
@@ -151,11 +145,6 @@ async fn negotiate(
         // The upstream, or who is asked whether it may connect, need not go on.
         () = request::leaves(socket, &mut early) => Err(Failure::Left),
     }
-}
-
-async fn send(socket: &mut Socket, answer: &[u8]) -> io::Result<()> {
-    socket.write_all(answer).await?;
-    socket.flush().await
 }
 
 /// Completes when a handshake must be over, with what to tell the client.

@@ -121,6 +121,20 @@ impl Socket {
         self.last_read
     }
 
+    /// Sends all of it.
+    pub(super) async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes).await?;
+        self.flush().await
+    }
+
+    /// Says the last that there is to say, and ends the connection so that it arrives. Either may take `patience`.
+    pub(super) async fn end_with(mut self, last: &[u8], patience: Duration) {
+        self.ends_soon();
+        if let Ok(Ok(())) = timeout(patience, self.send(last)).await {
+            self.linger(patience).await;
+        }
+    }
+
     /// Ends the connection so that what was written arrives: closing a socket with unread data would make the kernel
     /// send RST, at which the client forgets the Close frame or HTTP answer that it has not read yet. So our side is shut,
     /// and what the client still sends is read and thrown away until it closes too, or `patience` is over.

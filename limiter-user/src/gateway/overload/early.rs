@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::{io::AsyncWriteExt, time::timeout};
+use tokio::time::timeout;
 
 use super::Level;
 use crate::gateway::{Shared, answer::Refusal, connection::refused, socket::Socket};
@@ -17,7 +17,7 @@ const ALERT: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
 ///
 /// With an exempt route it is not: this may be a client for it. In TLS there is no way to say "later", so as long as some get in, who
 /// does not is told in HTTP. When nobody gets in, the handshake is what can be saved.
-pub(in crate::gateway) async fn turn_away(mut socket: Socket, shared: &Shared) -> Option<Socket> {
+pub(in crate::gateway) async fn turn_away(socket: Socket, shared: &Shared) -> Option<Socket> {
     let overload = &shared.metrics.overload;
     let is_tls = shared.tls.is_some();
     if shared.routes.has_exempt() || (is_tls && overload.level() < Level::ALL) {
@@ -39,8 +39,6 @@ pub(in crate::gateway) async fn turn_away(mut socket: Socket, shared: &Shared) -
     } else {
         Refusal::Overloaded.raw(overload)
     };
-    if let Ok(Ok(())) = timeout(PATIENCE, socket.write_all(&answer)).await {
-        socket.linger(PATIENCE).await;
-    }
+    socket.end_with(&answer, PATIENCE).await;
     None
 }
