@@ -97,10 +97,7 @@ impl Proxy {
 
     /// CPU time that it has used so far.
     pub fn cpu(&self) -> Result<Duration> {
-        let ticks: u64 = self.processes()?.iter().map(|id| cpu_ticks(*id)).sum::<Result<u64>>()?;
-        // SAFETY: sysconf only looks up a number.
-        let per_second = u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) })?;
-        Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+        self.processes()?.iter().map(|id| cpu_of(*id)).sum()
     }
 
     /// Memory that is its own, in bytes: what it has written to, without the code.
@@ -117,12 +114,17 @@ impl Proxy {
     }
 }
 
-/// utime and stime of proc(5).
-fn cpu_ticks(id: u32) -> Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{id}/stat"))?;
-    let (_, fields) = stat.rsplit_once(") ").context("no name in /proc/…/stat")?;
-    let fields: Vec<&str> = fields.split_whitespace().collect();
-    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+/// Of all threads that there are, to the nanosecond; utime and stime of proc(5) are in hundredths of a second.
+fn cpu_of(id: u32) -> Result<Duration> {
+    let threads = fs::read_dir(format!("/proc/{id}/task"))?;
+    threads
+        .map(|thread| {
+            // One that ends just now takes its time along.
+            let Ok(times) = fs::read_to_string(thread?.path().join("schedstat")) else { return Ok(Duration::ZERO) };
+            let on_cpu = times.split_whitespace().next().context("nothing in schedstat")?;
+            Ok(Duration::from_nanos(on_cpu.parse()?))
+        })
+        .sum()
 }
 
 fn anonymous_memory(id: u32) -> Result<u64> {
