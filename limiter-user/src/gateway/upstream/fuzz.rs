@@ -76,9 +76,10 @@ pub(crate) fn upstream(data: &[u8]) {
         protocols: protocols.map(HeaderValue::from_static),
         fallback_protocol: None,
     };
-    assert!(chosen_protocol(&headers, &offer(None), "another key").is_err());
     if let Ok(protocol) = chosen_protocol(&headers, &offer(Some("a, b")), KEY) {
         assert_eq!(headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+        // A fuzzer that sees what is compared finds the answer to any key; but not one to two of them.
+        assert!(chosen_protocol(&headers, &offer(Some("a, b")), "another key").is_err());
         assert!(protocol.as_ref().is_none_or(|chosen| chosen == "a" || chosen == "b"), "{protocol:?}");
         assert_eq!(chosen_protocol(&headers, &offer(None), KEY).is_ok(), protocol.is_none());
     }
