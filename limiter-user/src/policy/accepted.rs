@@ -23,7 +23,7 @@ impl fmt::Debug for Accepted {
 impl Accepted {
     /// What was accepted from `remote` by the listener at `listener`.
     pub(crate) fn new(stream: &TcpStream, remote: SocketAddr, listener: SocketAddr, policy: Arc<dyn Policy>) -> Self {
-        let cookie = cookie(&SockRef::from(stream));
+        let cookie = cookie(&SockRef::from(stream), &*policy);
         // It is that of the listener, unless that takes connections to any.
         let local = if listener.ip().is_unspecified() { stream.local_addr().unwrap_or(listener) } else { listener };
         Self { policy, connection: Connection { remote: canonical(remote), local: canonical(local), cookie } }
@@ -31,7 +31,7 @@ impl Accepted {
 
     /// What was accepted by a unix socket: both ends have the address that stands for one.
     pub(crate) fn local(stream: &UnixStream, address: SocketAddr, policy: Arc<dyn Policy>) -> Self {
-        let cookie = cookie(&SockRef::from(stream));
+        let cookie = cookie(&SockRef::from(stream), &*policy);
         Self { policy, connection: Connection { remote: address, local: address, cookie } }
     }
 
@@ -50,7 +50,11 @@ impl Drop for Accepted {
     }
 }
 
-fn cookie(socket: &SockRef<'_>) -> u64 {
+fn cookie(socket: &SockRef<'_>, policy: &dyn Policy) -> u64 {
+    // Nobody else knows the connection by it.
+    if !policy.is_kept_below() {
+        return 0;
+    }
     socket.cookie().unwrap_or_else(|e| {
         tracing::warn!(error = %e, "no SO_COOKIE: the ledger entry of this connection waits for the kernel to end it");
         0

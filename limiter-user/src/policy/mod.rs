@@ -75,6 +75,7 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// The address that it connected to; IPv4-mapped addresses are given as IPv4.
     pub local: SocketAddr,
-    /// The socket's cookie (`SO_COOKIE`): never used again as long as the host is up.
+    /// The socket's cookie (`SO_COOKIE`): never used again as long as the host is up. 0 where nobody below keeps anything
+    /// ([`Policy::is_kept_below`]).
     pub cookie: u64,
 }

@@ -114,6 +114,9 @@ impl Upstreams {
 
     /// The one with the fewest sessions; of several, any.
     fn least(&self, among: &[usize]) -> Option<usize> {
+        if let [only] = among {
+            return Some(*only);
+        }
         let fewest = among.iter().map(|&at| self.choices[at].1.sessions()).min()?;
         let least = among.iter().filter(|&&at| self.choices[at].1.sessions() <= fewest);
         fastrand::choice(least.collect::<Vec<_>>()).copied().or_else(|| among.first().copied())
