@@ -35,7 +35,7 @@ pub(super) fn admit(
     }
     // A rule that lets a proxy past the limits is for what it carries, not for a client that it hides.
     let limits = if identity.is_proxy { shared.policy.limits() } else { shared.policy.limits_for(identity.ip) };
-    let limits = if route.exempt { without(limits) } else { limits };
+    let limits = if route.exempt { limits.lifted() } else { limits };
     let admitted = shared.admission.try_admit(identity.ip, &limits);
     proxy_hint::warn(shared, endpoints, headers, &limits);
     let permit = match admitted {
@@ -94,17 +94,4 @@ impl Ruling<'_> {
 fn is_offender(identity: &Identity, route: &Route, shared: &Shared) -> bool {
     (shared.config.messages.deny_after != 0 || route.config.messages.deny_after != 0)
         && shared.offenders.denies(shared.policy.limits().source(identity.ip), Instant::now())
-}
-
-/// The same prefixes, and no limits.
-fn without(limits: Limits) -> Limits {
-    Limits {
-        connections_per_source: 0,
-        connections_per_wide_source: 0,
-        connections_total: 0,
-        connections_total_all: 0,
-        connection_rate: 0,
-        service_connection_rate: 0,
-        ..limits
-    }
 }

@@ -53,27 +53,7 @@ impl Policy for Fixed {
     }
 
     fn limits_for(&self, client: IpAddr) -> Limits {
-        let mut limits = self.limits;
-        match self.holding(client) {
-            Some(Action::Allow) => {
-                limits.connections_per_source = 0;
-                limits.connections_per_wide_source = 0;
-                limits.connections_total = 0;
-                limits.connections_total_all = 0;
-                limits.connection_rate = 0;
-                limits.service_connection_rate = 0;
-            }
-            Some(Action::Limit(own)) => {
-                limits.connections_per_source = own.connections_per_source.unwrap_or(limits.connections_per_source);
-                limits.connections_per_wide_source =
-                    own.connections_per_wide_source.unwrap_or(limits.connections_per_wide_source);
-                if let Some((rate, burst)) = own.rate {
-                    (limits.connection_rate, limits.connection_burst) = (rate, burst);
-                }
-            }
-            Some(Action::Deny) | None => {}
-        }
-        limits
+        self.holding(client).map_or(self.limits, |action| self.limits.under(action))
     }
 
     fn denies(&self, client: IpAddr) -> bool {

@@ -5,6 +5,8 @@ use std::{fmt, net::IpAddr};
 use limiter_common::Address;
 use serde::{Deserialize, Serialize};
 
+use super::Action;
+
 /// Limits of one service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -68,6 +70,36 @@ impl Limits {
         let ip = ip.to_canonical();
         let prefix = if ip.is_ipv4() { self.wide_ipv4_prefix } else { self.wide_ipv6_prefix };
         (prefix != 0).then(|| Source { network: Address::from(ip).masked(prefix).into(), prefix })
+    }
+
+    /// The same prefixes, and no limits.
+    pub(crate) fn lifted(self) -> Self {
+        Self {
+            connections_per_source: 0,
+            connections_per_wide_source: 0,
+            connections_total: 0,
+            connections_total_all: 0,
+            connection_rate: 0,
+            service_connection_rate: 0,
+            ..self
+        }
+    }
+
+    /// What holds where a rule says `action`. (Whom it denies never gets as far as a limit.)
+    pub(crate) fn under(mut self, action: Action) -> Self {
+        match action {
+            Action::Allow => self.lifted(),
+            Action::Deny => self,
+            Action::Limit(own) => {
+                self.connections_per_source = own.connections_per_source.unwrap_or(self.connections_per_source);
+                self.connections_per_wide_source =
+                    own.connections_per_wide_source.unwrap_or(self.connections_per_wide_source);
+                if let Some((rate, burst)) = own.rate {
+                    (self.connection_rate, self.connection_burst) = (rate, burst);
+                }
+                self
+            }
+        }
     }
 
     /// That the limits go together: the key that does not, and why.
