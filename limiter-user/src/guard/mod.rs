@@ -155,19 +155,24 @@ impl Seat {
     fn admit(&self, client: IpAddr) -> Result<Permit, Refused> {
         let Kept { admission, rates, log } = &*self.kept;
         let policy = self.accepted.policy();
-        let observes = policy.observes();
-        let mut past = policy.denies(client).then_some(Refused::Denied);
-        if let Some(refused) = past.filter(|_| !observes) {
-            return Err(refused);
+        let mut past = None;
+        // Whether the policy observes is asked when it matters: it may have to ask the kernel.
+        let against = |refused: Refused, past: &mut Option<Refused>| match *past {
+            Some(_) => Ok(()),
+            None if policy.observes() => {
+                *past = Some(refused);
+                Ok(())
+            }
+            None => Err(refused),
+        };
+        if policy.denies(client) {
+            against(Refused::Denied, &mut past)?;
         }
         let limits = policy.limits_for(client);
         let permit = match admission.try_admit(client, &limits) {
             Ok(permit) => permit,
             Err(full) => {
-                let refused = *past.get_or_insert(full.into());
-                if !observes {
-                    return Err(refused);
-                }
+                against(full.into(), &mut past)?;
                 admission.admit_past(client, &limits)
             }
         };
@@ -176,10 +181,7 @@ impl Seat {
             && !policy.is_kept_below()
             && let Err(too_fast) = rates.spend(limits.source(client), &limits)
         {
-            let refused = *past.insert(too_fast.into());
-            if !observes {
-                return Err(refused);
-            }
+            against(too_fast.into(), &mut past)?;
         }
         if let Some(reason) = past.map(Refused::label)
             && let Some(left_out) = log.admit(reason)
