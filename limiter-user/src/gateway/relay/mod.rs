@@ -56,8 +56,6 @@ pub(super) struct Relay<'a> {
     liveness: Liveness,
     /// What others have for the client, where they can have something.
     mail: Option<Box<Mailbox>>,
-    /// Whether the upstream's host is watched.
-    watches: bool,
     config: &'a config::Gateway,
     /// Among the sessions of the upstream, to the end.
     _seat: Seat,
@@ -74,7 +72,11 @@ impl<'a> Relay<'a> {
         config: &'a config::Gateway,
         shared: &'a Shared,
     ) -> Self {
-        let mut relay = Self {
+        // Where clients are never asked, there may be no later.
+        if config.ping_interval.is_zero() {
+            upstream.stream.give_up_after(config.ping_interval, config.pong_timeout);
+        }
+        Self {
             client,
             upstream: upstream.stream,
             up: Pipe::new(Sender::Client, early, config.pong_timeout),
@@ -83,23 +85,8 @@ impl<'a> Relay<'a> {
             outbound: Outbound { metrics: &shared.metrics, last: Instant::now() },
             liveness: Liveness::new(config.max_lifetime),
             mail,
-            watches: false,
             config,
             _seat: upstream.seat,
-        };
-        // Where clients are never asked, there may be no later.
-        if config.ping_interval.is_zero() {
-            relay.watch();
-        }
-        relay
-    }
-
-    /// Has the kernel watch over the upstream's host. It goes by when that was last heard of, so for this it is early enough when the
-    /// client is asked for the first time; many sessions are over by then.
-    fn watch(&mut self) {
-        if !self.watches {
-            self.upstream.give_up_after(self.config.ping_interval, self.config.pong_timeout);
-            self.watches = true;
         }
     }
 }
@@ -110,7 +97,8 @@ impl Turns for Relay<'_> {
     }
 
     fn settle(&mut self, now: Instant) {
-        self.watch();
+        // The kernel goes by when it last heard of a host, so this is early enough; and many sessions are over by then.
+        self.upstream.give_up_after(self.config.ping_interval, self.config.pong_timeout);
         self.inbound.settle(now);
     }
 

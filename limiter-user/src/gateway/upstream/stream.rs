@@ -127,9 +127,13 @@ impl Stream {
             Self::Tls(stream) => stream.get_ref().0,
             Self::Unix(_) => return,
         };
+        let socket = SockRef::from(stream);
+        // It has been told. A session that kept that in mind would be larger.
+        if socket.keepalive().unwrap_or(false) {
+            return;
+        }
         let ask_after = if ask_after.is_zero() { ASK_AFTER } else { ask_after.max(SECOND) };
         let pause = (patience / QUESTIONS).max(SECOND);
-        let socket = SockRef::from(stream);
         // Without them the session works just as well, as long as nothing vanishes.
         _ = socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(ask_after).with_interval(pause));
         _ = socket.set_tcp_user_timeout(Some(ask_after + patience));
