@@ -1,7 +1,7 @@
 //! The names and sizes by which user space finds what the kernel holds. A map or a program is named here and nowhere else.
 
 /// Version of the layout of every pinned map; part of the pin path, so that two layouts never meet.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// The XDP program that admits or refuses.
 pub const PROGRAM_XDP: &str = "limiter_xdp";
