@@ -1,6 +1,7 @@
 //! What a refused SYN takes with limiter and with what else a Linux host has for it, side by side.
 
 use std::{
+    fs,
     net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
@@ -22,6 +23,9 @@ use crate::{refusal, table};
 
 const ROUNDS: usize = 5;
 const SYNS: u32 = 500_000;
+
+/// Where xdp-tools pins.
+const XDP_TOOLS: &str = "/sys/fs/bpf/xdp";
 
 /// Debian's packages, and the command that each is needed for.
 const PACKAGES: [(&str, &str); 3] = [("nftables", "nft"), ("iptables", "iptables"), ("xdp-tools", "xdp-filter")];
@@ -114,11 +118,16 @@ fn refused_by(peer: Peer, lab: &Lab, client: &Client, generator: &BareXdp) -> Re
             taken
         }
         Peer::XdpFilter => {
+            let was_there = Path::new(XDP_TOOLS).exists();
             inside(&lab.server, "xdp-filter", &["load", "-m", "native", "-f", "ipv4", &interface])?;
             let source = client.address(Family::V4).to_string();
             let taken = inside(&lab.server, "xdp-filter", &["ip", "-m", "src", &source])
                 .and_then(|()| flood(lab, client, generator));
             inside(&lab.server, "xdp-filter", &["unload", &interface])?;
+            // It leaves an empty folder.
+            if !was_there {
+                fs::remove_dir(XDP_TOOLS).with_context(|| format!("cannot remove {XDP_TOOLS}"))?;
+            }
             taken?
         }
         Peer::Nftables => {
