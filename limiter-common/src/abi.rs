@@ -153,8 +153,9 @@ pub const fn flow_slot(flow: u64) -> u32 {
 }
 /// Size of the ring buffer of events, in bytes.
 pub const EVENTS_BYTES: u32 = 256 * 1024;
-/// How many reservations can be waiting for the stack's confirmation.
-pub const MAX_RESERVATIONS: u32 = 65_536;
+/// How many reservations can be waiting for the stack's confirmation at least: as many as there can be connections, if that is more, so
+/// that none gets lost. (Those that were confirmed leave at least as fast as others come.)
+pub const MIN_RESERVATIONS: u32 = 65_536;
 /// How many sources' buckets of new connections are kept. Only one that is not full is worth keeping, and with the default
 /// rate it fills within two seconds.
 pub const MAX_RATES: u32 = 65_536;

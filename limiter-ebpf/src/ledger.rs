@@ -105,8 +105,7 @@ pub fn reserve(
     count(service, Counter::OpenedReserved);
     // SAFETY: as above.
     unsafe { atomic::fetch_add(&raw mut (*state).unconfirmed, 1) };
-    // A full queue loses its oldest reservation, which was confirmed long since unless every one of them is forged by
-    // clients that hold a slot for it.
+    // There is room for one of each entry. Should it be full nevertheless, of those that were confirmed since, it loses the oldest one.
     let _ = RESERVATIONS.push(&Reservation { key, reserved: 0, owner, opened_ns: now_ns }, u64::from(BPF_EXIST));
     match reason {
         None => Reserved::Yes,

@@ -36,7 +36,7 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(abi::MAX_S
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(abi::EVENTS_BYTES, 0);
 
 #[map]
-pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MAX_RESERVATIONS, 0);
+pub static RESERVATIONS: Queue<Reservation> = Queue::with_max_entries(abi::MIN_RESERVATIONS, 0);
 
 /// Where an entry of the ledger is put together for which the stack has no room: by the programs of admission and of delivery alone,
 /// which run one after the other on each CPU.

@@ -268,21 +268,30 @@ impl Program {
 
     /// Has user space's program take a connection out of the ledger, if its entry has that owner. Whether it did.
     pub fn release(&self, ends: &Endpoints, owner: u64) -> Result<bool> {
-        let request = Request {
-            op: op::RELEASE,
-            counter: Counter::ClosedSocket as u32,
-            owner,
-            connection: *ends,
-            ..Request::default()
-        };
-        let program = self.loaded.programs.program(abi::PROGRAM_CONTROL).context("no such program")?;
-        let options =
-            TestRunOptions { data_in: Some(bytemuck::bytes_of(&request)), repeat: 1, ..TestRunOptions::default() };
-        match <&Xdp>::try_from(program)?.test_run(options)?.return_value {
+        let counter = Counter::ClosedSocket as u32;
+        match self.ask(Request { op: op::RELEASE, counter, owner, connection: *ends, ..Request::default() })? {
             answer::DONE => Ok(true),
             answer::NOT_THERE => Ok(false),
             other => bail!("the control program answered {other}"),
         }
+    }
+
+    /// Has user space's program end the reservations whose time is up.
+    pub fn expire(&self) -> Result<()> {
+        loop {
+            match self.ask(Request { op: op::EXPIRE, ..Request::default() })? {
+                answer::DONE => return Ok(()),
+                answer::AGAIN => {}
+                other => bail!("the control program answered {other}"),
+            }
+        }
+    }
+
+    fn ask(&self, request: Request) -> Result<u32> {
+        let program = self.loaded.programs.program(abi::PROGRAM_CONTROL).context("no such program")?;
+        let options =
+            TestRunOptions { data_in: Some(bytemuck::bytes_of(&request)), repeat: 1, ..TestRunOptions::default() };
+        Ok(<&Xdp>::try_from(program)?.test_run(options)?.return_value)
     }
 
     /// The number that stands for a connection among those known to have an entry, and its place there.

@@ -41,7 +41,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, ServiceState>(abi::MAP_SERVICE_STATE, MapType::Array, Some(abi::MAX_SERVICES + 1)),
     shape::<u32, u64>(abi::MAP_COUNTERS, MapType::PerCpuArray, Some(abi::MAX_SERVICES * abi::COUNTERS_PER_SERVICE)),
     shape::<(), ()>(abi::MAP_EVENTS, MapType::RingBuf, Some(abi::EVENTS_BYTES)),
-    shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, Some(abi::MAX_RESERVATIONS)),
+    shape::<(), Reservation>(abi::MAP_RESERVATIONS, MapType::Queue, None),
     shape::<SourceKey, u64>(abi::MAP_RATES, MapType::LruHash, Some(abi::MAX_RATES)),
     shape::<RuleKey, RuleEntry>(abi::MAP_RULES[0], MapType::LpmTrie, None),
     shape::<RuleKey, RuleEntry>(abi::MAP_RULES[1], MapType::LpmTrie, None),

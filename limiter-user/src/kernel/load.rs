@@ -135,7 +135,9 @@ fn load_with(config: &Kernel, pins: Option<&Pins>, netns_cookie: u64, tiers: u32
         .map_max_entries(abi::MAP_LEDGER, config.max_connections)
         // There are never more sources of a tier than connections.
         .map_max_entries(abi::MAP_SOURCES, config.max_connections.saturating_mul(tiers))
-        .map_max_entries(abi::MAP_MEMBERS, config.max_connections);
+        .map_max_entries(abi::MAP_MEMBERS, config.max_connections)
+        // Each is of an entry in the ledger.
+        .map_max_entries(abi::MAP_RESERVATIONS, config.max_connections.max(abi::MIN_RESERVATIONS));
     for name in abi::MAP_RULES {
         loader.map_max_entries(name, config.max_rules);
     }
