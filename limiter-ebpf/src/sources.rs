@@ -17,6 +17,7 @@ use limiter_common::{
 
 use crate::{
     atomic,
+    handed::on_stack,
     maps::{E2BIG, EEXIST, SERVICE_STATE, SOURCES},
 };
 
@@ -80,7 +81,7 @@ pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
         return NO_ROOM;
     }
     // SAFETY: the verifier has checked that this is what is behind the pointer.
-    let key = unsafe { &*key };
+    let key = &unsafe { on_stack(key) };
     let before = match add_to_entry(key) {
         Ok(before) => before,
         Err(NotAdded::Full) => return NO_ROOM,
@@ -101,7 +102,7 @@ pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
 pub extern "C" fn limiter_subtract(key: *const SourceKey) -> u64 {
     if !key.is_null() {
         // SAFETY: the verifier has checked that this is what is behind the pointer.
-        subtract_here(unsafe { &*key });
+        subtract_here(&unsafe { on_stack(key) });
     }
     0
 }

@@ -32,6 +32,10 @@ pub struct Args {
     #[arg(long, conflicts_with = "unit")]
     full: bool,
 
+    /// Only the end to end tests of this file (tests/e2e/NAME.rs, tests/program/NAME.rs). Several may be named
+    #[arg(long, value_name = "NAME", conflicts_with = "unit")]
+    test: Vec<String>,
+
     /// The end to end tests in a virtual machine with the kernel of this series instead: 5.15, 6.1, 6.8, 6.12, newest. Several
     /// may be named
     #[arg(long, value_name = "SERIES", conflicts_with_all = ["unit", "full"])]
@@ -55,13 +59,14 @@ impl Args {
         setup::ensure()?;
         if !self.kernel.is_empty() {
             let limit = Duration::from_mins(self.minutes);
-            return self.kernel.iter().try_for_each(|series| vm::test(series, &self.forwarded, limit));
+            return self.kernel.iter().try_for_each(|series| vm::test(series, &self.test, &self.forwarded, limit));
         }
         let mut cargo = workspace::cargo();
         // A failed test must not hide those after it.
         cargo.args(["test", "--no-fail-fast"]);
-        if self.e2e {
+        if self.e2e || !self.test.is_empty() {
             cargo.args(["--package", END_TO_END]);
+            cargo.args(self.test.iter().flat_map(|name| ["--test", name]));
         } else {
             cargo.args(HOST_PACKAGES);
         }

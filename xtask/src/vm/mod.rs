@@ -52,14 +52,14 @@ struct Tests {
     programs: Vec<PathBuf>,
 }
 
-/// Runs the end to end tests on the kernel of a series, within a time.
+/// Runs the end to end tests on the kernel of a series, within a time; those of some files, if any are named.
 ///
 /// # Errors
 /// When there is no such kernel, one of the tests fails, or the time is over.
-pub fn test(series: &str, forwarded: &[OsString], limit: Duration) -> Result<()> {
+pub fn test(series: &str, files: &[String], forwarded: &[OsString], limit: Duration) -> Result<()> {
     install_programs()?;
     let kernel = kernels::ensure(series)?;
-    let tests = Tests::build()?;
+    let tests = Tests::build(files)?;
     let folder = workspace::tools().join("kernels");
     let archive = folder.join(format!("{series}.cpio"));
     let root = tests.root(&kernel, &folder.join("stripped"), forwarded)?;
@@ -95,14 +95,15 @@ fn find(program: &str) -> Option<PathBuf> {
 
 impl Tests {
     /// Has cargo build them and say where they are.
-    fn build() -> Result<Self> {
+    fn build(files: &[String]) -> Result<Self> {
         say("building the binary and the tests");
-        run(workspace::cargo().arg("build").args(HOST_PACKAGES).arg("--all-targets"))?;
-        let messages = output_of(workspace::cargo().arg("test").args(HOST_PACKAGES).args([
-            "--no-run",
-            "--quiet",
-            "--message-format=json",
-        ]))?;
+        run(workspace::cargo().arg("build").args(HOST_PACKAGES).args(["--bin", "limiter"]))?;
+        let mut cargo = workspace::cargo();
+        cargo.arg("test").args(HOST_PACKAGES).args(["--no-run", "--quiet", "--message-format=json"]);
+        if files.is_empty() {
+            cargo.args(["--test", "*"]);
+        }
+        let messages = output_of(cargo.args(files.iter().flat_map(|name| ["--test", name])))?;
         let mut built = Self { tests: Vec::new(), programs: vec![workspace::artifacts(false)?.join("limiter")] };
         for message in messages.lines() {
             let message: serde_json::Value = serde_json::from_str(message).context("cargo's messages are JSON")?;
