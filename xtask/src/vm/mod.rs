@@ -32,7 +32,7 @@ const PROGRAMS: [(&str, &str); 4] =
     [("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("strip", "binutils"), ("ldd", "libc-bin")];
 
 /// What the tests and the kernel call in the machine.
-const CALLED: [&str; 8] = ["ip", "modprobe", "nft", "openssl", "sh", "sleep", "ss", "tc"];
+const CALLED: [&str; 10] = ["ip", "modprobe", "mount", "nft", "openssl", "sh", "sleep", "ss", "tc", "unshare"];
 
 /// Where the modules are that the tests need: the network's, and those of the kernel's library that they stand on.
 const MODULES: [&str; 6] =
