@@ -1,7 +1,7 @@
 //! The names and sizes by which user space finds what the kernel holds. A map or a program is named here and nowhere else.
 
 /// Version of the layout of every pinned map; part of the pin path, so that two layouts never meet.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// The XDP program that admits or refuses.
 pub const PROGRAM_XDP: &str = "limiter_xdp";
@@ -56,6 +56,10 @@ pub const MAP_AUDIT: &str = "AUDIT";
 /// At 0: the [`crate::TagSecret`] of [`MAP_LEDGER`]. Written once, before anything is attached.
 pub const MAP_TAG_SECRET: &str = "TAG_SECRET";
 
+/// [`flow_slot`] → the [`crate::ConnectionKey::flow`] of a connection that has an entry in [`MAP_LEDGER`], and of which a packet was
+/// seen; or 0.
+pub const MAP_FLOWS: &str = "FLOWS";
+
 /// A socket's cookie → the [`crate::user::Member`] that its connection counts against instead of its entry's source.
 pub const MAP_MEMBERS: &str = "MEMBERS";
 
@@ -63,7 +67,7 @@ pub const MAP_MEMBERS: &str = "MEMBERS";
 pub const MAP_CHALLENGES: &str = "CHALLENGES";
 
 /// Every map that is pinned, in the order in which `detach` removes them.
-pub const PINNED_MAPS: [&str; 17] = [
+pub const PINNED_MAPS: [&str; 18] = [
     MAP_LEDGER,
     MAP_SOURCES,
     MAP_PORTS,
@@ -81,6 +85,7 @@ pub const PINNED_MAPS: [&str; 17] = [
     MAP_TAG_SECRET,
     MAP_MEMBERS,
     MAP_CHALLENGES,
+    MAP_FLOWS,
 ];
 
 /// Load-time constant (`u32`): offset of [`SNT_ISN`], from the kernel's BTF.
@@ -137,6 +142,15 @@ pub const ALL_SERVICES: u32 = MAX_SERVICES;
 pub const COUNTERS_PER_SERVICE: u32 = 64;
 /// Default size of the ledger, in connections.
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 262_144;
+/// How many connections can be in [`MAP_FLOWS`] at a time: 2 MiB.
+pub const FLOW_SLOTS: u32 = 1 << 18;
+/// The place in [`MAP_FLOWS`] of a connection with that [`crate::ConnectionKey::flow`]. Its upper bits are the ones that all of the key
+/// has a part in.
+#[expect(clippy::cast_possible_truncation, reason = "as many bits are left as there are slots")]
+#[inline(always)]
+pub const fn flow_slot(flow: u64) -> u32 {
+    (flow >> (u64::BITS - FLOW_SLOTS.trailing_zeros())) as u32
+}
 /// Size of the ring buffer of events, in bytes.
 pub const EVENTS_BYTES: u32 = 256 * 1024;
 /// How many reservations can be waiting for the stack's confirmation.

@@ -92,6 +92,18 @@ impl ConnectionKey {
         Self { addresses: [(sum >> 32) as u32, sum as u32], ports: ports_word(ends.remote_port, 0) }
     }
 
+    /// The number that stands for the connection among those that were seen lately ([`crate::abi::MAP_FLOWS`]); never 0.
+    ///
+    /// Two keys have the same one with a chance of 2^-46 at most if they are of the same service, and of 2^-62 if the client's port is
+    /// the same, too: to multiply by an odd number is to permute, and the product with a random number is spread over as many
+    /// values as there are bits above the lowest in which the ports differ.
+    #[inline(always)]
+    pub const fn flow(&self, secret: &TagSecret) -> u64 {
+        let addresses = self.addresses[0] as u64 | (self.addresses[1] as u64) << 32;
+        let ports = self.ports as u64;
+        addresses.wrapping_mul(secret.0[11] | 1).wrapping_add(ports.wrapping_mul(secret.0[12])) | 1
+    }
+
     /// The client's port, in host order.
     #[inline(always)]
     pub const fn remote_port(&self) -> u16 {
@@ -159,10 +171,10 @@ impl Netns {
 }
 
 /// What the tags are made with: random numbers, chosen once for a ledger, and known to nobody else. Eight for the addresses, two
-/// for the namespace, one for the port.
+/// for the namespace, one for the port; and two for [`ConnectionKey::flow`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct TagSecret(pub [u64; 11]);
+pub struct TagSecret(pub [u64; 13]);
 
 /// What the ledger holds of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -315,8 +327,10 @@ mod host {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi;
     use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
     use proptest::prelude::*;
+    use std::collections::HashSet;
 
     fn ends(remote: IpAddr, local: IpAddr, remote_port: u16, local_port: u16) -> Endpoints {
         Endpoints { remote: remote.into(), local: local.into(), remote_port, local_port, netns: Netns::OWN }
@@ -329,7 +343,7 @@ mod tests {
             b: (u128, u128, u16, u16),
             v4: (u32, u32, u16, u16),
             flipped in 0..256_u32,
-            secret: [u64; 11],
+            secret: [u64; 13],
             cookie: u64,
         ) {
             let secret = TagSecret(secret);
@@ -373,10 +387,52 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn connections_of_different_keys_are_told_apart_by_their_flows(
+            a: ([u32; 2], u32),
+            b: ([u32; 2], u32),
+            flipped in 0..96_u32,
+            secret: [u64; 13],
+        ) {
+            // The odds are against secrets like these.
+            prop_assume!(secret[11] >> 32 != 0 && secret[12] >> 32 != 0);
+            let secret = TagSecret(secret);
+            let key = |(addresses, ports)| ConnectionKey { addresses, ports };
+            let flow = key(a).flow(&secret);
+            prop_assert_ne!(flow, 0);
+            prop_assert!(abi::flow_slot(flow) < abi::FLOW_SLOTS);
+            prop_assert_eq!(flow == key(b).flow(&secret), a == b);
+            let mut other = a;
+            match flipped / 32 {
+                2 => other.1 ^= 1 << (flipped % 32),
+                word => other.0[word as usize] ^= 1 << (flipped % 32),
+            }
+            prop_assert_ne!(flow, key(other).flow(&secret));
+        }
+    }
+
+    #[test]
+    fn the_flows_of_a_service_are_spread_over_the_slots() {
+        let secret = TagSecret([0xd6e8_feb8_6659_fd93; 13]);
+        let taken = |key: &dyn Fn(u32) -> ConnectionKey| {
+            let slots: HashSet<u32> = (0..abi::FLOW_SLOTS).map(|n| abi::flow_slot(key(n).flow(&secret))).collect();
+            slots.len()
+        };
+        let local = u32::from_ne_bytes([192, 0, 2, 1]);
+        let by_address = taken(&|n| ConnectionKey::of_v4((10 << 24 | n).to_be(), local, ports_word(40_000, 8080)));
+        let by_port = taken(&|n| {
+            ConnectionKey::of_v4((10 << 24 | n >> 16).to_be(), local, ports_word((n & 0xffff) as u16, 8080))
+        });
+        // Thrown at random, 63 % would be taken.
+        let least = abi::FLOW_SLOTS as usize / 2;
+        assert!(by_address > least && by_port > least, "{by_address} and {by_port} of {}", abi::FLOW_SLOTS);
+    }
+
     #[test]
     fn the_tag_depends_on_the_secret() {
         let ends = ends(Ipv6Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), 1, 2);
-        assert_ne!(ends.key(&TagSecret([1; 11])), ends.key(&TagSecret([2; 11])));
+        assert_ne!(ends.key(&TagSecret([1; 13])), ends.key(&TagSecret([2; 13])));
     }
 
     #[test]

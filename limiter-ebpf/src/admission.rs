@@ -19,9 +19,9 @@ use crate::{
     completion::PROOF_SHIFT,
     context::{Packet, Skb},
     counters::count,
-    expiry,
+    expiry, flows,
     headers::{ACK, FIN, RST, SYN},
-    maps::{LEDGER, SERVICE_STATE, SOURCES, TAG_SECRET},
+    maps::{SERVICE_STATE, SOURCES, TAG_SECRET},
     packet::{self, Segment, Unread},
     policy, rates,
     report::{Refused, Sampler, report, reported_lately, sampler_of, service_sampler, source_sampler},
@@ -84,7 +84,7 @@ fn try_admit(ctx: &impl Packet) -> Option<(Verdict, u16)> {
         }
     } else if flags & (SYN | ACK | RST) == ACK {
         // Nearly every packet ends here.
-        if LEDGER.get_ptr(&segment.key(TAG_SECRET.get(0)?)).is_some() {
+        if flows::has_entry(&segment.key(TAG_SECRET.get(0)?)) {
             return None;
         }
         let in_force = policy::in_force();

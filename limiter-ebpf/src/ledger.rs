@@ -13,6 +13,7 @@ use limiter_common::{
 use crate::{
     atomic,
     counters::{count, count_at},
+    flows,
     handed::on_stack,
     maps::{EEXIST, LEDGER, NEW_ENTRY, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
     members::{count_for_source, leave_user},
@@ -30,7 +31,7 @@ const ATTEMPTS: usize = 4;
 #[inline(always)]
 pub fn key_of(ends: &Endpoints) -> ConnectionKey {
     // There always is an element 0.
-    ends.key(TAG_SECRET.get(0).unwrap_or(&TagSecret([0; 11])))
+    ends.key(TAG_SECRET.get(0).unwrap_or(&TagSecret([0; 13])))
 }
 
 /// What came of a reservation.
@@ -290,6 +291,7 @@ fn take_out(key: &ConnectionKey, owner: u64, counter: u32) -> bool {
             atomic::compare_exchange(&raw mut (*entry).owner, OWNER_REMOVED, owner);
             return false;
         }
+        flows::forget(key);
         let service = source.service;
         if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) {
             // Whoever counts against a user has left his source, and not the wider one.

@@ -29,6 +29,7 @@ mod control;
 mod counters;
 mod delivery;
 mod expiry;
+mod flows;
 mod handed;
 mod handshake;
 mod headers;

@@ -67,6 +67,9 @@ pub static MEMBERS: HashMap<u64, Member> = HashMap::with_max_entries(abi::DEFAUL
 pub static TAG_SECRET: Array<TagSecret> = Array::with_max_entries(1, 0);
 
 #[map]
+pub static FLOWS: Array<u64> = Array::with_max_entries(abi::FLOW_SLOTS, 0);
+
+#[map]
 pub static CHALLENGES: Array<Challenge> = Array::with_max_entries(abi::MAX_SERVICES, 0);
 
 /// Offset of `snt_isn` in `struct tcp_request_sock`; 0 where the kernel has no BTF to tell it.

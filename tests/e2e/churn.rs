@@ -44,8 +44,9 @@ fn run<'l>(limiter: &'l Limiter<'_>, lab: &Lab, config: &NamedTempFile) -> Resul
     limiter.run(arguments)
 }
 
-/// Nothing was mended, and the counts are what the ledger says.
+/// Nothing was mended, the counts are what the ledger says, and nobody who has gone is remembered. To be called when all have gone.
 fn assert_nothing_mended(limiter: &Limiter<'_>) -> Result<()> {
+    assert_eq!(State::open(limiter)?.known_flows()?, 0, "connections that are known, and closed");
     let status = limiter.json("status")?;
     assert_eq!((&status["repairs"], &status["drift"]), (&0.into(), &0.into()), "{status}");
     for counter in ["opened_audit", "closed_audit", "ledger_full", "cut_past_limit"] {

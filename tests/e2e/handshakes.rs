@@ -14,6 +14,7 @@ use limiter_tests::{
     limiter::Limiter,
     raw::{RawClient, RawConnection},
     segment::{Segment, flags},
+    state::State,
     tcp::{self, BACKLOG, PlainServer, Seen, connect_served},
     wait::{SOON, eventually_equal},
 };
@@ -196,8 +197,8 @@ fn a_port_that_comes_back_at_once_is_counted_each_time(family: Family) -> Result
         // Beyond what was sent, as the stack wants it for a port in TIME-WAIT (RFC 9293 section 3.6.1).
         syn.sequence = syn.sequence.wrapping_add(1 << 16);
     }
-    assert_eq!(limiter.counter("opened_reserved")?, 6);
-    assert_eq!(limiter.counter("closed_socket")?, 6);
+    assert_eq!(limiter.counters(["opened_reserved", "opened_unseen", "closed_socket"])?, [6, 0, 6]);
+    assert_eq!(State::open(&limiter)?.known_flows()?, 0, "connections that are known, and closed");
     limiter.wait_empty()
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     mem,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -109,7 +109,9 @@ impl BareXdp {
             insn_cnt: u32,
             insns: u64,
             license: u64,
-            rest: [u64; 16],
+            between: [u32; 11],
+            expected_attach_type: u32,
+            rest: [u64; 10],
         }
         let license = c"GPL";
         let program = descriptor(
@@ -120,11 +122,19 @@ impl BareXdp {
                 insn_cnt: u32::try_from(instructions.len())?,
                 insns: instructions.as_ptr() as u64,
                 license: license.as_ptr() as u64,
-                rest: [0; 16],
+                between: [0; 11],
+                // BPF_XDP, as aya has it: of one link, all programs have the same.
+                expected_attach_type: 37,
+                rest: [0; 10],
             },
         )
         .context("cannot load an XDP program: this needs root (CAP_BPF)")?;
         Ok(Self { program })
+    }
+
+    /// Its descriptor.
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.program.as_fd()
     }
 
     /// Attaches it.

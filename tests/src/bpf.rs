@@ -89,6 +89,50 @@ impl Attached {
     }
 }
 
+/// A link between a program and what it is attached to, which is pinned.
+#[derive(Debug)]
+pub struct Link(OwnedFd);
+
+impl Link {
+    /// The link that is pinned there.
+    pub fn open(pin: &Path) -> Result<Self> {
+        let path = CString::new(pin.as_os_str().as_bytes())?;
+        // BPF_OBJ_GET
+        descriptor(7, &mut [path.as_ptr() as u64, 0])
+            .map(Self)
+            .with_context(|| format!("cannot open {}", pin.display()))
+    }
+
+    /// Its program.
+    pub fn program(&self) -> Result<OwnedFd> {
+        /// The part of `union bpf_attr` that is for this command.
+        #[repr(C)]
+        struct InfoByFd {
+            descriptor: u32,
+            length: u32,
+            info: u64,
+        }
+        // The first three words of struct bpf_link_info: type, id, prog_id.
+        let mut info = [0_u32; 3];
+        let mut attributes = InfoByFd {
+            descriptor: self.0.as_raw_fd().cast_unsigned(),
+            length: u32::try_from(mem::size_of_val(&info))?,
+            info: info.as_mut_ptr() as u64,
+        };
+        // BPF_OBJ_GET_INFO_BY_FD, then BPF_PROG_GET_FD_BY_ID
+        call(15, &mut attributes).context("cannot ask a link for its program")?;
+        descriptor(13, &mut [info[2], 0, 0]).with_context(|| format!("cannot open the program {}", info[2]))
+    }
+
+    /// Puts another program in the place of its own: no packet is without one.
+    pub fn put(&self, program: BorrowedFd<'_>) -> Result<()> {
+        let mut attributes = [self.0.as_raw_fd().cast_unsigned(), program.as_raw_fd().cast_unsigned(), 0, 0];
+        // BPF_LINK_UPDATE
+        call(29, &mut attributes).context("cannot put another program into a link")?;
+        Ok(())
+    }
+}
+
 /// Every file below a folder of the bpffs.
 pub fn pins_below(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut pins = Vec::new();

@@ -23,6 +23,7 @@ use limiter::{
 use limiter_common::{
     Address, ConnectionKey, Counter, Endpoints, LedgerEntry, ServicePolicy, SourceEntry, SourceKey, TagSecret, abi,
     challenge::Challenge,
+    control::{Request, answer, op},
     event::Refusal,
     ledger::{Reservation, reservation_owner},
     policy::{InForce, ServiceState},
@@ -127,6 +128,16 @@ impl Program {
             (_, other) => bail!("the program answered {other}"),
         };
         Ok((action, &self.out[..result.data_size_out as usize]))
+    }
+
+    /// Runs it once, for what it does and not for what it decides. Any number of threads may at a time.
+    pub fn touch(&self, frame: &[u8]) -> Result<()> {
+        test_run(
+            &self.loaded,
+            self.hook,
+            TestRunOptions { data_in: Some(frame), repeat: 1, ..TestRunOptions::default() },
+        )?;
+        Ok(())
     }
 
     /// Runs it so many times on one frame and returns the nanoseconds that one run takes, as the kernel measures it.
@@ -253,6 +264,37 @@ impl Program {
         let connections = known.connections + 1;
         sources.insert(source, SourceEntry { connections, ..known }, 0)?;
         Ok(connections)
+    }
+
+    /// Has user space's program take a connection out of the ledger, if its entry has that owner. Whether it did.
+    pub fn release(&self, ends: &Endpoints, owner: u64) -> Result<bool> {
+        let request = Request {
+            op: op::RELEASE,
+            counter: Counter::ClosedSocket as u32,
+            owner,
+            connection: *ends,
+            ..Request::default()
+        };
+        let program = self.loaded.programs.program(abi::PROGRAM_CONTROL).context("no such program")?;
+        let options =
+            TestRunOptions { data_in: Some(bytemuck::bytes_of(&request)), repeat: 1, ..TestRunOptions::default() };
+        match <&Xdp>::try_from(program)?.test_run(options)?.return_value {
+            answer::DONE => Ok(true),
+            answer::NOT_THERE => Ok(false),
+            other => bail!("the control program answered {other}"),
+        }
+    }
+
+    /// The number that stands for a connection among those known to have an entry, and its place there.
+    pub fn flow(&mut self, ends: &Endpoints) -> Result<(u64, u32)> {
+        let secret = self.array::<TagSecret>(abi::MAP_TAG_SECRET)?.get(&0, 0)?;
+        let flow = ends.key(&secret).flow(&secret);
+        Ok((flow, abi::flow_slot(flow)))
+    }
+
+    /// The number at a place among the connections known to have an entry; 0 if there is none.
+    pub fn flow_at(&mut self, slot: u32) -> Result<u64> {
+        Ok(self.array::<u64>(abi::MAP_FLOWS)?.get(&slot, 0)?)
     }
 
     /// Gives a source a bucket of new connections.

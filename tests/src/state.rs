@@ -64,6 +64,13 @@ impl State {
         self.ledger.iter().map(|entry| entry.context("can't read the ledger")).collect()
     }
 
+    /// How many connections the programs know to have an entry without looking it up.
+    pub fn known_flows(&self) -> Result<usize> {
+        let flows: Array<MapData, u64> = array(&self.root.join(abi::MAP_FLOWS))?;
+        let known: Result<Vec<u64>, MapError> = flows.iter().filter(|flow| !matches!(flow, Ok(0))).collect();
+        Ok(known.context("can't read the flows")?.len())
+    }
+
     /// Makes an entry of those ports and counts it, as if its socket had been opened. Nobody else may change the counts
     /// meanwhile.
     pub fn enter(&mut self, entry: &LedgerEntry, remote_port: u16, local_port: u16) -> Result<()> {

@@ -50,6 +50,7 @@ const SHAPES: [Shape; abi::PINNED_MAPS.len()] = [
     shape::<u32, TagSecret>(abi::MAP_TAG_SECRET, MapType::Array, Some(1)),
     shape::<u64, Member>(abi::MAP_MEMBERS, MapType::Hash, None),
     shape::<u32, Challenge>(abi::MAP_CHALLENGES, MapType::Array, Some(abi::MAX_SERVICES)),
+    shape::<u32, u64>(abi::MAP_FLOWS, MapType::Array, Some(abi::FLOW_SLOTS)),
 ];
 
 /// What the maps have room for that are made as configured.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! PIN_PATH/            locked (flock) by the daemon as long as it runs
-//!   v3/                layout version (abi::ABI_VERSION)
+//!   v4/                layout version (abi::ABI_VERSION)
 //!     LEDGER …         the maps, by name
 //!     netns-7          an empty folder: cookie of the network namespace that it was attached in
 //!     syncookies-1     an empty folder: what net.ipv4.tcp_syncookies was before it was changed, if it was
