@@ -14,6 +14,7 @@ use crate::{
     atomic,
     counters::{count, count_at},
     flows,
+    handed::on_stack,
     maps::{EEXIST, LEDGER, NEW_ENTRY, RESERVATIONS, SERVICE_STATE, TAG_SECRET},
     members::{count_for_source, leave_user},
     policy,
@@ -263,7 +264,7 @@ pub extern "C" fn limiter_release(key: *const ConnectionKey, owner: u64, counter
         return 0;
     }
     // SAFETY: the verifier has checked that this is what is behind the pointer.
-    u32::from(take_out(unsafe { &*key }, owner, counter))
+    u32::from(take_out(&unsafe { on_stack(key) }, owner, counter))
 }
 
 #[inline(always)]

@@ -30,6 +30,7 @@ mod counters;
 mod delivery;
 mod expiry;
 mod flows;
+mod handed;
 mod handshake;
 mod headers;
 mod ledger;

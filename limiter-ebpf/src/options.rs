@@ -1,6 +1,6 @@
 //! The options of a TCP header.
 
-use core::mem;
+use core::{hint, mem};
 
 use aya_ebpf::{
     bindings::{__sk_buff, xdp_md},
@@ -45,50 +45,75 @@ pub extern "C" fn limiter_fast_open_skb(skb: *mut __sk_buff, tcp: u32) -> u32 {
     fast_open(&Skb::new(skb, true), tcp as usize % TCP_END).unwrap_or(0)
 }
 
-/// Goes byte by byte, each at a place that is known when the program is compiled: the verifier then has little to follow.
 #[inline(always)]
 fn fast_open(ctx: &impl Packet, tcp: usize) -> Option<u32> {
+    let mut found = None;
+    walk(ctx, tcp, |option| {
+        let is_it = option.kind == OPTION_FAST_OPEN
+            || option.kind == OPTION_EXPERIMENT
+                && option.place + 3 <= option.header_length
+                && option.content + 2 <= option.end
+                // SAFETY: the bounds were checked.
+                && unsafe { *(option.content as *const [u8; 2]) } == FAST_OPEN_MAGIC;
+        if is_it {
+            found = Some((tcp + option.place - 1) as u32);
+        }
+        !is_it
+    });
+    found
+}
+
+/// An option that has a length.
+struct TcpOption {
+    kind: u8,
+    length: u8,
+    /// Where the byte of its length is, from the beginning of the TCP header.
+    place: usize,
+    /// What is behind that byte, up to the end of the packet.
+    content: usize,
+    end: usize,
+    /// Of the TCP header, the options included.
+    header_length: usize,
+}
+
+/// Shows the options that have a length, until one is not to be followed by others (`false`), or the stack would read no further.
+///
+/// Goes byte by byte, each at a place that the verifier knows, and counts how many are to be skipped, of which it knows nothing: so
+/// it has seen all that may follow a place when it has seen it once. (Before kernel 6.2 it takes two states for the same only if
+/// what it knows of every number is.)
+#[inline(always)]
+fn walk(ctx: &impl Packet, tcp: usize, mut see: impl FnMut(TcpOption) -> bool) {
     let mut cursor = Cursor::new(ctx);
     cursor.skip(tcp);
-    let header = cursor.take::<TcpHeader>()?;
+    let Some(header) = cursor.take::<TcpHeader>() else { return };
     // SAFETY: take checked it.
-    let length = usize::from(unsafe { (*header).data_offset } >> 4) * 4;
+    let header_length = usize::from(unsafe { (*header).data_offset } >> 4) * 4;
     // SAFETY: one past the header that take checked.
     let options = unsafe { header.add(1) } as usize;
-    // Where the next option begins, and that whose length comes next.
-    let (mut next, mut kind) = (0, OPTION_NONE);
-    for place in 0..MAX_OPTION_BYTES {
-        let at = options + place;
-        if mem::size_of::<TcpHeader>() + place >= length || at + 1 > cursor.end {
+    let (mut skip, mut kind) = (0_u32, OPTION_NONE);
+    for index in 0..MAX_OPTION_BYTES {
+        let (at, place) = (options + index, mem::size_of::<TcpHeader>() + index);
+        if place >= header_length || at + 1 > cursor.end {
             break;
         }
         // SAFETY: the bounds were checked.
         let byte = unsafe { *(at as *const u8) };
         if kind != OPTION_NONE {
-            if kind == OPTION_FAST_OPEN
-                || kind == OPTION_EXPERIMENT
-                    && mem::size_of::<TcpHeader>() + place + 3 <= length
-                    && at + 3 <= cursor.end
-                    // SAFETY: the bounds were checked.
-                    && unsafe { *((at + 1) as *const [u8; 2]) } == FAST_OPEN_MAGIC
-            {
-                return Some((tcp + mem::size_of::<TcpHeader>() + place - 1) as u32);
-            }
-            // Where an option is shorter than that, the stack reads no further either.
-            if byte < 2 {
+            let option = TcpOption { kind, length: byte, place, content: at + 1, end: cursor.end, header_length };
+            if !see(option) || byte < 2 {
                 break;
             }
-            next = place - 1 + usize::from(byte);
+            skip = u32::from(byte) - 2;
             kind = OPTION_NONE;
-        } else if place == next {
-            if byte == OPTION_END {
-                break;
-            }
-            next = place + 1;
+        } else if skip != 0 {
+            // Behind the mask it may be anything again. The compiler would do without it.
+            skip = hint::black_box(skip - 1) & 0xff;
+        } else if byte == OPTION_END {
+            break;
+        } else {
             kind = byte;
         }
     }
-    None
 }
 
 /// In what [`limiter_offer`] answers, above the timestamp: the SYN has one, and permits selective acknowledgements; and by how
@@ -124,50 +149,30 @@ pub const fn window_scale(offer: u64) -> u64 {
     offer >> WINDOW_SCALE_SHIFT
 }
 
-/// Byte by byte, like [`fast_open`].
 #[inline(always)]
 fn offer(ctx: &impl Packet, tcp: usize) -> u64 {
-    let (mut flags, mut scale, mut timestamp) = (0, NO_WINDOW_SCALE, 0);
-    let mut cursor = Cursor::new(ctx);
-    cursor.skip(tcp);
-    let Some(header) = cursor.take::<TcpHeader>() else { return scale << WINDOW_SCALE_SHIFT };
-    // SAFETY: take checked it.
-    let length = usize::from(unsafe { (*header).data_offset } >> 4) * 4;
-    // SAFETY: one past the header that take checked.
-    let options = unsafe { header.add(1) } as usize;
-    // Where the next option begins, and that whose length comes next.
-    let (mut next, mut kind) = (0, OPTION_NONE);
-    for place in 0..MAX_OPTION_BYTES {
-        let at = options + place;
-        if mem::size_of::<TcpHeader>() + place >= length || at + 1 > cursor.end {
-            break;
+    let length = ctx.data_end() - ctx.data();
+    // 0, of which the verifier knows nothing. What it is added to it knows nothing of either, and so doesn't follow each way to it.
+    let nothing = (hint::black_box(length) - length) as u64;
+    let mut offer = (NO_WINDOW_SCALE << WINDOW_SCALE_SHIFT) + nothing;
+    walk(ctx, tcp, |option| {
+        if option.length < 2 || option.place - 1 + usize::from(option.length) > option.header_length {
+            return false;
         }
-        // SAFETY: the bounds were checked.
-        let byte = unsafe { *(at as *const u8) };
-        if kind != OPTION_NONE {
-            next = place - 1 + usize::from(byte);
-            if byte < 2 || mem::size_of::<TcpHeader>() + next > length {
-                break;
-            }
-            if kind == OPTION_SACK_PERMITTED && byte == 2 {
-                flags |= OFFERS_SACK;
-            } else if kind == OPTION_WINDOW_SCALE && byte == 3 && at + 2 <= cursor.end {
-                // SAFETY: the bounds were checked.
-                let found = unsafe { *((at + 1) as *const u8) };
-                scale = if found > MAX_WINDOW_SCALE { MAX_WINDOW_SCALE } else { found }.into();
-            } else if kind == OPTION_TIMESTAMPS && byte == 10 && at + 5 <= cursor.end {
-                flags |= OFFERS_TIMESTAMPS;
-                // SAFETY: the bounds were checked.
-                timestamp = u32::from_be_bytes(unsafe { *((at + 1) as *const [u8; 4]) });
-            }
-            kind = OPTION_NONE;
-        } else if place == next {
-            if byte == OPTION_END {
-                break;
-            }
-            next = place + 1;
-            kind = byte;
+        let is = |kind, length| option.kind == kind && option.length == length;
+        if is(OPTION_SACK_PERMITTED, 2) {
+            offer = (offer | OFFERS_SACK) + nothing;
+        } else if is(OPTION_WINDOW_SCALE, 3) && option.content + 1 <= option.end {
+            // SAFETY: the bounds were checked.
+            let found = unsafe { *(option.content as *const u8) };
+            let scale = u64::from(if found > MAX_WINDOW_SCALE { MAX_WINDOW_SCALE } else { found });
+            offer = (offer & !(NO_WINDOW_SCALE << WINDOW_SCALE_SHIFT) | scale << WINDOW_SCALE_SHIFT) + nothing;
+        } else if is(OPTION_TIMESTAMPS, 10) && option.content + 4 <= option.end {
+            // SAFETY: the bounds were checked.
+            let timestamp = u32::from_be_bytes(unsafe { *(option.content as *const [u8; 4]) });
+            offer = (offer >> u32::BITS << u32::BITS | OFFERS_TIMESTAMPS | u64::from(timestamp)) + nothing;
         }
-    }
-    u64::from(timestamp) | flags | scale << WINDOW_SCALE_SHIFT
+        true
+    });
+    offer
 }

@@ -11,6 +11,7 @@ use limiter_common::{SourceKey, bucket::Rate, policy::ServiceState};
 
 use crate::{
     atomic,
+    handed::on_stack,
     maps::{EEXIST, RATES, SERVICE_STATE},
 };
 
@@ -89,8 +90,8 @@ pub extern "C" fn limiter_spend(source: *const SourceKey, rate: *const Rate, now
         return 1;
     }
     // SAFETY: the verifier has checked that this is what is behind the pointers.
-    let (source, rate) = unsafe { (*source, *rate) };
-    u32::from(take(&source, &rate, now_ns))
+    let (source, rate) = unsafe { (&on_stack(source), &*rate) };
+    u32::from(take(source, rate, now_ns))
 }
 
 #[inline(always)]

@@ -1,5 +1,7 @@
 //! The rule that holds for an address.
 
+use core::hint;
+
 use aya_ebpf::{helpers::bpf_ktime_get_ns, maps::lpm_trie::Key};
 use limiter_common::{
     Address, ServicePolicy,
@@ -17,7 +19,9 @@ const ATTEMPTS: usize = 4;
 #[inline(always)]
 pub fn limits_for(address: &Address, policy: &ServicePolicy, in_force: InForce) -> Effective {
     let mut limits = Effective::default();
-    limiter_limits(&raw const *address, &raw const *policy, &raw mut limits, in_force.0);
+    // Hidden from the compiler, which would leave out what is written over anyway: kernels before 6.3 want it written before.
+    let written = hint::black_box(&raw mut limits);
+    limiter_limits(&raw const *address, &raw const *policy, written, in_force.0);
     limits
 }
 

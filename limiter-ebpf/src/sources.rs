@@ -17,6 +17,7 @@ use limiter_common::{
 
 use crate::{
     atomic,
+    handed::on_stack,
     maps::{E2BIG, EEXIST, SERVICE_STATE, SOURCES},
 };
 
@@ -79,9 +80,14 @@ pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
     if key.is_null() {
         return NO_ROOM;
     }
+    // Hidden from the compiler, which would call a function to write both, and that takes stack.
+    let none = hint::black_box(0);
     // SAFETY: the verifier has checked that this is what is behind the pointer.
-    let key = unsafe { &*key };
-    let before = match add_to_entry(key) {
+    let key = unsafe { on_stack(key) };
+    // The key is looked up where it lies in this: the stack has no room for two of them.
+    let first = &SourceEntry { connections: 1, reported_jiffies: none, unreported: none, key, reserved: 0 };
+    let key = &first.key;
+    let before = match add_to_entry(first) {
         Ok(before) => before,
         Err(NotAdded::Full) => return NO_ROOM,
         Err(NotAdded::Busy) => return BUSY,
@@ -101,7 +107,7 @@ pub extern "C" fn limiter_add(key: *const SourceKey) -> u64 {
 pub extern "C" fn limiter_subtract(key: *const SourceKey) -> u64 {
     if !key.is_null() {
         // SAFETY: the verifier has checked that this is what is behind the pointer.
-        subtract_here(unsafe { &*key });
+        subtract_here(&unsafe { on_stack(key) });
     }
     0
 }
@@ -113,7 +119,8 @@ fn state_of(key: &SourceKey) -> Option<*mut ServiceState> {
 }
 
 #[inline(always)]
-fn add_to_entry(key: &SourceKey) -> Result<u64, NotAdded> {
+fn add_to_entry(first: &SourceEntry) -> Result<u64, NotAdded> {
+    let key = &first.key;
     for _ in 0..ATTEMPTS_TO_ADD {
         if let Some(entry) = SOURCES.get_ptr_mut(key) {
             // SAFETY: the pointer comes from a look-up in this map; the field is aligned.
@@ -130,11 +137,7 @@ fn add_to_entry(key: &SourceKey) -> Result<u64, NotAdded> {
                 take_away(entry, &(*entry).key);
             }
         } else {
-            // Hidden from the compiler, which would call a function to write both, and that takes stack.
-            let none = hint::black_box(0);
-            let first =
-                SourceEntry { connections: 1, reported_jiffies: none, unreported: none, key: *key, reserved: 0 };
-            match SOURCES.insert(key, &first, u64::from(BPF_NOEXIST)) {
+            match SOURCES.insert(key, first, u64::from(BPF_NOEXIST)) {
                 Ok(()) => return Ok(0),
                 Err(error) if error == -EEXIST => {}
                 Err(error) => return Err(NotAdded::from_error(error)),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use limiter_tests::{
+    kernel::{Feature, lacks},
     lab::{Family, Lab},
     limiter::Limiter,
     tcp::{Crowd, PlainServer, Seen, connect_served},
@@ -12,6 +13,21 @@ use limiter_tests::{
 
 /// How long a client that should get no answer waits for one.
 const NO_ANSWER: Duration = Duration::from_millis(300);
+
+/// On one that is old enough, `cargo xtask test --kernel 5.10` shows what is said.
+#[test]
+fn a_kernel_that_is_too_old_is_refused_and_nothing_is_left() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let limiter = Limiter::new(&lab.server)?;
+    let outcome = limiter.outcome(["attach", "--interface", "client1", "--port", "8080"])?;
+    let is_too_old = lacks(Feature::Everything)?;
+    assert_eq!(outcome.status.success(), !is_too_old, "{}", outcome.stderr);
+    if is_too_old {
+        assert!(outcome.stderr.contains("needs Linux 5.15 or later"), "{}", outcome.stderr);
+        assert!(!limiter.pin_path().exists());
+    }
+    Ok(())
+}
 
 #[test]
 fn without_btf_connections_are_counted_when_they_are_open() -> Result<()> {

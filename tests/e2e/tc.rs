@@ -13,6 +13,7 @@ use limiter_tests::{
     bare::{Answer, BareXdp},
     both_families,
     bpf::{Kind, objects_below},
+    kernel::tc_hook,
     lab::{Family, Lab},
     limiter::Limiter,
     netns::Namespace,
@@ -195,7 +196,7 @@ fn where_xdp_is_taken_it_is_tc_and_says_so() -> Result<()> {
             "why": "another program holds its XDP hook",
         })
     };
-    assert_eq!(limiter.json("status")?["interfaces"], json!([interface("tcx")]));
+    assert_eq!(limiter.json("status")?["interfaces"], json!([interface(tc_hook()?)]));
     limiter.detach()?;
 
     let config = Limiter::config_file(
@@ -220,7 +221,7 @@ fn where_xdp_is_taken_it_is_tc_and_says_so() -> Result<()> {
     crowd.unanswered.clear();
     drop(more);
     limiter.attach(["--interface", "client1", "--port", "8080", "--connections-per-source", "6"])?;
-    assert_eq!(limiter.json("status")?["interfaces"], json!([interface("tcx")]));
+    assert_eq!(limiter.json("status")?["interfaces"], json!([interface(tc_hook()?)]));
     connect_served(&client.namespace, client.service(Family::V4), SOON)
         .with_context(|| limiter.output(["status"]).unwrap_or_default())?;
     drop((crowd, foreign));

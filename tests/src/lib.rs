@@ -12,6 +12,7 @@ pub mod flood;
 pub mod foreign;
 pub mod frame;
 pub mod info;
+pub mod kernel;
 pub mod lab;
 pub mod limiter;
 pub mod monitor;

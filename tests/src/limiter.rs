@@ -353,7 +353,7 @@ pub fn http_get(server: &Namespace, path: &str) -> Result<(u16, String)> {
 }
 
 /// `LIMITER_BIN`, or the binary that cargo has built next to this test.
-fn binary() -> Result<PathBuf> {
+pub(crate) fn binary() -> Result<PathBuf> {
     let binary = if let Some(binary) = env::var_os("LIMITER_BIN") {
         PathBuf::from(binary)
     } else {

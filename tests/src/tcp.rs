@@ -16,6 +16,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use crate::{
     lab::{Family, PORT},
     netns::Namespace,
+    wait::slowness,
 };
 
 /// Sent to every accepted client: who has read it has been served, and does not only believe to be connected.
@@ -121,20 +122,11 @@ pub fn set_tcp_option(socket: &impl AsRawFd, option: libc::c_int, value: libc::c
 fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -> io::Result<()> {
     let mut connections: Vec<(TcpStream, IpAddr)> = Vec::new();
     loop {
-        let mut polled = vec![poll_entry(stopped, libc::POLLIN), poll_entry(listener, libc::POLLIN)];
-        polled.extend(connections.iter().map(|(stream, _)| poll_entry(stream, libc::POLLIN)));
-        poll(&mut polled, None)?;
+        let polled = poll_all(stopped, listener, &connections, None)?;
         if polled[0].revents != 0 {
             return Ok(());
         }
-        // Backwards, so that a removal moves none that is still to be looked at.
-        for (place, entry) in polled[2..].iter().enumerate().rev() {
-            if entry.revents != 0 && ended(&mut connections[place].0) {
-                let (stream, client) = connections.swap_remove(place);
-                drop(stream);
-                lock(counts).entry(client).or_default().open -= 1;
-            }
-        }
+        drop_ended(&mut connections, &polled[2..], counts);
         if polled[1].revents == 0 {
             continue;
         }
@@ -143,6 +135,12 @@ fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -
                 Ok((mut stream, client)) => {
                     let client = client.ip().to_canonical();
                     stream.set_nonblocking(true)?;
+                    // Its slot may be that of one that has ended meanwhile, which is not to be counted with it.
+                    let seen = lock(counts).get(&client).copied().unwrap_or_default();
+                    if seen.open > 0 && seen.open == seen.peak {
+                        let polled = poll_all(stopped, listener, &connections, Some(Duration::ZERO))?;
+                        drop_ended(&mut connections, &polled[2..], counts);
+                    }
                     {
                         let mut counts = lock(counts);
                         let seen = counts.entry(client).or_default();
@@ -157,6 +155,31 @@ fn serve(listener: &TcpListener, stopped: &UnixStream, counts: &Mutex<Counts>) -
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
+        }
+    }
+}
+
+/// What is ready of what the server waits for: to be stopped, a client, news of each connection.
+fn poll_all(
+    stopped: &UnixStream,
+    listener: &TcpListener,
+    connections: &[(TcpStream, IpAddr)],
+    limit: Option<Duration>,
+) -> io::Result<Vec<libc::pollfd>> {
+    let mut polled = vec![poll_entry(stopped, libc::POLLIN), poll_entry(listener, libc::POLLIN)];
+    polled.extend(connections.iter().map(|(stream, _)| poll_entry(stream, libc::POLLIN)));
+    poll(&mut polled, limit)?;
+    Ok(polled)
+}
+
+/// Closes those that have ended, of which there is news.
+fn drop_ended(connections: &mut Vec<(TcpStream, IpAddr)>, polled: &[libc::pollfd], counts: &Mutex<Counts>) {
+    // Backwards, so that a removal moves none that is still to be looked at.
+    for (place, entry) in polled.iter().enumerate().rev() {
+        if entry.revents != 0 && ended(&mut connections[place].0) {
+            let (stream, client) = connections.swap_remove(place);
+            drop(stream);
+            lock(counts).entry(client).or_default().open -= 1;
         }
     }
 }
@@ -265,9 +288,9 @@ pub fn reset(connections: impl IntoIterator<Item = TcpStream>) -> io::Result<()>
     connections.into_iter().try_for_each(|stream| SockRef::from(&stream).set_linger(Some(Duration::ZERO)))
 }
 
-/// One connection that the server has greeted, or the reason why there is none.
+/// One connection that the server has greeted, or the reason why there is none. Patience is for machines that are as fast as others.
 pub fn connect_served(namespace: &Namespace, server: SocketAddr, patience: Duration) -> Result<TcpStream> {
-    let mut crowd = Crowd::connect(namespace, server, 1, patience)?;
+    let mut crowd = Crowd::connect(namespace, server, 1, patience * slowness())?;
     crowd.served.pop().with_context(|| format!("{server} served nobody within {patience:?}: {crowd:?}"))
 }
 

@@ -1,6 +1,8 @@
 //! Waiting for a condition instead of for a time.
 
 use std::{
+    env,
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -13,8 +15,15 @@ pub const SOON: Duration = Duration::from_secs(10);
 /// Between two looks at the condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Waits until `condition` holds, at most for `limit`. `what` completes the sentence "timed out waiting until …".
+/// How many times as long as elsewhere things take on this machine, whose processor is emulated (`cargo xtask test --kernel`).
+pub fn slowness() -> u32 {
+    static SLOWNESS: OnceLock<u32> = OnceLock::new();
+    *SLOWNESS.get_or_init(|| env::var("LIMITER_TEST_SLOW").ok().and_then(|times| times.parse().ok()).unwrap_or(1))
+}
+
+/// Waits until `condition` holds, at most for `limit`, or [so many times](slowness) as long. `what` completes the sentence "timed out waiting until …".
 pub fn eventually(limit: Duration, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let limit = limit * slowness();
     let deadline = Instant::now() + limit;
     loop {
         if condition()? {

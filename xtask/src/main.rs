@@ -9,6 +9,7 @@ mod recipe;
 mod run;
 mod setup;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;

@@ -1,12 +1,12 @@
 //! `cargo xtask test`: the unit tests as the user, the tests that load programs and make namespaces (tests/) as root.
 
-use std::{ffi::OsString, fs, process::Command};
+use std::{ffi::OsString, fs, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
     process::{as_root, find_on_path, is_root, run, say},
-    setup,
+    setup, vm,
     workspace::{self, HOST_PACKAGES},
 };
 
@@ -32,6 +32,19 @@ pub struct Args {
     #[arg(long, conflicts_with = "unit")]
     full: bool,
 
+    /// Only the end to end tests of this file (tests/e2e/NAME.rs, tests/program/NAME.rs). Several may be named
+    #[arg(long, value_name = "NAME", conflicts_with = "unit")]
+    test: Vec<String>,
+
+    /// The end to end tests in a virtual machine with the kernel of this series instead: 5.15, 6.1, 6.8, 6.12, newest. Several
+    /// may be named
+    #[arg(long, value_name = "SERIES", conflicts_with_all = ["unit", "full"])]
+    kernel: Vec<String>,
+
+    /// How long each virtual machine may take
+    #[arg(long, value_name = "MINUTES", default_value_t = 60, requires = "kernel")]
+    minutes: u64,
+
     /// Arguments of the test binaries: parts of test names, --nocapture …
     #[arg(last = true, value_name = "ARGS")]
     forwarded: Vec<OsString>,
@@ -44,11 +57,16 @@ impl Args {
     /// would compile many of them anew for others.
     pub fn run(&self) -> Result<()> {
         setup::ensure()?;
+        if !self.kernel.is_empty() {
+            let limit = Duration::from_mins(self.minutes);
+            return self.kernel.iter().try_for_each(|series| vm::test(series, &self.test, &self.forwarded, limit));
+        }
         let mut cargo = workspace::cargo();
         // A failed test must not hide those after it.
         cargo.args(["test", "--no-fail-fast"]);
-        if self.e2e {
+        if self.e2e || !self.test.is_empty() {
             cargo.args(["--package", END_TO_END]);
+            cargo.args(self.test.iter().flat_map(|name| ["--test", name]));
         } else {
             cargo.args(HOST_PACKAGES);
         }

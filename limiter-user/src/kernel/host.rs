@@ -217,7 +217,7 @@ pub fn netns_cookie() -> Result<u64, KernelError> {
         .or_else(|_| UdpSocket::bind("[::]:0"))
         .map_err(KernelError::failed("can't open a socket to ask for the network namespace"))?;
     socket_option_u64(&socket, SO_NETNS_COOKIE).map_err(KernelError::failed(
-        "the kernel does not tell its network namespace's cookie (it must be 5.14 or later)",
+        "the kernel does not tell its network namespace's cookie: it is too old for limiter, which needs Linux 5.15 or later",
     ))
 }
 
