@@ -1,5 +1,4 @@
 //! Slots that the stack does not take, as many as there can be: each of them ends when its time is up.
-#![expect(clippy::unwrap_used, reason = "the helpers of tests, which clippy takes for more than that")]
 
 use std::net::{IpAddr, SocketAddr};
 
