@@ -1,16 +1,19 @@
 //! The first process of the virtual machine in which `cargo xtask test --kernel` runs the tests: mounts what they expect of a
-//! host, runs them one after the other, says how they ended, and ends the machine.
+//! host, runs two at a time, says how they ended, and ends the machine.
 //!
 //! The file `/plan` says what to run, a word and its value to a line: `set NAME=VALUE`, `argument VALUE`, `test PATH`.
 
 use std::{
-    fs, io,
+    collections::HashMap,
+    fs,
+    io::{self, BufRead as _, BufReader},
     os::unix::process::ExitStatusExt as _,
-    process::{Child, Command, ExitStatus, exit},
-    time::Instant,
+    process::{Command, ExitStatus, Stdio, exit},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 /// Where the outcome goes: a line that the kernel and the tests don't write to.
 const OUTCOME: &str = "/dev/ttyS1";
@@ -49,33 +52,86 @@ fn main() {
     }
 }
 
+/// How many programs run at once: one for each processor.
+const AT_ONCE: usize = 2;
+
+/// A program that runs.
+struct Running {
+    name: String,
+    began: Instant,
+    /// Passes its output on.
+    output: JoinHandle<()>,
+}
+
 /// Runs what the plan says; how many of the programs failed.
 fn run() -> Result<usize> {
     mount_all()?;
-    ensure!(run_to_its_end(Command::new("ip").args(["link", "set", "lo", "up"]))?.success(), "lo can't be set up");
     let plan = fs::read_to_string("/plan").context("can't read the plan")?;
     let values = |wanted: &str| {
         let lines = plan.lines().filter_map(|line| line.split_once(' '));
         lines.filter(|(word, _)| *word == wanted).map(|(_, value)| value.to_owned()).collect::<Vec<_>>()
     };
-    let arguments = values("argument");
-    let settings = values("set");
+    let (arguments, settings) = (values("argument"), values("set"));
+    let mut waiting = values("test").into_iter();
+    let mut running = HashMap::from([start(Command::new("ip").args(["link", "set", "lo", "up"]), "ip")?]);
     let mut failed = Vec::new();
-    for test in values("test") {
-        let began = Instant::now();
-        println!("init: {test}");
-        let mut command = Command::new(&test);
-        command.args(&arguments).envs(settings.iter().filter_map(|setting| setting.split_once('=')));
-        let status = run_to_its_end(&mut command)?;
-        println!("init: {test}: {status}, {:.1} s", began.elapsed().as_secs_f32());
+    while !running.is_empty() {
+        let (id, status) = next_that_ends()?;
+        // What has lost its parent is this process's to wait for, too.
+        let Some(ended) = running.remove(&id) else { continue };
+        // What it has left behind may hold its output open.
+        let enough = Instant::now() + Duration::from_secs(2);
+        while !ended.output.is_finished() && Instant::now() < enough {
+            thread::sleep(Duration::from_millis(10));
+        }
+        println!("init: {}: {status}, {:.1} s", ended.name, ended.began.elapsed().as_secs_f32());
         if !status.success() {
-            failed.push(test);
+            failed.push(ended.name);
+        }
+        for test in waiting.by_ref().take(AT_ONCE - running.len()) {
+            // Cargo has put a hash behind the name.
+            let name = test.rsplit('/').next().unwrap_or(&test).split('-').next().unwrap_or(&test);
+            let mut command = Command::new(&test);
+            command.args(&arguments).envs(settings.iter().filter_map(|setting| setting.split_once('=')));
+            running.extend([start(&mut command, name)?]);
         }
     }
     for test in &failed {
         println!("init: failed: {test}");
     }
     Ok(failed.len())
+}
+
+/// Starts a program whose output is shown behind its name.
+fn start(command: &mut Command, name: &str) -> Result<(i32, Running)> {
+    let (reader, writer) = io::pipe()?;
+    command.stdout(writer.try_clone()?).stderr(writer);
+    let child = command.spawn().with_context(|| format!("can't start {command:?}"))?;
+    // The pipe ends with the last process that holds it, and so must not be held here.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let shown = name.to_owned();
+    let output = thread::spawn(move || {
+        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+            println!("{shown}: {}", String::from_utf8_lossy(&line));
+        }
+    });
+    Ok((i32::try_from(child.id())?, Running { name: name.to_owned(), began: Instant::now(), output }))
+}
+
+/// Waits until a process ends, of those that were started here and those that have become this one's.
+fn next_that_ends() -> Result<(i32, ExitStatus)> {
+    loop {
+        let mut status = 0;
+        // SAFETY: the pointer is to an integer of ours. Nobody else waits for processes.
+        let id = unsafe { libc::waitpid(-1, &raw mut status, 0) };
+        if id > 0 {
+            return Ok((id, ExitStatus::from_raw(status)));
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error).context("can't wait for a process");
+        }
+    }
 }
 
 fn mount_all() -> Result<()> {
@@ -102,24 +158,4 @@ fn mount_all() -> Result<()> {
 
 fn c_string(text: &str) -> Result<std::ffi::CString> {
     Ok(std::ffi::CString::new(text)?)
-}
-
-/// Starts a program and waits for its end. Processes that lose their parent meanwhile become this one's children, and are
-/// reaped.
-fn run_to_its_end(command: &mut Command) -> Result<ExitStatus> {
-    let child: Child = command.spawn().with_context(|| format!("can't start {command:?}"))?;
-    let id = i32::try_from(child.id())?;
-    loop {
-        let mut status = 0;
-        // SAFETY: the pointer is to an integer of ours. The child is waited for by nobody else.
-        let ended = unsafe { libc::waitpid(-1, &raw mut status, 0) };
-        if ended < 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error).context("waitpid");
-            }
-        } else if ended == id {
-            return Ok(ExitStatus::from_raw(status));
-        }
-    }
 }

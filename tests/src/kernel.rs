@@ -19,6 +19,8 @@ pub enum Feature {
     Watch,
     /// Seeing what is delivered to a listener, and in which namespace.
     Delivery,
+    /// Telling how much of a receive buffer is for data (`scaling_ratio`): what a cookie's first window goes by.
+    ScalingRatio,
     /// Running an XDP program on packets that then go their way (`BPF_F_TEST_XDP_LIVE_FRAMES`), for floods.
     LiveFrames,
     /// Telling how many instructions the verifier has looked at.
@@ -39,6 +41,7 @@ impl Feature {
             Self::Tcx => Needs { least: (6, 6), doctor: Some(("tc", "clsact")) },
             Self::Watch => Needs { least: (6, 12), doctor: Some(("open_before", "does not count")) },
             Self::Delivery => Needs { least: (6, 17), doctor: Some(("elsewhere", "counted once they are open")) },
+            Self::ScalingRatio => Needs { least: (6, 6), doctor: None },
             Self::LiveFrames => Needs { least: (5, 18), doctor: None },
             Self::VerifiedInstructions => Needs { least: (5, 16), doctor: None },
         }

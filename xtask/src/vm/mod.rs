@@ -28,8 +28,16 @@ use kernels::Kernel;
 use root::Root;
 
 /// What is called here, and the Debian package that has it.
-const PROGRAMS: [(&str, &str); 4] =
-    [("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("strip", "binutils"), ("ldd", "libc-bin")];
+const PROGRAMS: [(&str, &str); 8] = [
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("openssl", "openssl"),
+    ("unshare", "util-linux"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("depmod", "kmod"),
+    ("strip", "binutils"),
+    ("ldd", "libc-bin"),
+];
 
 /// What the tests and the kernel call in the machine.
 const CALLED: [&str; 10] = ["ip", "modprobe", "mount", "nft", "openssl", "sh", "sleep", "ss", "tc", "unshare"];
@@ -126,7 +134,7 @@ impl Tests {
     /// The machine's file system, with the tests that have one which the arguments name.
     fn root(&self, kernel: &Kernel, stripped: &Path, forwarded: &[OsString]) -> Result<Root> {
         let mut root = Root::new();
-        let mut plan = format!("set LIMITER_TEST_SLOW={SLOW}\nset RUST_BACKTRACE=0\n");
+        let mut plan = format!("set LIMITER_TEST_SLOW={SLOW}\nset RUST_BACKTRACE=0\nset RUST_TEST_THREADS=1\n");
         for argument in forwarded {
             plan += &format!("argument {}\n", argument.to_str().context("an argument is not UTF-8")?);
         }
