@@ -17,11 +17,11 @@ use super::{
     super::{
         answer::Refusal,
         arrival::Endpoints,
+        exchange::{Request, exchange},
         forwarded::{Identity, Scheme, X_FORWARDED_FOR, X_FORWARDED_PROTO},
         handshake::Handshake,
     },
     Stream,
-    exchange::{Request, exchange},
 };
 
 /// Headers of a request that hold for one hop, or that only the gateway may set.

@@ -1,4 +1,4 @@
-//! A request to an upstream, and the head of what it answers.
+//! A request of the gateway's to an upstream, or to the service that is asked who may connect, and the head of the answer.
 //!
 //! By hand, since there is one for each connection of a client: a client of a library's, with its queue of requests and its bodies,
 //! takes several times as long to make as this takes to write and to read.
@@ -20,9 +20,7 @@ use hyper::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
-use super::Stream;
-
-/// Longest head of an upstream's answer, in bytes, with those that say that another comes; and the most header lines in one.
+/// Longest head of an answer, in bytes, with those that say that another comes; and the most header lines in one.
 pub(super) const MAX_HEAD: usize = 16 * 1024;
 pub(super) const MAX_HEADERS: usize = 100;
 
@@ -104,9 +102,12 @@ pub(super) enum ExchangeError {
     TooOld,
 }
 
-/// Sends a request and reads the head of the answer. That may come before the request is sent to its end: an upstream may refuse by
-/// its first lines, or whoever asks, and close, or read no further.
-pub(super) async fn exchange(stream: &mut Stream, request: Request) -> Result<Answer, ExchangeError> {
+/// Sends a request and reads the head of the answer. That may come before the request is sent to its end: a server may refuse by its
+/// first lines, or whoever asks, and close, or read no further.
+pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    request: Request,
+) -> Result<Answer, ExchangeError> {
     let mut sending = Sending::new(request);
     let mut reading = Reading::new();
     let answered = poll_fn(|cx| {
@@ -139,7 +140,7 @@ impl Sending {
     }
 
     /// Sends what can be sent. Ready: it is over, for good or not.
-    fn poll(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<()> {
         if let Self::Going(text, sent) = self {
             let ended = ready!(poll_send(stream, text, sent, cx));
             // The text is needed no more.
@@ -156,7 +157,12 @@ impl Sending {
     }
 }
 
-fn poll_send(stream: &mut Stream, text: &[u8], sent: &mut usize, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+fn poll_send<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    text: &[u8],
+    sent: &mut usize,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
     let mut stream = Pin::new(stream);
     while *sent < text.len() {
         match ready!(stream.as_mut().poll_write(cx, &text[*sent..]))? {
@@ -265,7 +271,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut request = Request::get(&PathAndQuery::from_static("/a?b"));
         request.own("x-request-id", b"1");
-        let mut stream = Stream::Unix(ours);
+        let mut stream = ours;
         let upstream = async move {
             let mut asked = vec![0; ASKED.len()];
             theirs.read_exact(&mut asked).await.unwrap();
@@ -318,10 +324,10 @@ mod tests {
 
     /// What comes of it when the upstream has sent this and closed before it was asked.
     async fn answered_before(answer: &[u8]) -> Result<Answer, ExchangeError> {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(answer).await.unwrap();
         drop(theirs);
-        exchange(&mut Stream::Unix(ours), Request::get(&PathAndQuery::from_static("/"))).await
+        exchange(&mut ours, Request::get(&PathAndQuery::from_static("/"))).await
     }
 
     #[tokio::test]
@@ -345,13 +351,13 @@ mod tests {
     }
 
     /// A request that does not fit between the two ends, and its upstream's end.
-    async fn blocked(said: &[u8]) -> (Stream, Request, UnixStream) {
+    async fn blocked(said: &[u8]) -> (UnixStream, Request, UnixStream) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         SockRef::from(&ours).set_send_buffer_size(0).unwrap();
         let mut request = Request::get(&PathAndQuery::from_static("/"));
         request.own("cookie", &[b'c'; 15 * 1024]);
         theirs.write_all(said).await.unwrap();
-        (Stream::Unix(ours), request, theirs)
+        (ours, request, theirs)
     }
 
     #[tokio::test]
