@@ -79,6 +79,16 @@ impl Request {
     }
 }
 
+/// Whether a header is one of these, or begins like one of those, or may be taken for one: to CGI, and what has its names of it,
+/// `X_Forwarded_For` is the same as `X-Forwarded-For`.
+pub(super) fn may_be_among(name: &HeaderName, names: &[HeaderName], prefixes: &[&str]) -> bool {
+    if !name.as_str().contains('_') {
+        return names.contains(name) || prefixes.iter().any(|prefix| name.as_str().starts_with(prefix));
+    }
+    let read = name.as_str().replace('_', "-");
+    names.iter().any(|name| *name == *read) || prefixes.iter().any(|prefix| read.starts_with(prefix))
+}
+
 /// The head of an answer.
 pub(super) struct Answer {
     pub(super) status: StatusCode,

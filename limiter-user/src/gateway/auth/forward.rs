@@ -12,11 +12,11 @@ use hyper::{
 };
 use tokio::{net::TcpStream, time::timeout};
 
-use super::super::exchange::{Answer, ExchangeError, Request, exchange};
+use super::super::exchange::{Answer, ExchangeError, Request, exchange, may_be_among};
 use crate::config::{self, user_name};
 
 /// Headers of a client that hold for its own connection, or that only we may set.
-const NOT_FORWARDED: [HeaderName; 9] = [
+static NOT_FORWARDED: [HeaderName; 9] = [
     CONNECTION,
     UPGRADE,
     TE,
@@ -139,8 +139,7 @@ impl Question {
     pub(super) fn new(head: &Parts, visitor: Visitor<'_>) -> Self {
         let mut headers = HeaderMap::new();
         for (name, value) in &head.headers {
-            let is_ours = NOT_FORWARDED_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix));
-            if !is_ours && !NOT_FORWARDED.contains(name) {
+            if !may_be_among(name, &NOT_FORWARDED, &NOT_FORWARDED_PREFIXES) {
                 headers.append(name.clone(), value.clone());
             }
         }
