@@ -7,6 +7,7 @@
 
 pub mod bare;
 pub mod bpf;
+pub mod capture;
 pub mod container;
 pub mod flood;
 pub mod foreign;

@@ -399,7 +399,8 @@ const PACKET_AUXDATA: libc::c_int = 8;
 const ETH_P_ALL: u16 = 3;
 const AF_PACKET: u16 = 17;
 
-fn packet_socket(interface_index: u32) -> io::Result<Socket> {
+/// A socket that sees every frame of an interface.
+pub(crate) fn packet_socket(interface_index: u32) -> io::Result<Socket> {
     #[expect(clippy::cast_possible_truncation, reason = "it is 20")]
     const LENGTH: libc::socklen_t = mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     let every_protocol = ETH_P_ALL.to_be();

@@ -168,6 +168,7 @@ impl Refusal {
             Self::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE | StatusCode::URI_TOO_LONG) => {
                 "the head of the request is longer than this server takes, or has more lines".into()
             }
+            Self::Malformed(StatusCode::HTTP_VERSION_NOT_SUPPORTED) => "this server speaks HTTP/1.1 only".into(),
             Self::Malformed(_) => "this is no HTTP/1.1 request".into(),
             Self::Timeout => "the handshake was not complete in time".into(),
             Self::Origin(origin) => format!("pages of the origin {origin:?} may not connect to this server"),

@@ -1,12 +1,12 @@
 //! Whether a request asks for a WebSocket as RFC 6455 section 4 has it.
 
 use hyper::{
-    HeaderMap, Method, Version,
+    HeaderMap, Method, Uri, Version,
     header::{
         CONNECTION, CONTENT_LENGTH, HOST, HeaderName, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
         TRANSFER_ENCODING, UPGRADE,
     },
-    http::{HeaderValue, request::Parts},
+    http::{HeaderValue, request::Parts, uri::Authority},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
@@ -39,6 +39,12 @@ pub(super) fn check(head: &Parts) -> Result<Handshake, Refusal> {
         return Err(Refusal::Bad("the Connection header does not say \"Upgrade\""));
     }
     let host = only(headers, &HOST, "the handshake must have one Host header")?;
+    if !is_host(host) {
+        return Err(Refusal::Bad("the Host header names no host"));
+    }
+    if !is_target(&head.uri) {
+        return Err(Refusal::Bad("the request asks for neither a path nor a URL of HTTP or WebSocket"));
+    }
     // A proxy may have chosen us by the one, and the application's virtual hosts go by the other.
     if head.uri.authority().is_some_and(|target| !host.as_bytes().eq_ignore_ascii_case(target.as_str().as_bytes())) {
         return Err(Refusal::Bad("the request names one host in its first line and another in its Host header"));
@@ -74,6 +80,25 @@ fn only<'a>(headers: &'a HeaderMap, name: &HeaderName, otherwise: &'static str) 
     match (values.next(), values.next()) {
         (Some(value), None) => Ok(value),
         _ => Err(Refusal::Bad(otherwise)),
+    }
+}
+
+/// Whether it is a host and perhaps a port (RFC 9110, 7.2).
+fn is_host(host: &HeaderValue) -> bool {
+    let Some(authority) = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()) else { return false };
+    let port = authority.as_str().strip_prefix(authority.host());
+    let is_port = |port: &str| port.strip_prefix(':').is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
+    !authority.host().is_empty() && port.is_some_and(|port| port.is_empty() || is_port(port))
+}
+
+/// Whether it is a path or a whole URL: other targets are for other methods (RFC 9112, 3.2), or for what we are not.
+fn is_target(target: &Uri) -> bool {
+    match (target.scheme_str(), target.authority()) {
+        (None, None) => target.path().starts_with('/'),
+        (Some(scheme), Some(_)) => {
+            ["http", "https", "ws", "wss"].iter().any(|known| known.eq_ignore_ascii_case(scheme))
+        }
+        _ => false,
     }
 }
 

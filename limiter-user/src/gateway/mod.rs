@@ -17,6 +17,7 @@ mod builtin;
 mod close;
 mod connection;
 mod drain;
+mod exchange;
 mod forwarded;
 #[cfg(any(test, limiter_fuzz))]
 pub(crate) mod fuzz;

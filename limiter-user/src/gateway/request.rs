@@ -56,7 +56,7 @@ pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Parts
             read = bytes.into();
         }
         if read.len() >= MAX_HEAD {
-            return Err(NoRequest::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));
+            return Err(NoRequest::Malformed(too_long(&read)));
         }
         // The end may come in pieces: CR LF CR LF.
         seen = read.len().saturating_sub(3);
@@ -88,6 +88,30 @@ fn has_end(bytes: &[u8]) -> bool {
     bytes.windows(2).any(|two| two == b"\n\n") || bytes.windows(3).any(|three| three == b"\n\r\n")
 }
 
+/// The first line, as far as it has come. Empty ones before it do not count.
+fn first_line(bytes: &[u8]) -> &[u8] {
+    let start = bytes.iter().position(|byte| !b"\r\n".contains(byte)).unwrap_or(bytes.len());
+    bytes[start..].split(|byte| *byte == b'\n').next().unwrap_or_default()
+}
+
+/// What a head is refused with that has more bytes than it may (RFC 9112, 3, for the first line).
+fn too_long(bytes: &[u8]) -> StatusCode {
+    let line = first_line(bytes);
+    if !bytes.ends_with(line) || line.is_empty() {
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+    } else if line.contains(&b' ') {
+        StatusCode::URI_TOO_LONG
+    } else {
+        StatusCode::BAD_REQUEST
+    }
+}
+
+/// Whether the first line is that of a request in another version of HTTP.
+fn has_other_version(bytes: &[u8]) -> bool {
+    let version = first_line(bytes).splitn(3, |byte| *byte == b' ').nth(2).unwrap_or_default();
+    matches!(version.trim_ascii_end(), [b'H', b'T', b'T', b'P', b'/', b'0'..=b'9', b'.', b'0'..=b'9'])
+}
+
 /// The head that `bytes` begin with, and its length; `None`: the rest has not come yet.
 fn parse(bytes: &Bytes) -> Result<Option<(Parts, usize)>, NoRequest> {
     let mut lines = [MaybeUninit::uninit(); MAX_HEADERS];
@@ -97,6 +121,9 @@ fn parse(bytes: &Bytes) -> Result<Option<(Parts, usize)>, NoRequest> {
         Ok(httparse::Status::Partial) => return Ok(None),
         Err(httparse::Error::TooManyHeaders) => {
             return Err(NoRequest::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));
+        }
+        Err(httparse::Error::Version) if has_other_version(bytes) => {
+            return Err(NoRequest::Malformed(StatusCode::HTTP_VERSION_NOT_SUPPORTED));
         }
         Err(_) => return Err(NoRequest::Malformed(StatusCode::BAD_REQUEST)),
     };
@@ -112,7 +139,9 @@ fn fill(bytes: &Bytes, head: &httparse::Request) -> Option<Parts> {
     }
     let mut request = Request::new(());
     *request.method_mut() = Method::from_bytes(head.method?.as_bytes()).ok()?;
-    *request.uri_mut() = Uri::from_maybe_shared(bytes.slice_ref(head.path?.as_bytes())).ok()?;
+    // A URI would be made of what is in front of a fragment, and a target has none.
+    let target = head.path.filter(|target| !target.contains('#'))?;
+    *request.uri_mut() = Uri::from_maybe_shared(bytes.slice_ref(target.as_bytes())).ok()?;
     *request.version_mut() = if head.version? == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
     *request.headers_mut() = headers;
     Some(request.into_parts().0)

@@ -108,10 +108,15 @@ impl Socket {
     }
 
     /// From here on whatever is written is soon followed by the end of the connection: it leaves together with that, or when a fifth
-    /// of a second is over. (Not in TLS, which has an end of its own.)
+    /// of a second is over.
     pub(super) fn ends_soon(&mut self) {
         self.transport = match std::mem::replace(&mut self.transport, Transport::Gone) {
             Transport::Plain(wire) => Transport::Ending(wire),
+            Transport::Tls(stream) => {
+                // TLS writes by itself, its own end among it, so the kernel is told once for all of it.
+                stream.get_ref().0.hold_back();
+                Transport::Tls(stream)
+            }
             other => other,
         };
     }

@@ -53,6 +53,14 @@ impl Wire {
         }
     }
 
+    /// Has TCP hold back what is written until a packet is full, the connection ends or a fifth of a second is over.
+    pub(super) fn hold_back(&self) {
+        if let Self::Tcp(stream) = self {
+            // It only saves packets.
+            _ = SockRef::from(stream).set_tcp_cork(true);
+        }
+    }
+
     /// Writes what is followed by the end of the connection at once, so that TCP has both in one packet.
     pub(super) fn poll_write_last(&self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let send = |socket: SockRef<'_>| socket.send_vectored_with_flags(bufs, libc::MSG_MORE | libc::MSG_NOSIGNAL);

@@ -163,7 +163,7 @@ struct Closing<'a> {
 impl Closing<'_> {
     /// Says whether the client agreed to the end.
     async fn client(mut self, mut socket: Socket, end: &End, answered: bool, drain_timeout: Duration) -> bool {
-        if matches!(end, End::Client(_)) {
+        if matches!(end, End::Client(_)) || end.loses_frames() {
             socket.ends_soon();
         }
         let told = self.tell(&mut socket).await;

@@ -66,7 +66,8 @@ async fn whom_the_service_lets_in_has_the_name_that_it_gives() {
     let (gateway, request) = relays::relay_with(service.config(), "", |_server| std::future::pending()).await;
     let request_text = good_request("/chat?room=1").replace(
         "\r\n\r\n",
-        "\r\nCookie: session=c\r\nX-Original-URI: /evil\r\nX-Forwarded-For: 203.0.113.1\r\nX-Limiter-User: root\r\n\r\n",
+        "\r\nCookie: session=c\r\nX-Original-URI: /evil\r\nX-Forwarded-For: 203.0.113.1\r\nX-Limiter-User: root\r\nX_Original_URI: \
+         /evil\r\nX_Forwarded_For: 203.0.113.1\r\nX_Own: theirs\r\n\r\n",
     );
     let mut stream = tokio::net::TcpStream::connect(gateway.addr).await.unwrap();
     stream.write_all(request_text.as_bytes()).await.unwrap();
@@ -77,6 +78,7 @@ async fn whom_the_service_lets_in_has_the_name_that_it_gives() {
     assert!(asked.starts_with("get /check?x=1 http/1.1\r\n"), "{asked}");
     for line in [
         "cookie: session=c",
+        "x_own: theirs",
         "x-original-uri: /chat?room=1",
         "x-original-method: get",
         "x-forwarded-uri: /chat?room=1",

@@ -97,7 +97,7 @@ async fn bad_handshakes_get_their_status_and_a_body() {
 }
 
 #[tokio::test]
-async fn what_is_no_http_gets_a_4xx_too() {
+async fn what_is_no_http_1_is_answered_too() {
     let gateway = start(&quiet());
     let huge = format!("GET / HTTP/1.1\r\nHost: x\r\nX-Huge: {}\r\n\r\n", "x".repeat(64 * 1024));
     let many = format!("GET / HTTP/1.1\r\nHost: x\r\n{}\r\n", "A: b\r\n".repeat(200));
@@ -111,7 +111,7 @@ async fn what_is_no_http_gets_a_4xx_too() {
         let answer = gateway.raw(request.as_bytes()).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
     }
-    problem(&gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await, 400);
+    problem(&gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await, 505);
     gateway.policy.wait_closed(5).await;
     assert_eq!(gateway.metric("limiter_handshakes_total{result=\"malformed\"}"), 5);
 }

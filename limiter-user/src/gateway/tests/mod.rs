@@ -6,6 +6,7 @@ mod auth;
 mod bad_requests;
 mod broadcast;
 mod drains;
+mod forward_answers;
 mod forward_auth;
 mod handshakes;
 mod interleavings;

@@ -96,6 +96,26 @@ async fn messages_keep_order_and_boundaries_both_ways() {
     }
 }
 
+/// Of the longer one, more than is kept while there is no answer.
+#[tokio::test]
+async fn what_a_client_sends_along_with_its_request_reaches_the_upstream_as_it_is() {
+    let short = frame(0x81, b"early");
+    let long = [&[0x82, 0xfe][..], &40_000_u16.to_be_bytes(), &[0; 4], &[7; 40_000]].concat();
+    let echoed = [b"\x81\x05early\x82\x7e".as_slice(), &40_000_u16.to_be_bytes(), &[7; 40_000]].concat();
+    let early = [short, long].concat();
+    for at in [1, 7, 15, 30_000, early.len()] {
+        let (gateway, _) = relay_to("", echo).await;
+        let mut stream = TcpStream::connect(gateway.addr).await.unwrap();
+        let (along, later) = early.split_at(at);
+        stream.write_all(&[good_request("/").as_bytes(), along].concat()).await.unwrap();
+        assert!(read_head(&mut stream).await.starts_with("HTTP/1.1 101 "));
+        stream.write_all(later).await.unwrap();
+        let mut came = vec![0; echoed.len()];
+        timeout(PATIENCE, stream.read_exact(&mut came)).await.expect("all of it comes back").unwrap();
+        assert!(came == echoed, "{at}");
+    }
+}
+
 #[tokio::test]
 async fn the_upstream_sees_the_clients_request_and_who_it_is() {
     let (gateway, request) = relay_to("", echo).await;

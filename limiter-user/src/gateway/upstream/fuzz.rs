@@ -9,10 +9,10 @@ use hyper::{StatusCode, header::HeaderValue};
 
 use super::{
     super::{
+        exchange::{Answer, ExchangeError, MAX_HEAD, MAX_HEADERS, read_answer},
         fuzz::{Pieces, cuts},
         handshake::Handshake,
     },
-    exchange::{Answer, ExchangeError, MAX_HEAD, MAX_HEADERS, read_answer},
     handshake::chosen_protocol,
 };
 

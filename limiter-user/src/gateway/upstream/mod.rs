@@ -1,9 +1,8 @@
 //! The way to the WebSocket servers behind the gateway.
 //!
 //! [`Upstreams`] chooses one of the servers that a route has, [`server`] knows how each is, [`stream`] connects to it, [`handshake`]
-//! asks it for a WebSocket by an [`mod@exchange`], and [`mod@probe`] sees whether it is there.
+//! asks it for a WebSocket by an [`exchange`](super::exchange), and [`mod@probe`] sees whether it is there.
 
-mod exchange;
 #[cfg(any(test, limiter_fuzz))]
 pub(crate) mod fuzz;
 mod handshake;

@@ -9,8 +9,11 @@ use tokio::{
 };
 
 use super::{
-    super::{Shared, application::Application},
-    exchange::{Request, exchange},
+    super::{
+        Shared,
+        application::Application,
+        exchange::{Request, exchange},
+    },
     server::Server,
     stream::{ClientTls, Stream},
 };

@@ -1,11 +1,15 @@
-//! A request to an upstream, and the head of what it answers.
+//! A request of the gateway's to an upstream, or to the service that is asked who may connect, and the head of the answer.
 //!
 //! By hand, since there is one for each connection of a client: a client of a library's, with its queue of requests and its bodies,
 //! takes several times as long to make as this takes to write and to read.
 
 use std::{
     fmt,
+    future::poll_fn,
     io::{self, Write as _},
+    mem,
+    pin::{Pin, pin},
+    task::{Context, Poll, ready},
 };
 
 use bytes::BufMut;
@@ -14,11 +18,9 @@ use hyper::{
     header::{HeaderName, HeaderValue},
     http::uri::PathAndQuery,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
-use super::Stream;
-
-/// Longest head of an upstream's answer, in bytes, with those that say that another comes; and the most header lines in one.
+/// Longest head of an answer, in bytes, with those that say that another comes; and the most header lines in one.
 pub(super) const MAX_HEAD: usize = 16 * 1024;
 pub(super) const MAX_HEADERS: usize = 100;
 
@@ -77,6 +79,16 @@ impl Request {
     }
 }
 
+/// Whether a header is one of these, or begins like one of those, or may be taken for one: to CGI, and what has its names of it,
+/// `X_Forwarded_For` is the same as `X-Forwarded-For`.
+pub(super) fn may_be_among(name: &HeaderName, names: &[HeaderName], prefixes: &[&str]) -> bool {
+    if !name.as_str().contains('_') {
+        return names.contains(name) || prefixes.iter().any(|prefix| name.as_str().starts_with(prefix));
+    }
+    let read = name.as_str().replace('_', "-");
+    names.iter().any(|name| *name == *read) || prefixes.iter().any(|prefix| read.starts_with(prefix))
+}
+
 /// The head of an answer.
 pub(super) struct Answer {
     pub(super) status: StatusCode,
@@ -100,50 +112,123 @@ pub(super) enum ExchangeError {
     TooOld,
 }
 
-/// Sends a request and reads the head of the answer. There may be one to a request that could not be sent to its end: an upstream may
-/// refuse by its first lines, or whoever asks, and close.
-pub(super) async fn exchange(stream: &mut Stream, mut request: Request) -> Result<Answer, ExchangeError> {
-    request.0.extend_from_slice(b"\r\n");
-    let sent = send(stream, &request).await;
-    drop(request);
-    match (read_answer(stream).await, sent) {
+/// Sends a request and reads the head of the answer. That may come before the request is sent to its end: a server may refuse by its
+/// first lines, or whoever asks, and close, or read no further.
+pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    request: Request,
+) -> Result<Answer, ExchangeError> {
+    let mut sending = Sending::new(request);
+    let mut reading = Reading::new();
+    let answered = poll_fn(|cx| {
+        _ = sending.poll(stream, cx);
+        reading.poll(stream, cx)
+    });
+    match answered.await {
         // That it took half a request and left says more than that it left.
-        (Err(ExchangeError::Ended), Err(error)) => Err(error.into()),
-        // It would wait for the rest, and what is sent next would be taken for that.
-        (Ok(answer), Err(error)) if answer.status == StatusCode::SWITCHING_PROTOCOLS => Err(error.into()),
-        (answer, _) => answer,
+        Err(ExchangeError::Ended) => Err(sending.error().map_or(ExchangeError::Ended, ExchangeError::Io)),
+        Ok(answer) if answer.status == StatusCode::SWITCHING_PROTOCOLS => {
+            // It waits for the rest, and what is sent next would be taken for that.
+            poll_fn(|cx| sending.poll(stream, cx)).await;
+            sending.error().map_or(Ok(answer), |error| Err(error.into()))
+        }
+        answered => answered,
     }
 }
 
-async fn send(stream: &mut Stream, Request(text): &Request) -> io::Result<()> {
-    stream.write_all(text).await?;
-    stream.flush().await
+/// A request on its way.
+enum Sending {
+    /// So many bytes of it are gone.
+    Going(Vec<u8>, usize),
+    Over(io::Result<()>),
+}
+
+impl Sending {
+    fn new(Request(mut text): Request) -> Self {
+        text.extend_from_slice(b"\r\n");
+        Self::Going(text, 0)
+    }
+
+    /// Sends what can be sent. Ready: it is over, for good or not.
+    fn poll<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<()> {
+        if let Self::Going(text, sent) = self {
+            let ended = ready!(poll_send(stream, text, sent, cx));
+            // The text is needed no more.
+            *self = Self::Over(ended);
+        }
+        Poll::Ready(())
+    }
+
+    fn error(self) -> Option<io::Error> {
+        match self {
+            Self::Over(Err(error)) => Some(error),
+            Self::Over(Ok(())) | Self::Going(..) => None,
+        }
+    }
+}
+
+fn poll_send<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    text: &[u8],
+    sent: &mut usize,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
+    let mut stream = Pin::new(stream);
+    while *sent < text.len() {
+        match ready!(stream.as_mut().poll_write(cx, &text[*sent..]))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            more => *sent += more,
+        }
+    }
+    stream.poll_flush(cx)
 }
 
 /// Reads the head of an answer. However it comes in pieces, the same comes of it, and no more than [`MAX_HEAD`] bytes are read.
+#[cfg(any(test, limiter_fuzz))]
 pub(super) async fn read_answer<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Answer, ExchangeError> {
-    let mut read = Vec::with_capacity(USUAL_HEAD);
-    // Where the head begins: behind those that announced it.
-    let mut start = 0;
-    loop {
-        let room = MAX_HEAD - read.len();
-        if room == 0 {
-            return Err(ExchangeError::TooLong);
-        }
-        if stream.read_buf(&mut (&mut read).limit(room)).await? == 0 {
-            return Err(ExchangeError::Ended);
-        }
+    let mut reading = Reading::new();
+    poll_fn(|cx| reading.poll(stream, cx)).await
+}
+
+/// An answer on its way.
+struct Reading {
+    read: Vec<u8>,
+    /// Where the head begins: behind those that announced it.
+    start: usize,
+}
+
+impl Reading {
+    fn new() -> Self {
+        Self { read: Vec::with_capacity(USUAL_HEAD), start: 0 }
+    }
+
+    fn poll<S: AsyncRead + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Answer, ExchangeError>> {
         loop {
-            match parse(&read[start..])? {
-                Head::Partial => break,
-                Head::Announcement { length } => start += length,
-                Head::Whole { length, status, headers } => {
-                    read.drain(..start + length);
-                    return Ok(Answer { status, headers, rest: read });
+            let room = MAX_HEAD - self.read.len();
+            if room == 0 {
+                return Poll::Ready(Err(ExchangeError::TooLong));
+            }
+            // Nothing is lost with this future: it reads at once or not at all.
+            if ready!(pin!(stream.read_buf(&mut (&mut self.read).limit(room))).poll(cx))? == 0 {
+                return Poll::Ready(Err(ExchangeError::Ended));
+            }
+            loop {
+                match parse(&self.read[self.start..])? {
+                    Head::Partial => break,
+                    Head::Announcement { length } => self.start += length,
+                    Head::Whole { length, status, headers } => {
+                        let mut rest = mem::take(&mut self.read);
+                        rest.drain(..self.start + length);
+                        return Poll::Ready(Ok(Answer { status, headers, rest }));
+                    }
                 }
             }
+            self.read.reserve(USUAL_HEAD);
         }
-        read.reserve(USUAL_HEAD);
     }
 }
 
@@ -184,7 +269,8 @@ fn parse(bytes: &[u8]) -> Result<Head, ExchangeError> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::UnixStream;
+    use socket2::SockRef;
+    use tokio::{io::AsyncWriteExt, net::UnixStream};
 
     use super::*;
 
@@ -195,7 +281,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut request = Request::get(&PathAndQuery::from_static("/a?b"));
         request.own("x-request-id", b"1");
-        let mut stream = Stream::Unix(ours);
+        let mut stream = ours;
         let upstream = async move {
             let mut asked = vec![0; ASKED.len()];
             theirs.read_exact(&mut asked).await.unwrap();
@@ -248,10 +334,10 @@ mod tests {
 
     /// What comes of it when the upstream has sent this and closed before it was asked.
     async fn answered_before(answer: &[u8]) -> Result<Answer, ExchangeError> {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(answer).await.unwrap();
         drop(theirs);
-        exchange(&mut Stream::Unix(ours), Request::get(&PathAndQuery::from_static("/"))).await
+        exchange(&mut ours, Request::get(&PathAndQuery::from_static("/"))).await
     }
 
     #[tokio::test]
@@ -272,6 +358,53 @@ mod tests {
         }
         let error = answered_before(b"220 mail.example ESMTP\r\n").await.err().unwrap();
         assert!(matches!(error, ExchangeError::Malformed(_)), "{error}");
+    }
+
+    /// A request that does not fit between the two ends, and its upstream's end.
+    async fn blocked(said: &[u8]) -> (UnixStream, Request, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        SockRef::from(&ours).set_send_buffer_size(0).unwrap();
+        let mut request = Request::get(&PathAndQuery::from_static("/"));
+        request.own("cookie", &[b'c'; 15 * 1024]);
+        theirs.write_all(said).await.unwrap();
+        (ours, request, theirs)
+    }
+
+    #[tokio::test]
+    async fn an_answer_counts_though_the_upstream_does_not_read_on() {
+        let said = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 403 No\r\nContent-Length: 2\r\n\r\nno";
+        let (mut stream, request, theirs) = blocked(said).await;
+        let answer = exchange(&mut stream, request).await.unwrap();
+        assert_eq!((answer.status, answer.rest.as_slice()), (StatusCode::FORBIDDEN, b"no".as_slice()));
+        // It held nothing but the beginning.
+        let mut seen = vec![0; 16 * 1024];
+        assert!((1..15 * 1024).contains(&theirs.try_read(&mut seen).unwrap()));
+
+        // Nor is the rest sent to who has nothing more to say.
+        let (mut stream, request, mut theirs) = blocked(b"").await;
+        theirs.shutdown().await.unwrap();
+        assert!(matches!(exchange(&mut stream, request).await, Err(ExchangeError::Ended)));
+    }
+
+    #[tokio::test]
+    async fn who_switches_protocols_early_is_sent_the_rest_first() {
+        let said = b"HTTP/1.1 101 Switching Protocols\r\n\r\n\x81\x01x";
+        let (mut stream, request, mut theirs) = blocked(said).await;
+        let upstream = async {
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                tokio::task::yield_now().await;
+                theirs.read_buf(&mut asked).await.unwrap();
+            }
+            asked
+        };
+        let (answer, asked) = tokio::join!(exchange(&mut stream, request), upstream);
+        assert_eq!(answer.unwrap().rest, b"\x81\x01x");
+        assert!(asked.len() > 15 * 1024);
+
+        let (mut stream, request, theirs) = blocked(said).await;
+        let (answer, ()) = tokio::join!(exchange(&mut stream, request), async { drop(theirs) });
+        assert!(matches!(answer, Err(ExchangeError::Io(_))), "it has left, and is no session");
     }
 
     #[tokio::test]
