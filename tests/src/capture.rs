@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    mem::MaybeUninit,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -15,6 +14,9 @@ use crate::{
     raw::packet_socket,
     segment::{Segment, flags},
 };
+
+/// Longer than any segment that the kernel puts together.
+const LONGEST_FRAME: usize = 1 << 17;
 
 /// Keeps every frame that comes over a client's link from the moment that it is made.
 #[derive(Debug)]
@@ -38,8 +40,8 @@ impl Capture {
         let mut segments = Vec::new();
         while Instant::now() < deadline {
             self.0.set_read_timeout(Some(Duration::from_millis(100)))?;
-            let mut buffer = [MaybeUninit::<u8>::uninit(); 65_536];
-            let length = match self.0.recv(&mut buffer) {
+            let mut frame: Vec<u8> = Vec::with_capacity(LONGEST_FRAME);
+            let length = match self.0.recv(frame.spare_capacity_mut()) {
                 Ok(length) => length,
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                     continue;
@@ -47,7 +49,7 @@ impl Capture {
                 Err(error) => return Err(error).context("cannot receive on the packet socket"),
             };
             // SAFETY: recv has filled the first `length` bytes.
-            let frame: Vec<u8> = buffer[..length].iter().map(|byte| unsafe { byte.assume_init() }).collect();
+            unsafe { frame.set_len(length) };
             let Some(segment) = Segment::parse(&frame) else { continue };
             if segment.source != source || segment.destination != destination {
                 continue;
