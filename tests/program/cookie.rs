@@ -16,6 +16,7 @@ use limiter_common::{
     source::SOURCE_GONE,
 };
 use limiter_tests::{
+    fixture::{self, PORT},
     frame::{Extension, Frame},
     info::Info,
     kernel::{Feature, lacks},
@@ -26,17 +27,14 @@ use limiter_tests::{
 };
 use socket2::Socket;
 
-const PORT: u16 = 8080;
 const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
 
 fn v4() -> Frame {
-    let frame = Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap());
-    Frame { tcp_options: options(), ..frame }
+    Frame { tcp_options: options(), ..fixture::v4() }
 }
 
 fn v6() -> Frame {
-    let frame = Frame::syn("[2001:db8::7]:40000".parse().unwrap(), "[2001:db8::1]:8080".parse().unwrap());
-    Frame { tcp_options: options(), ..frame }
+    Frame { tcp_options: options(), ..fixture::v6() }
 }
 
 /// The options of a Linux client: MSS, SACK, timestamps, window scale.

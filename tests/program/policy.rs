@@ -16,40 +16,15 @@ use limiter_common::{
     rule::{OWN_CONNECTIONS, OWN_RATE, RuleAction, RuleEntry},
 };
 use limiter_tests::{
+    fixture::{self, LIMIT, PORT, policy, v4, v6},
     frame::Frame,
     kernel::{Feature, lacks},
     program::{Action, Program, now_ns},
 };
 
-const PORT: u16 = 8080;
-const LIMIT: u16 = 2;
-
-fn v4() -> Frame {
-    Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap())
-}
-
-fn v6() -> Frame {
-    Frame::syn("[2001:db8::7]:40000".parse().unwrap(), "[2001:db8::1]:8080".parse().unwrap())
-}
-
-fn policy() -> ServicePolicy {
-    ServicePolicy { connections_per_source: LIMIT.into(), ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() }
-}
-
 /// A program whose one service has sources with so many connections each.
 fn program(policy: &ServicePolicy, sources: &[&str], connections: u16) -> Program {
-    let mut program = Program::load().unwrap();
-    program.set_service(0, PORT, policy).unwrap();
-    for source in sources {
-        for port in 1..=connections {
-            let remote = SocketAddr::new(source.parse().unwrap(), port);
-            let local = if remote.is_ipv4() { v4().destination } else { v6().destination };
-            let ends = Endpoints::new(remote, local);
-            let source = SourceKey::new(0, &ends.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-            program.add_connection(&ends, &source).unwrap();
-        }
-    }
-    program
+    fixture::program_for(Hook::Xdp, policy, sources, connections).unwrap()
 }
 
 fn rule(action: RuleAction) -> RuleEntry {

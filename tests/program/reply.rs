@@ -8,21 +8,13 @@ use limiter_common::{
     rule::{RuleAction, RuleEntry},
 };
 use limiter_tests::{
+    fixture::{PORT, v4, v6},
     frame::{CLIENT_MAC, Extension, Frame, SERVER_MAC},
     program::{Action, Program, now_ns},
     segment::flags::{ACK, RST, SYN},
 };
 
-const PORT: u16 = 8080;
 const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
-
-fn v4() -> Frame {
-    Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap())
-}
-
-fn v6() -> Frame {
-    Frame::syn("[2001:db8::7]:40000".parse().unwrap(), "[2001:db8::1]:8080".parse().unwrap())
-}
 
 /// The options of a Linux client: MSS, SACK, timestamps, window scale.
 fn options() -> Vec<u8> {

@@ -6,25 +6,11 @@ use std::{collections::HashMap, net::SocketAddr};
 use limiter::kernel::Hook;
 use limiter_common::{Counter, DenyReason, Endpoints, ServicePolicy, SourceKey, event::Stage, policy::OnDeny};
 use limiter_tests::{
+    fixture::{self, LIMIT, policy, v4, v6},
     frame::{Extension, Frame},
     program::{Action, Program},
     segment::flags::{ACK, FIN, RST, SYN},
 };
-
-const PORT: u16 = 8080;
-const LIMIT: u16 = 2;
-
-fn v4() -> Frame {
-    Frame::syn("192.0.2.7:40000".parse().unwrap(), "192.0.2.1:8080".parse().unwrap())
-}
-
-fn v6() -> Frame {
-    Frame::syn("[2001:db8::7]:40000".parse().unwrap(), "[2001:db8::1]:8080".parse().unwrap())
-}
-
-fn policy() -> ServicePolicy {
-    ServicePolicy { connections_per_source: LIMIT.into(), ipv4_prefix: 32, ipv6_prefix: 64, ..ServicePolicy::default() }
-}
 
 /// A program whose one service has sources with so many connections each.
 fn program(policy: &ServicePolicy, sources: &[&str], connections: u16) -> Program {
@@ -32,18 +18,7 @@ fn program(policy: &ServicePolicy, sources: &[&str], connections: u16) -> Progra
 }
 
 fn program_for(hook: Hook, policy: &ServicePolicy, sources: &[&str], connections: u16) -> Program {
-    let mut program = Program::load_for(hook).unwrap();
-    program.set_service(0, PORT, policy).unwrap();
-    for source in sources {
-        for port in 1..=connections {
-            let remote = SocketAddr::new(source.parse().unwrap(), port);
-            let local = if remote.is_ipv4() { v4().destination } else { v6().destination };
-            let key = Endpoints::new(remote, local);
-            let source = SourceKey::new(0, &key.remote, policy.ipv4_prefix, policy.ipv6_prefix);
-            program.add_connection(&key, &source).unwrap();
-        }
-    }
-    program
+    fixture::program_for(hook, policy, sources, connections).unwrap()
 }
 
 struct Row {

@@ -9,6 +9,7 @@ pub mod bare;
 pub mod bpf;
 pub mod capture;
 pub mod container;
+pub mod fixture;
 pub mod flood;
 pub mod foreign;
 pub mod frame;
