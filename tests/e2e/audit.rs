@@ -16,7 +16,7 @@ use limiter_tests::{
     monitor,
     state::State,
     tcp::{self, Crowd, PlainServer, connect_served},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
 };
 use tempfile::NamedTempFile;
 
@@ -25,9 +25,6 @@ both_families!(
     past_xdp_those_too_many_are_closed_at_once_and_the_others_stay,
     kick_closes_what_a_client_has_open_and_nothing_else,
 );
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// A plain server at 8080, five connections per source, the gateway out of the way, and many audits a second.
 fn config(more: &str) -> Result<NamedTempFile> {

@@ -10,12 +10,12 @@ use limiter_tests::{
     container::{Container, nft},
     kernel::{Feature, lacks},
     lab::{Family, Lab, PORT},
-    limiter::{Daemon, Limiter},
+    limiter::Limiter,
     raw::RawClient,
     segment::flags,
     state::State,
     tcp::{Crowd, PlainServer},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
 };
 use socket2::SockRef;
 use tempfile::NamedTempFile;
@@ -25,9 +25,6 @@ use tempfile::NamedTempFile;
 const PUBLISHED: u16 = PORT;
 const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 17, 0, 2));
 const ADDRESS_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2));
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// Five connections per source at the published port, the host's own server at 8443, and the gateway out of the way.
 fn config(service: &str) -> Result<NamedTempFile> {
@@ -44,12 +41,6 @@ fn config_at(port: u16, service: &str) -> Result<NamedTempFile> {
 
 fn in_containers(inside: u16) -> String {
     format!("socket_port = {inside}\nnamespaces = \"others\"")
-}
-
-fn run<'l>(lab: &Lab, limiter: &'l Limiter<'_>, config: &NamedTempFile) -> Result<Daemon<'l>> {
-    let mut flags = lab.interface_flags();
-    flags.extend(["--config".into(), config.path().display().to_string()]);
-    limiter.run(flags)
 }
 
 fn published(lab: &Lab, client: usize) -> SocketAddr {
@@ -87,7 +78,7 @@ fn counts_when_open() -> Result<()> {
     let lab = Lab::new(1)?;
     let limiter = Limiter::new(&lab.server)?;
     let config = config(&in_containers(8443))?;
-    let mut daemon = run(&lab, &limiter, &config)?;
+    let mut daemon = limiter.run_on(&lab, &config)?;
     assert_eq!(limiter.json("status")?["counts_on_delivery"], false);
     let said = daemon.process().stderr();
     assert!(said.contains("it must be 6.17"), "{said}");
@@ -110,7 +101,7 @@ fn a_published_port_holds_the_limit_exactly_and_slots_come_back() -> Result<()> 
     let own = PlainServer::listen(&lab.server, any(INSIDE))?;
     let limiter = Limiter::new(&lab.server)?;
     let config = config(&in_containers(INSIDE))?;
-    let daemon = run(&lab, &limiter, &config)?;
+    let daemon = limiter.run_on(&lab, &config)?;
     let state = State::open(&limiter)?;
     assert_eq!(limiter.json("status")?["counts_on_delivery"], true);
 
@@ -179,7 +170,7 @@ fn two_containers_with_the_same_address_and_the_host_are_kept_apart() -> Result<
         servers.push(PlainServer::listen(&container.namespace, any(INSIDE))?);
     }
     let config = config(&format!("socket_port = {INSIDE}\nnamespaces = \"all\""))?;
-    let daemon = run(&lab, &limiter, &config)?;
+    let daemon = limiter.run_on(&lab, &config)?;
     let state = State::open(&limiter)?;
     let mut crowds = Vec::new();
     for (place, client) in lab.clients.iter().enumerate() {
@@ -234,7 +225,7 @@ fn a_container_that_is_killed_leaves_no_count_and_the_daemon_may_die_meanwhile()
     let before = Crowd::connect(&client.namespace, published(&lab, 0), 2, SOON)?;
     let limiter = Limiter::new(&lab.server)?;
     let config = config(&in_containers(INSIDE))?;
-    let daemon = run(&lab, &limiter, &config)?;
+    let daemon = limiter.run_on(&lab, &config)?;
     assert_eq!(limiter.held_by(address)?, 2, "those that were open before count");
     assert_eq!(limiter.counter("opened_adopted")?, 2);
     let crowd = Crowd::connect(&client.namespace, published(&lab, 0), 9, NO_ANSWER)?;
@@ -247,7 +238,7 @@ fn a_container_that_is_killed_leaves_no_count_and_the_daemon_may_die_meanwhile()
     drop(server);
     limiter.wait_empty()?;
     container.kill(&lab.server)?;
-    let _daemon = run(&lab, &limiter, &config)?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     State::open(&limiter)?.wait_audited()?;
     limiter.wait_empty()?;
     assert_nothing_mended(&limiter)?;
@@ -267,7 +258,7 @@ fn spoofed_syns_to_a_published_port_cost_their_victim_nothing() -> Result<()> {
     let _server = PlainServer::listen(&container.namespace, any(INSIDE))?;
     let limiter = Limiter::new(&lab.server)?;
     let config = config(&in_containers(INSIDE))?;
-    let _daemon = run(&lab, &limiter, &config)?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     // What the host's connection tracking would drop by itself is to get as far as the container.
     lab.server.set_sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     let mut raw = RawClient::new(client, Family::V4)?;
@@ -302,7 +293,7 @@ fn without_delivery_those_past_the_limit_are_cut_in_their_namespace() -> Result<
     let server = PlainServer::listen(&container.namespace, any(INSIDE))?;
     let limiter = Limiter::new(&lab.server)?.without("delivery");
     let config = config(&in_containers(INSIDE))?;
-    let _daemon = run(&lab, &limiter, &config)?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     assert_eq!(limiter.json("status")?["counts_on_delivery"], false);
     let crowd = Crowd::connect(&client.namespace, published(&lab, 0), 20, NO_ANSWER)?;
     eventually_equal(SOON, "connections that the server has left", &5, || Ok(server.seen(address).open))?;
@@ -333,7 +324,7 @@ fn a_redirect_on_the_host_itself_is_counted_exactly() -> Result<()> {
     let server = PlainServer::listen(&lab.server, any(INSIDE))?;
     let limiter = Limiter::new(&lab.server)?;
     let config = config(&format!("socket_port = {INSIDE}"))?;
-    let _daemon = run(&lab, &limiter, &config)?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let crowd = Crowd::connect(&client.namespace, published(&lab, 0), 40, NO_ANSWER)?;
     assert_eq!((crowd.served.len(), server.seen(address).peak), (5, 5));
     assert_eq!((limiter.counter("opened_reserved")?, limiter.counter("opened_unseen")?), (5, 0));
@@ -349,7 +340,7 @@ fn holds_the_limit(lab: &Lab, server: &PlainServer, address: SocketAddr, family:
     let client = &lab.clients[0];
     let limiter = Limiter::new(&lab.server)?;
     let config = config_at(address.port(), service)?;
-    let _daemon = run(lab, &limiter, &config)?;
+    let _daemon = limiter.run_on(lab, &config)?;
     // The links have found each other when the one is served.
     drop(Crowd::connect(&client.namespace, address, 1, SOON)?);
     limiter.wait_empty()?;
@@ -417,7 +408,7 @@ fn a_batch_of_handshakes_in_a_container_fills_the_limit_exactly() -> Result<()> 
     let server = PlainServer::listen(&container.namespace, any(INSIDE))?;
     let limiter = Limiter::new(&lab.server)?;
     let config = config(&in_containers(INSIDE))?;
-    let _daemon = run(&lab, &limiter, &config)?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     // The links have found each other when the one is served.
     drop(Crowd::connect(&client.namespace, published(&lab, 0), 1, SOON)?);
     limiter.wait_empty()?;

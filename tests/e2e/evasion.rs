@@ -76,8 +76,7 @@ fn no_layout_of_a_handshake_gets_past_the_limit(family: Family) -> Result<()> {
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let mut raw = RawClient::new(client, family)?;
     let mut accepted = 0;
     let mut wrong = Vec::new();

@@ -7,7 +7,7 @@ use limiter_tests::{
     limiter::Limiter,
     state::State,
     tcp::{Crowd, PlainServer, connect_served},
-    wait::SOON,
+    wait::{NO_ANSWER, SOON},
 };
 use serde_json::{Value, json};
 use std::{net::TcpStream, time::Duration};
@@ -21,9 +21,6 @@ both_families!(
     a_ledger_without_room,
     a_service_that_only_observes,
 );
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// What is explained of a client at the lab's one service.
 fn explain(limiter: &Limiter<'_>, client: &Client, family: Family) -> Result<Value> {

@@ -1,18 +1,13 @@
 //! Kernels that lack something: limiter goes on without it, says so, and doesn't count wrongly for it.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use limiter_tests::{
     kernel::{Feature, lacks},
     lab::{Family, Lab},
     limiter::Limiter,
     tcp::{Crowd, PlainServer, Seen, connect_served},
-    wait::SOON,
+    wait::{NO_ANSWER, SOON},
 };
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// On one that is old enough, `cargo xtask test --kernel 5.10` shows what is said.
 #[test]

@@ -19,7 +19,7 @@ use limiter_tests::{
     raw::RawClient,
     state::State,
     tcp::{Crowd, PlainServer, connect_served},
-    wait::{SOON, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually_equal},
 };
 
 both_families!(
@@ -32,27 +32,21 @@ both_families!(
 /// What the ledger has room for.
 const ROOM: usize = 16;
 
-/// How long an answer that should not come is waited for.
-const NO_ANSWER: Duration = Duration::from_millis(300);
-
-fn arguments(lab: &Lab, on_full: &str) -> Result<(tempfile::NamedTempFile, Vec<String>)> {
-    let config = Limiter::config_file(&format!(
+fn config(on_full: &str) -> Result<tempfile::NamedTempFile> {
+    Limiter::config_file(&format!(
         "[kernel]\non_full = \"{on_full}\"\nmax_connections = {ROOM}\naudit_interval = \"100ms\"\n\
          [limits]\nconnections_per_source = 12\nconnections_total = 0\nconnection_rate = 0\n\
          [[service]]\nname = \"plain\"\nport = {PORT}\n[[service]]\nname = \"chat\"\nport = 8081\n\
          [gateway]\nlisten = [\"127.0.0.1:8081\"]\n"
-    ))?;
-    let mut arguments = lab.interface_flags();
-    arguments.extend(["--config".into(), config.path().display().to_string()]);
-    Ok((config, arguments))
+    ))
 }
 
 fn a_full_ledger_that_is_open_lets_pass_uncounted(family: Family) -> Result<()> {
     let lab = Lab::new(3)?;
     let server = PlainServer::start(&lab.server, family)?;
     let limiter = Limiter::new(&lab.server)?;
-    let (_config, arguments) = arguments(&lab, "open")?;
-    let _daemon = limiter.run(arguments)?;
+    let config = config("open")?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let [first, second, third] = [&lab.clients[0], &lab.clients[1], &lab.clients[2]];
     let held = Crowd::connect(&first.namespace, first.service(family), 12, SOON)?;
     let some = Crowd::connect(&second.namespace, second.service(family), 4, SOON)?;
@@ -85,8 +79,8 @@ fn a_full_ledger_that_is_closed_refuses(family: Family) -> Result<()> {
     let lab = Lab::new(3)?;
     let server = PlainServer::start(&lab.server, family)?;
     let limiter = Limiter::new(&lab.server)?;
-    let (_config, arguments) = arguments(&lab, "closed")?;
-    let _daemon = limiter.run(arguments)?;
+    let config = config("closed")?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let [first, second, third] = [&lab.clients[0], &lab.clients[1], &lab.clients[2]];
     let held = Crowd::connect(&first.namespace, first.service(family), 12, SOON)?;
     let some = Crowd::connect(&second.namespace, second.service(family), 4, SOON)?;
@@ -115,8 +109,8 @@ fn a_full_map_of_sources_that_is_open_lets_pass_uncounted(family: Family) -> Res
     let lab = Lab::new(2)?;
     let server = PlainServer::start(&lab.server, family)?;
     let limiter = Limiter::new(&lab.server)?;
-    let (_config, arguments) = arguments(&lab, "open")?;
-    let _daemon = limiter.run(arguments)?;
+    let config = config("open")?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let [known, new] = [&lab.clients[0], &lab.clients[1]];
     let some = Crowd::connect(&known.namespace, known.service(family), 2, SOON)?;
     limiter.wait_held(known.address(family), 2)?;
@@ -145,8 +139,8 @@ fn a_full_map_of_sources_that_is_closed_refuses(family: Family) -> Result<()> {
     let lab = Lab::new(2)?;
     let server = PlainServer::start(&lab.server, family)?;
     let limiter = Limiter::new(&lab.server)?;
-    let (_config, arguments) = arguments(&lab, "closed")?;
-    let _daemon = limiter.run(arguments)?;
+    let config = config("closed")?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let [known, new] = [&lab.clients[0], &lab.clients[1]];
     let some = Crowd::connect(&known.namespace, known.service(family), 2, SOON)?;
     limiter.wait_held(known.address(family), 2)?;
@@ -179,8 +173,8 @@ fn who_finds_its_source_busy_passes_and_is_counted_by_the_audit() -> Result<()> 
     let _server = PlainServer::start(&lab.server, Family::V4)?;
     let limiter = Limiter::new(&lab.server)?;
     // Closed only for those that there is no room for.
-    let (_config, arguments) = arguments(&lab, "closed")?;
-    let _daemon = limiter.run(arguments)?;
+    let config = config("closed")?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let mut state = State::open(&limiter)?;
     let source = SourceKey::new(0, &address.into(), 32, 64);
     state.keep_busy(source)?;
@@ -204,8 +198,8 @@ fn a_reservation_that_is_in_no_queue_is_given_back() -> Result<()> {
     let address = client.address(Family::V4);
     let _server = PlainServer::start(&lab.server, Family::V4)?;
     let limiter = Limiter::new(&lab.server)?;
-    let (_config, arguments) = arguments(&lab, "open")?;
-    let _daemon = limiter.run(arguments)?;
+    let config = config("open")?;
+    let _daemon = limiter.run_on(&lab, &config)?;
     let held = connect_served(&client.namespace, client.service(Family::V4), SOON)?;
     limiter.wait_held(address, 1)?;
     let mut state = State::open(&limiter)?;

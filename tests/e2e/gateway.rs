@@ -14,7 +14,7 @@ use limiter_tests::{
     monitor::{self, Monitor},
     netns::Namespace,
     tcp::Crowd,
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
     websocket::{self, Handshake},
 };
 use tungstenite::{Message, http::header::RETRY_AFTER, protocol::CloseFrame};
@@ -30,9 +30,6 @@ both_families!(
 
 /// Longer than a client waits before it sends its SYN again (1 s), so that retries are part of what is seen.
 const PAST_RETRIES: Duration = Duration::from_millis(2500);
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// Both families on one port.
 const LISTEN: &str = "0.0.0.0:8080,[::]:8080";

@@ -4,7 +4,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
@@ -16,14 +16,11 @@ use limiter_tests::{
     segment::{Segment, flags},
     state::State,
     tcp::{self, BACKLOG, PlainServer, Seen, connect_served},
-    wait::{SOON, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually_equal},
 };
 use socket2::{Domain, Socket, Type};
 
 const LIMIT: u32 = 5;
-
-/// How long an answer that should not come is waited for.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 both_families!(
     sent_again_and_twice_and_out_of_order_is_counted_once,
@@ -38,8 +35,7 @@ fn sent_again_and_twice_and_out_of_order_is_counted_once(family: Family) -> Resu
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let mut raw = RawClient::new(client, family)?;
 
     let syns = raw.syns(4);
@@ -82,8 +78,7 @@ fn of_64_acks_in_one_batch_those_within_the_limit_count(family: Family) -> Resul
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let mut raw = RawClient::new(client, family)?;
     for round in 1..=5 {
         let connections = raw.half_open(64)?;
@@ -104,8 +99,7 @@ fn a_forged_end_with_the_right_numbers_and_a_flaw_frees_no_slot(family: Family) 
     let lab = Lab::new(2)?;
     let (home, elsewhere) = (&lab.clients[0], &lab.clients[1]);
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let mut victim = RawClient::new(home, family)?;
     let attacker = RawClient::with_address(elsewhere, victim.address(), family)?;
     let connections = victim.half_open(LIMIT.try_into()?)?;
@@ -152,8 +146,7 @@ fn a_half_closed_connection_holds_its_slot(family: Family) -> Result<()> {
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let listener = listen(&lab, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let connect = || client.namespace.enter(|| TcpStream::connect(client.service(family)));
     let (by_client, by_server) = (connect()?, connect()?);
     let (first, _) = listener.accept()?;
@@ -180,8 +173,7 @@ fn a_port_that_comes_back_at_once_is_counted_each_time(family: Family) -> Result
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let listener = listen(&lab, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let mut raw = RawClient::new(client, family)?;
     let mut syn = raw.syns(1).remove(0);
     for round in 0..6 {
@@ -206,8 +198,7 @@ fn a_port_that_comes_back_at_once_is_counted_each_time(family: Family) -> Result
 fn a_connection_that_both_sides_open_is_counted_and_released(family: Family) -> Result<()> {
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let raw = RawClient::new(client, family)?;
     let local = SocketAddr::new(raw.address(), 30_000);
     let active = lab.server.enter(|| -> io::Result<Socket> {

@@ -15,14 +15,11 @@ use limiter_tests::{
     limiter::Limiter,
     process::Process,
     tcp::{Crowd, PlainServer, Seen, connect_served},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
     websocket,
 };
 
 both_families!(a_killed_daemon_leaves_limits_and_counts);
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 /// A plain server at 8080 that is not limiter's, and the gateway at 8081.
 const TWO_SERVICES: &str = r#"

@@ -18,7 +18,7 @@ use limiter_tests::{
     process::Process,
     raw::RawClient,
     tcp::{Crowd, PlainServer, Seen, connect_served},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
 };
 
 both_families!(
@@ -40,9 +40,6 @@ both_families!(
 
 /// Longer than a client waits before it sends its SYN again (1 s), so that retries are part of what is seen.
 const PAST_RETRIES: Duration = Duration::from_millis(2500);
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 fn a_crowd_gets_the_limit(family: Family) -> Result<()> {
     crowd_gets_the_limit(family, "1", "native")

@@ -4,7 +4,6 @@
 use std::{
     collections::HashSet,
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -15,15 +14,12 @@ use limiter_tests::{
     raw::{RawClient, RawConnection},
     segment::{Segment, flags},
     tcp::{self, BACKLOG, Crowd, PlainServer, Seen, connect_served},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
 };
 use socket2::Protocol;
 
 const LIMIT: u32 = 5;
 const HANDSHAKES: u16 = 20;
-
-/// How long an answer that should not come is waited for.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 both_families!(
     of_mptcp,

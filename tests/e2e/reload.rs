@@ -1,6 +1,6 @@
 //! SIGHUP to `limiter run`: the file is read again, and all of it is in force, or nothing.
 
-use std::{fs, os::unix::net::UnixDatagram, path::Path, time::Duration};
+use std::{fs, os::unix::net::UnixDatagram, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use limiter_tests::{
@@ -9,7 +9,7 @@ use limiter_tests::{
     limiter::{Daemon, Limiter},
     process::Process,
     tcp::Crowd,
-    wait::{SOON, eventually},
+    wait::{NO_ANSWER, SOON, eventually},
     websocket::{self, Handshake},
 };
 
@@ -18,9 +18,6 @@ both_families!(
     a_bad_file_leaves_the_old_one_in_force_whole,
     without_the_kernel_limits_change_too,
 );
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 const DONE: &str = "the configuration was read again and is in force";
 const NOT_DONE: &str = "the old one stays in force, whole";

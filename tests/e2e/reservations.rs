@@ -110,8 +110,7 @@ fn an_ack_that_is_sent_again_after_the_end_is_counted_anew_and_within_the_limit(
     let lab = Lab::new(2)?;
     lab.server.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let other = &lab.clients[1];
     let mut raw = RawClient::new(&lab.clients[0], family)?;
     let connections = raw.half_open(2 * u16::try_from(LIMIT)?)?;
@@ -141,8 +140,7 @@ fn an_ack_that_is_sent_again_after_the_end_reserves_nothing_without_cookies(fami
     let lab = Lab::new(1)?;
     let client = &lab.clients[0];
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let mut raw = RawClient::new(client, family)?;
     let connections = raw.half_open(LIMIT.try_into()?)?;
     raw.complete(&connections)?;
@@ -165,8 +163,7 @@ fn the_last_ack_of_a_close_that_comes_twice_leaves_the_counts_right(family: Fami
     let lab = Lab::new(2)?;
     lab.server.set_sysctl("net/ipv4/tcp_syncookies", "2")?;
     let server = PlainServer::start(&lab.server, family)?;
-    let limiter = Limiter::new(&lab.server)?;
-    limiter.protect(&lab, LIMIT, &[])?;
+    let limiter = Limiter::protecting(&lab, LIMIT)?;
     let other = &lab.clients[1];
     let mut raw = RawClient::new(&lab.clients[0], family)?;
     let connections = raw.half_open(LIMIT.try_into()?)?;

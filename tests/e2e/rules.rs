@@ -16,7 +16,7 @@ use limiter_tests::{
     process::Process,
     raw::RawClient,
     tcp::{Crowd, PlainServer, connect_served},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
 };
 use serde_json::Value;
 
@@ -31,9 +31,6 @@ both_families!(
     a_rule_of_the_file_ends_at_its_time,
     what_is_saved_is_in_force_and_in_the_file,
 );
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 fn whom_a_rule_denies_gets_no_answer_and_keeps_what_is_open(family: Family) -> Result<()> {
     let lab = Lab::new(2)?;

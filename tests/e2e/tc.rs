@@ -21,7 +21,7 @@ use limiter_tests::{
     raw::{RawClient, VnetSocket},
     segment::{Segment, flags},
     tcp::{Crowd, PlainServer, Seen, connect_served},
-    wait::{SOON, eventually, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually, eventually_equal},
 };
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
@@ -33,9 +33,6 @@ both_families!(
     headers_in_fragments_of_memory_are_no_way_round,
     segments_in_one_piece_are_no_way_round,
 );
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 const LIMIT: u32 = 5;
 

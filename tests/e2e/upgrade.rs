@@ -15,11 +15,8 @@ use limiter_tests::{
     limiter::Limiter,
     process::Process,
     tcp::{Crowd, PlainServer, Seen, connect_served},
-    wait::{SOON, eventually_equal},
+    wait::{NO_ANSWER, SOON, eventually_equal},
 };
-
-/// How long a client that should get no answer waits for one.
-const NO_ANSWER: Duration = Duration::from_millis(300);
 
 #[test]
 fn an_upgrade_under_traffic_leaves_no_gap() -> Result<()> {

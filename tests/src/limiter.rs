@@ -138,6 +138,20 @@ impl<'lab> Limiter<'lab> {
         self.ready(self.start(arguments)?)
     }
 
+    /// The same with every interface of the lab's server, and this configuration.
+    pub fn run_on(&self, lab: &Lab, config: &NamedTempFile) -> Result<Daemon<'_>> {
+        let mut arguments = lab.interface_flags();
+        arguments.extend(["--config".into(), config.path().display().to_string()]);
+        self.run(arguments)
+    }
+
+    /// [`Self::protect`]s the lab's server by a limiter of its own.
+    pub fn protecting(lab: &'lab Lab, connections_per_source: u32) -> Result<Self> {
+        let limiter = Self::new(&lab.server)?;
+        limiter.protect(lab, connections_per_source, &[])?;
+        Ok(limiter)
+    }
+
     /// Waits until a `limiter run` that was started is ready.
     pub fn ready(&self, process: Process) -> Result<Daemon<'_>> {
         let mut daemon = Daemon { process, limiter: self };

@@ -12,6 +12,9 @@ use anyhow::{Result, bail};
 /// Long enough for anything that happens at once on an idle host to happen on a busy one.
 pub const SOON: Duration = Duration::from_secs(10);
 
+/// How long an answer that should not come is waited for.
+pub const NO_ANSWER: Duration = Duration::from_millis(300);
+
 /// Between two looks at the condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
