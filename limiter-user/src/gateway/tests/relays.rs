@@ -100,8 +100,8 @@ async fn messages_keep_order_and_boundaries_both_ways() {
 #[tokio::test]
 async fn what_a_client_sends_along_with_its_request_reaches_the_upstream_as_it_is() {
     let short = frame(0x81, b"early");
-    let long = [&[0x82, 0xfe][..], &40_000_u16.to_be_bytes(), &[0; 4], &[7; 40_000]].concat();
-    let echoed = [b"\x81\x05early\x82\x7e".as_slice(), &40_000_u16.to_be_bytes(), &[7; 40_000]].concat();
+    let long = [&[0x82, 0xfe][..], &40_000_u16.to_be_bytes(), &[0; 4], &*vec![7; 40_000]].concat();
+    let echoed = [b"\x81\x05early\x82\x7e".as_slice(), &40_000_u16.to_be_bytes(), &*vec![7; 40_000]].concat();
     let early = [short, long].concat();
     for at in [1, 7, 15, 30_000, early.len()] {
         let (gateway, _) = relay_to("", echo).await;
