@@ -136,7 +136,7 @@ impl Tests {
         let mut root = Root::new();
         let mut plan = format!("set LIMITER_TEST_SLOW={SLOW}\nset RUST_BACKTRACE=0\nset RUST_TEST_THREADS=1\n");
         for argument in forwarded {
-            plan += &format!("argument {}\n", argument.to_str().context("an argument is not UTF-8")?);
+            plan.extend(["argument ", argument.to_str().context("an argument is not UTF-8")?, "\n"]);
         }
         fs::create_dir_all(stripped)?;
         for binary in &self.tests {
@@ -145,7 +145,7 @@ impl Tests {
                 continue;
             }
             add_stripped(&mut root, binary, stripped)?;
-            plan += &format!("test {}\n", binary.display());
+            plan.extend(["test ", binary.to_str().context("a path is not UTF-8")?, "\n"]);
         }
         ensure!(plan.contains("\ntest "), "no test has such a name");
         for binary in &self.programs {
