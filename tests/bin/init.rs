@@ -73,7 +73,11 @@ fn run() -> Result<usize> {
     };
     let (arguments, settings) = (values("argument"), values("set"));
     let mut waiting = values("test").into_iter();
-    let mut running = HashMap::from([start(Command::new("ip").args(["link", "set", "lo", "up"]), "ip")?]);
+    let mut running = HashMap::from([
+        start(Command::new("ip").args(["link", "set", "lo", "up"]), "ip")?,
+        // What udev would do: its device is there only once it is.
+        start(Command::new("modprobe").arg("tun"), "modprobe")?,
+    ]);
     let mut failed = Vec::new();
     while !running.is_empty() {
         let (id, status) = next_that_ends()?;

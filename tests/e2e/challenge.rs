@@ -227,8 +227,12 @@ fn cookies_keep_the_options(family: Family) -> Result<()> {
     let connection = connect(&lab, &listener, family)?;
     assert_eq!((limiter.counter("syn_challenged")?, limiter.counter("syn_admitted")?), (1, 0));
     let of_cookie = agreed(&connection, 30 * MEGABYTE)?;
+    // Older kernels show it in their first namespace only; what the stack will scale by can't be known elsewhere.
+    let knows_buffers = lab.server.enter(|| std::path::Path::new("/proc/sys/net/core/rmem_max").exists());
     for (stack, cookie) in of_stack.iter().zip(&of_cookie) {
-        assert_eq!(Info { sent_again: stack.sent_again, ..*cookie }, *stack, "it is as if the stack had answered");
+        let window_scales = stack.window_scales.filter(|_| knows_buffers);
+        let expected = Info { sent_again: cookie.sent_again, window_scales, ..*stack };
+        assert_eq!(*cookie, expected, "it is as if the stack had answered");
     }
     limiter.detach()?;
     assert_eq!((sysctl(&lab.server)?, value(&lab.server, TIMESTAMPS)?), ("1".into(), "1".into()));

@@ -105,13 +105,13 @@ impl Tests {
     /// Has cargo build them and say where they are.
     fn build(files: &[String]) -> Result<Self> {
         say("building the binary and the tests");
-        run(workspace::cargo().arg("build").args(HOST_PACKAGES).args(["--bin", "limiter"]))?;
+        let files = if files.is_empty() { &["*".to_owned()] } else { files };
+        let files = || files.iter().flat_map(|name| ["--test", name]);
+        // Named together: the binary is that of the other tests then, and is not compiled anew for other features of dependencies.
+        run(workspace::cargo().arg("build").args(HOST_PACKAGES).args(["--bin", "limiter"]).args(files()))?;
         let mut cargo = workspace::cargo();
-        cargo.arg("test").args(HOST_PACKAGES).args(["--no-run", "--quiet", "--message-format=json"]);
-        if files.is_empty() {
-            cargo.args(["--test", "*"]);
-        }
-        let messages = output_of(cargo.args(files.iter().flat_map(|name| ["--test", name])))?;
+        cargo.arg("test").args(HOST_PACKAGES).args(files());
+        let messages = output_of(cargo.args(["--no-run", "--quiet", "--message-format=json"]))?;
         let mut built = Self { tests: Vec::new(), programs: vec![workspace::artifacts(false)?.join("limiter")] };
         for message in messages.lines() {
             let message: serde_json::Value = serde_json::from_str(message).context("cargo's messages are JSON")?;
@@ -136,7 +136,7 @@ impl Tests {
         let mut root = Root::new();
         let mut plan = format!("set LIMITER_TEST_SLOW={SLOW}\nset RUST_BACKTRACE=0\nset RUST_TEST_THREADS=1\n");
         for argument in forwarded {
-            plan += &format!("argument {}\n", argument.to_str().context("an argument is not UTF-8")?);
+            plan.extend(["argument ", argument.to_str().context("an argument is not UTF-8")?, "\n"]);
         }
         fs::create_dir_all(stripped)?;
         for binary in &self.tests {
@@ -145,7 +145,7 @@ impl Tests {
                 continue;
             }
             add_stripped(&mut root, binary, stripped)?;
-            plan += &format!("test {}\n", binary.display());
+            plan.extend(["test ", binary.to_str().context("a path is not UTF-8")?, "\n"]);
         }
         ensure!(plan.contains("\ntest "), "no test has such a name");
         for binary in &self.programs {

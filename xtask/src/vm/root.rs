@@ -219,7 +219,7 @@ mod tests {
         let (first, rest) = text.split_at(head.len());
         assert_eq!(first, head);
         // The head and the name take 115 bytes, and end at a multiple of 4.
-        assert!(rest.starts_with("\012345\0\0\0070701"), "{rest:?}");
+        assert!(rest.starts_with("\x0012345\x00\x00\x00070701"), "{rest:?}");
         assert!(rest.ends_with("TRAILER!!!\0\0\0\0"), "{rest:?}");
     }
 }
