@@ -36,8 +36,8 @@ pub struct Args {
     #[arg(long, value_name = "NAME", conflicts_with = "unit")]
     test: Vec<String>,
 
-    /// The end to end tests in a virtual machine with the kernel of this series instead: 5.15, 6.1, 6.8, 6.12, newest. Several
-    /// may be named
+    /// The end to end tests in a virtual machine with Debian's kernel of this series instead: 5.10, 6.1, 6.12, newest; or with the
+    /// one in a folder (./linux-5.15). Several may be named
     #[arg(long, value_name = "SERIES", conflicts_with_all = ["unit", "full"])]
     kernel: Vec<String>,
 

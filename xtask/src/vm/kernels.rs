@@ -1,9 +1,8 @@
-//! The kernels that the tests are run on beside this machine's own: a distribution's packages, got once, unpacked into
-//! .tools/kernels.
+//! The kernels that the tests are run on beside this machine's own: Debian's packages, got once, unpacked into .tools/kernels; or
+//! whichever somebody has unpacked himself.
 //!
-//! Ubuntu's are those that its releases came out with: they stay in its archive and never change, so they are pinned by their
-//! hashes. Debian replaces its kernels, so apt says which is the newest and checks its signature, by lists of its own that the
-//! machine's packages know nothing of.
+//! Debian replaces its kernels, so apt says which is the newest and checks its signature, by lists of its own that the machine's
+//! packages know nothing of.
 
 use std::{
     fs,
@@ -18,55 +17,11 @@ use crate::{
     workspace,
 };
 
-/// The series, oldest first.
-const KERNELS: [(&str, Source); 6] = [
-    ("5.10", Source::Debian { suite: "bullseye" }),
-    (
-        "5.15",
-        Source::Ubuntu([
-            (
-                "linux-signed/linux-image-5.15.0-25-generic_5.15.0-25.25_amd64.deb",
-                "ad56f8c442a54d4f5ff2dff010d00321d53e32b543f3a92f3ba4e042d20a71da",
-            ),
-            (
-                "linux/linux-modules-5.15.0-25-generic_5.15.0-25.25_amd64.deb",
-                "d0ba4087d9e1d497925b3481d3531fba6c2a852855f8019d73b0b1385aa4da1f",
-            ),
-        ]),
-    ),
-    ("6.1", Source::Debian { suite: "bookworm" }),
-    (
-        "6.8",
-        Source::Ubuntu([
-            (
-                "linux-signed/linux-image-6.8.0-31-generic_6.8.0-31.31_amd64.deb",
-                "fd2ed023c84163e62c73d3b7b613a9b004bd31e335641c23d42bd249e489fbe6",
-            ),
-            (
-                "linux/linux-modules-6.8.0-31-generic_6.8.0-31.31_amd64.deb",
-                "3f17f2c279257eb50e40da44390bdf8272c440ca078831c348773d1314b5c2fe",
-            ),
-        ]),
-    ),
-    ("6.12", Source::Debian { suite: "trixie" }),
-    ("newest", Source::Debian { suite: "sid" }),
-];
-
-/// Where a kernel comes from.
-enum Source {
-    /// Files of Ubuntu's archive below its pool/main/l, and their SHA-256.
-    Ubuntu([(&'static str, &'static str); 2]),
-    /// What this package depends on in a suite of Debian's.
-    Debian { suite: &'static str },
-}
-
-const UBUNTU_POOL: &str = "http://archive.ubuntu.com/ubuntu/pool/main/l";
+/// The series, oldest first, and the suite of Debian's that has it.
+const KERNELS: [(&str, &str); 4] = [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie"), ("newest", "sid")];
 
 /// Debian's small kernel for virtual machines: half as large as the other, with all that the tests need.
 const DEBIAN_PACKAGE: &str = "linux-image-cloud-amd64";
-
-/// What downloads a file for apt, by the proxies that apt has been told of.
-const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
 
 /// A kernel that can be booted.
 #[derive(Debug)]
@@ -85,25 +40,31 @@ impl Kernel {
     }
 }
 
-/// The kernel of a series, got first if it is not there yet.
+/// The kernel of a series, got first if it is not there yet; or that in a folder, if it has a slash.
 ///
 /// # Errors
-/// When nobody has such a kernel, or its archive can't be reached.
+/// When nobody has such a kernel, or Debian's archive can't be reached.
 pub fn ensure(series: &str) -> Result<Kernel> {
-    let Some((_, source)) = KERNELS.iter().find(|(name, _)| *name == series) else {
+    if series.contains('/') {
+        let folder = PathBuf::from(series);
+        let version = version_in(&folder)?;
+        index_modules(&folder, &version)?;
+        return at(folder, version);
+    }
+    let Some((_, suite)) = KERNELS.iter().find(|(name, _)| *name == series) else {
         let known: Vec<_> = KERNELS.iter().map(|(name, _)| *name).collect();
-        bail!("there is no kernel {series} to test on; there are {}", known.join(", "));
+        bail!(
+            "there is no kernel {series} to test on; there are {}, and any in a folder (with a slash in its name) that has \
+             boot/vmlinuz-VERSION and lib/modules/VERSION",
+            known.join(", ")
+        );
     };
     let folder = workspace::tools().join("kernels").join(series);
     if !folder.exists() {
         // Nobody takes half a kernel for a whole one.
         let unfinished = folder.with_file_name(format!("{series}-unfinished"));
         make_empty(&unfinished)?;
-        let packages = match source {
-            Source::Ubuntu(files) => from_ubuntu(files, &unfinished)?,
-            Source::Debian { suite } => from_debian(suite, &unfinished)?,
-        };
-        for package in packages {
+        for package in from_debian(suite, &unfinished)? {
             run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&unfinished))?;
             fs::remove_file(&package)?;
         }
@@ -111,29 +72,22 @@ pub fn ensure(series: &str) -> Result<Kernel> {
         if !unfinished.join("lib").exists() {
             std::os::unix::fs::symlink("usr/lib", unfinished.join("lib"))?;
         }
-        let version = version_in(&unfinished)?;
-        run(Command::new(super::find("depmod").context("there is no depmod")?)
-            .arg("--basedir")
-            .arg(&unfinished)
-            .arg(&version))?;
+        index_modules(&unfinished, &version_in(&unfinished)?)?;
         fs::rename(&unfinished, &folder).with_context(|| format!("can't rename to {}", folder.display()))?;
     }
     let version = version_in(&folder)?;
-    Ok(Kernel { image: folder.join(format!("boot/vmlinuz-{version}")), version, folder })
+    at(folder, version)
 }
 
-fn from_ubuntu(files: &[(&str, &str)], to: &Path) -> Result<Vec<PathBuf>> {
-    let mut packages = Vec::new();
-    for (file, hash) in files {
-        let name = file.rsplit('/').next().unwrap_or(file);
-        let package = to.join(name);
-        run(Command::new(APT_HELPER)
-            .args(["download-file", &format!("{UBUNTU_POOL}/{file}")])
-            .arg(&package)
-            .arg(format!("SHA256:{hash}")))?;
-        packages.push(package);
-    }
-    Ok(packages)
+fn at(folder: PathBuf, version: String) -> Result<Kernel> {
+    let image = folder.join(format!("boot/vmlinuz-{version}"));
+    ensure!(image.exists(), "there is no {}", image.display());
+    Ok(Kernel { version, image, folder })
+}
+
+/// Notes which modules need which others.
+fn index_modules(folder: &Path, version: &str) -> Result<()> {
+    run(Command::new(super::find("depmod").context("there is no depmod")?).arg("--basedir").arg(folder).arg(version))
 }
 
 fn from_debian(suite: &str, to: &Path) -> Result<Vec<PathBuf>> {
@@ -163,7 +117,7 @@ impl Apt {
         }
         let targets = output_of(Command::new("apt-get").args(["indextargets", "--format", "$(LABEL) $(SITE)"]))?;
         let site = targets.lines().find_map(|line| line.strip_prefix("Debian ")).context(
-            "this kernel is Debian's, and apt has no source of Debian's here (on Ubuntu: those of Ubuntu, 5.15 and 6.8)",
+            "this kernel is Debian's, and apt has no source of Debian's here; unpack another into a folder, and name that",
         )?;
         fs::write(
             folder.join("sources.list"),
