@@ -60,7 +60,7 @@ struct Tests {
     programs: Vec<PathBuf>,
 }
 
-/// Runs the end to end tests on the kernel of a series, within a time; those of some files, if any are named.
+/// Runs the end to end tests on the kernel of a series or in a folder, within a time; those of some files, if any are named.
 ///
 /// # Errors
 /// When there is no such kernel, one of the tests fails, or the time is over.
@@ -69,14 +69,15 @@ pub fn test(series: &str, files: &[String], forwarded: &[OsString], limit: Durat
     let kernel = kernels::ensure(series)?;
     let tests = Tests::build(files)?;
     let folder = workspace::tools().join("kernels");
-    let archive = folder.join(format!("{series}.cpio"));
+    fs::create_dir_all(&folder).with_context(|| format!("can't create {}", folder.display()))?;
+    let archive = folder.join(format!("{}.cpio", kernel.version));
     let root = tests.root(&kernel, &folder.join("stripped"), forwarded)?;
     let mut file = BufWriter::new(fs::File::create(&archive)?);
     root.write(&mut file)?;
     file.flush()?;
     drop(file);
     say(format_args!("running the tests on Linux {} in a virtual machine", kernel.version));
-    let outcome = boot(&kernel, &archive, &folder.join(format!("{series}.outcome")), limit)?;
+    let outcome = boot(&kernel, &archive, &folder.join(format!("{}.outcome", kernel.version)), limit)?;
     ensure!(outcome == "passed", "the tests on Linux {}: {outcome}", kernel.version);
     Ok(())
 }
