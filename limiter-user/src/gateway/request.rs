@@ -112,6 +112,17 @@ fn has_other_version(bytes: &[u8]) -> bool {
     matches!(version.trim_ascii_end(), [b'H', b'T', b'T', b'P', b'/', b'0'..=b'9', b'.', b'0'..=b'9'])
 }
 
+/// A whole URL may have a query and no path; the path is "/" then (RFC 9112, 3.2.1), as it has to be said to an upstream.
+fn with_path(target: Uri) -> Option<Uri> {
+    let has_none = target.path_and_query().is_some_and(|path| path.as_str().starts_with('?'));
+    if !has_none {
+        return Some(target);
+    }
+    let mut parts = target.into_parts();
+    parts.path_and_query = Some(format!("/{}", parts.path_and_query?.as_str()).parse().ok()?);
+    Uri::from_parts(parts).ok()
+}
+
 /// The head that `bytes` begin with, and its length; `None`: the rest has not come yet.
 fn parse(bytes: &Bytes) -> Result<Option<(Parts, usize)>, NoRequest> {
     let mut lines = [MaybeUninit::uninit(); MAX_HEADERS];
@@ -141,7 +152,7 @@ fn fill(bytes: &Bytes, head: &httparse::Request) -> Option<Parts> {
     *request.method_mut() = Method::from_bytes(head.method?.as_bytes()).ok()?;
     // A URI would be made of what is in front of a fragment, and a target has none.
     let target = head.path.filter(|target| !target.contains('#'))?;
-    *request.uri_mut() = Uri::from_maybe_shared(bytes.slice_ref(target.as_bytes())).ok()?;
+    *request.uri_mut() = with_path(Uri::from_maybe_shared(bytes.slice_ref(target.as_bytes())).ok()?)?;
     *request.version_mut() = if head.version? == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
     *request.headers_mut() = headers;
     Some(request.into_parts().0)
@@ -167,6 +178,21 @@ mod tests {
             drop(client);
         };
         tokio::join!(read(&mut server), writing).0
+    }
+
+    #[tokio::test]
+    async fn a_url_without_a_path_asks_for_the_root() {
+        for (target, path) in [
+            ("http://a?b=c", "/?b=c"),
+            ("http://a?/b", "/?/b"),
+            ("http://a", "/"),
+            ("http://a/?b", "/?b"),
+            ("ws://a/b?c", "/b?c"),
+            ("/b", "/b"),
+        ] {
+            let (head, _) = read_of(&[format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()]).await.unwrap();
+            assert_eq!(head.uri.path_and_query().unwrap().as_str(), path, "{target}");
+        }
     }
 
     #[tokio::test]
