@@ -18,12 +18,11 @@ use limiter_common::{Address, Counter, Endpoints, Netns, policy::InForce};
 use crate::{
     completion,
     counters::count,
-    expiry,
+    expiry, flows,
     handshake::{self, Proof},
     headers::{ACK, ExtensionHeader, HEADER_AUTHENTICATION, Ipv4Header, Ipv6Header, PROTOCOL_TCP, RST, SYN, TcpHeader},
     ledger,
     locate::is_extension,
-    maps::LEDGER,
     policy::{in_force, word_of_sockets},
     sockets::netns_of,
 };
@@ -84,7 +83,7 @@ pub extern "C" fn limiter_delivered(skb: *mut __sk_buff, service: u32) -> u32 {
 #[inline(always)]
 fn completes(skb: *mut __sk_buff, service: u16) -> Option<bool> {
     let delivered = read(skb)?;
-    if delivered.flags & (SYN | ACK | RST) != ACK || LEDGER.get_ptr(&ledger::key_of(&delivered.ends)).is_some() {
+    if delivered.flags & (SYN | ACK | RST) != ACK || flows::has_entry(&ledger::key_of(&delivered.ends)) {
         return None;
     }
     match handshake::prove_between(skb.cast(), &delivered.ends, delivered.is_v4, delivered.acknowledgement) {

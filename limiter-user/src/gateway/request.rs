@@ -20,6 +20,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 pub(super) const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
+/// Most bytes of empty lines in front of a head: some clients send one behind the request before (RFC 9112, 2.2).
+const MAX_EMPTY: usize = 16;
+
 /// The room for a head to begin with: that of most.
 const USUAL_HEAD: usize = 1024;
 
@@ -45,6 +48,10 @@ pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Parts
         match stream.read_buf(&mut (&mut read).limit(room)).await {
             Ok(0) | Err(_) => return Err(NoRequest::Left),
             Ok(_) => {}
+        }
+        // What ends a line may end the head, so to a stream of these the next rule would not apply.
+        if read.len() > MAX_EMPTY && read[..=MAX_EMPTY].iter().all(|byte| b"\r\n".contains(byte)) {
+            return Err(NoRequest::Malformed(StatusCode::BAD_REQUEST));
         }
         // To parse it all at every byte would cost the square of its length.
         if read.len() >= 2 * parsed || has_end(&read[seen..]) {
@@ -192,6 +199,18 @@ mod tests {
         ] {
             let (head, _) = read_of(&[format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()]).await.unwrap();
             assert_eq!(head.uri.path_and_query().unwrap().as_str(), path, "{target}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_few_empty_lines_may_come_before_it_and_not_many() {
+        let head = |empty: usize| [b"\r\n".repeat(empty), b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".to_vec()].concat();
+        let most = head(MAX_EMPTY / 2);
+        assert!(read_of(&[&most]).await.is_ok());
+        let more = head(MAX_EMPTY / 2 + 1);
+        let pieces: Vec<&[u8]> = more.chunks(2).collect();
+        for pieces in [vec![more.as_slice()], pieces] {
+            assert_eq!(read_of(&pieces).await.unwrap_err(), NoRequest::Malformed(StatusCode::BAD_REQUEST));
         }
     }
 

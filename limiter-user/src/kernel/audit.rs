@@ -20,11 +20,12 @@ use super::{
     KernelError,
     control::{Adoption, Control},
     host,
-    maps::{Audits, Ledger, Services, Sources},
+    maps::{Audits, Ledger, Sources},
     namespaces::{Absences, Sockets},
     pins::Pins,
     recount,
     rules::Rules,
+    services::Services,
     sock_diag::Socket,
 };
 

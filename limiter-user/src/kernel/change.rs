@@ -11,9 +11,9 @@ use limiter_common::{
 use super::{
     KernelError,
     copies::{Word, wait_for_programs},
-    maps::{ServiceEntry, Services, SocketPort},
     pins::{Pins, PolicyLock},
     rules::Rules,
+    services::{ServiceEntry, Services, SocketPort},
 };
 use crate::policy::Rule;
 

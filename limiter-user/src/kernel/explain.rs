@@ -11,8 +11,9 @@ use super::{
     KernelError, Pinned, RuleInForce, ServiceRow,
     control::Control,
     host, load,
-    maps::{Rates, Services, Sources},
+    maps::{Rates, Sources},
     rules::{self, Rules},
+    services::Services,
 };
 use crate::policy::Limits;
 

@@ -7,8 +7,8 @@ use limiter_common::{abi, policy::Port};
 use super::{
     KernelError,
     change::Change,
-    maps::{ServiceEntry, SocketPort},
     pins::Pins,
+    services::{ServiceEntry, SocketPort},
 };
 use crate::{
     config::{OnFull, Service},

@@ -10,9 +10,9 @@ use std::{
 use super::{
     KernelError,
     control::Control,
-    maps::Services,
     pins::Pins,
     rules::{Rules, apply, is_allow, is_deny},
+    services::Services,
     users,
 };
 use crate::{

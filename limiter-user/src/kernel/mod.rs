@@ -36,6 +36,7 @@ mod placement;
 mod recount;
 mod report;
 mod rules;
+mod services;
 mod sock_diag;
 mod sysctl;
 mod tc;
@@ -58,12 +59,13 @@ pub use keeper::{Change, Keeper, KeeperPause};
 pub use kick::{Cutter, Kicked, kick};
 pub use live::LivePolicy;
 pub use load::{Hook, Loaded, load_unpinned};
-pub use maps::{Ledger, ServiceEntry, Services, Sources};
+pub use maps::{Ledger, Sources};
 pub use pinned::{Detached, Pinned, PolicyMark, detach};
 pub use placement::{Mode, Why};
 pub use report::{
     AttachedInterface, ChallengeRow, ConnectionRow, Counters, Exception, REPAIRS, ServiceRow, SourceRow, Status,
 };
 pub use rules::{RuleInForce, Rules};
+pub use services::{ServiceEntry, Services};
 pub use sock_diag::can_destroy;
 pub use sysctl::LeftChanged;

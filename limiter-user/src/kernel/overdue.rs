@@ -10,13 +10,7 @@ use limiter_common::{
     ledger::{RESERVATION_NS, is_reservation},
 };
 
-use super::{
-    KernelError, Pinned,
-    control::Control,
-    host, load,
-    maps::{Ledger, Services},
-    sock_diag::Socket,
-};
+use super::{KernelError, Pinned, control::Control, host, load, maps::Ledger, services::Services, sock_diag::Socket};
 
 impl Pinned {
     /// Gives back the slots whose time to be confirmed is up, those too that no queue knows any more. Leaves that to the daemon

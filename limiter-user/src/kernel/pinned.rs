@@ -21,11 +21,12 @@ use super::{
     copies::Word,
     delivery, host, in_force,
     layout::{self, Sizes},
-    maps::{Audits, Ledger, ServiceEntry, Services, SocketPort, Sources},
+    maps::{Audits, Ledger, Sources},
     namespaces::Sockets,
     pins::Pins,
     placement::Pin,
     rules::{self, Rules},
+    services::{ServiceEntry, Services, SocketPort},
     sysctl::{LeftChanged, SYNCOOKIES, TIMESTAMPS},
 };
 use crate::{

@@ -10,7 +10,8 @@ use limiter_common::{
 
 use super::{
     Counters, KernelError,
-    maps::{Ledger, Services, Sources},
+    maps::{Ledger, Sources},
+    services::Services,
 };
 
 /// How often a difference must show before it is believed, and how long to wait in between: for a moment, a connection

@@ -10,9 +10,12 @@ use hyper::{
     },
     http::{request::Parts, uri::PathAndQuery},
 };
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::timeout;
 
-use super::super::exchange::{Answer, ExchangeError, Request, exchange, may_be_among};
+use super::super::{
+    exchange::{Answer, ExchangeError, Request, exchange, may_be_among},
+    upstream::connect,
+};
 use crate::config::{self, user_name};
 
 /// Headers of a client that hold for its own connection, or that only we may set.
@@ -121,9 +124,7 @@ impl Forward {
     }
 
     async fn exchange(&self, Question(headers): &Question) -> Result<Answer, ExchangeError> {
-        let mut stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
-        // It only makes things faster.
-        _ = stream.set_nodelay(true);
+        let mut stream = connect(&self.host, self.port).await?;
         let mut request = Request::get(&self.path);
         request.header(&HOST, &self.authority);
         request.own("connection", b"close");

@@ -411,8 +411,8 @@ async fn a_user_has_so_many_messages_over_all_its_connections_and_counts_for_no_
     std::fs::write(&path, entry).unwrap();
     setup.auth.api_keys = Some(path);
     let messages = config::Messages { rate: 0, rate_per_user: 2, rate_per_source: 1, ..config::Messages::default() };
-    let open = config::Route { auth: false, ..route("/open", messages.clone()) };
-    let exempt = config::Route { exempt: true, ..route("/exempt", messages.clone()) };
+    let open = config::Route { auth: false, messages: messages.clone(), ..route("/open") };
+    let exempt = config::Route { exempt: true, messages: messages.clone(), ..route("/exempt") };
     let gateway = start(&config::Gateway { messages, routes: vec![open, exempt], ..setup.config() });
     let [alice, bob] = ["alice", "bob"].map(|user| bearer(&setup.signer.token_of(user, 60)));
     let closed = (1008, "too many messages over all connections".to_owned());
@@ -435,18 +435,5 @@ async fn a_user_has_so_many_messages_over_all_its_connections_and_counts_for_no_
     let mut free = connect(&gateway, "/exempt", &bearer(&key)).await.unwrap();
     for _ in 0..5 {
         echoes(&mut free, "x").await;
-    }
-}
-
-fn route(path: &str, messages: config::Messages) -> config::Route {
-    config::Route {
-        path: path.into(),
-        exact: false,
-        host: None,
-        upstream: None,
-        auth: true,
-        exempt: false,
-        connections: 0,
-        messages,
     }
 }

@@ -181,16 +181,7 @@ async fn counting() -> (Upstream, Arc<AtomicU32>) {
 #[tokio::test]
 async fn each_has_one_answer_and_reaches_no_upstream_and_holds_nobody_up() {
     let (upstream, reached) = counting().await;
-    let open = config::Route {
-        path: "/bystander".into(),
-        exact: true,
-        host: None,
-        upstream: Some(Upstream::Echo),
-        auth: true,
-        exempt: false,
-        connections: 0,
-        messages: quiet().messages,
-    };
+    let open = config::Route { exact: true, upstream: Some(Upstream::Echo), ..route("/bystander") };
     let relay = config::Gateway { upstream, routes: vec![open], ..quiet() };
     for gateway in [start(&quiet()), start(&relay)] {
         let (mut bystander, _) = tokio_tungstenite::connect_async(format!("{}bystander", gateway.url())).await.unwrap();

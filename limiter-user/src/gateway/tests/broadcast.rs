@@ -91,16 +91,7 @@ async fn two_ways_to_write_a_path_are_one_room_and_doubtful_ones_none() {
 
 #[tokio::test]
 async fn rooms_of_a_route_for_one_host_are_its_own() {
-    let route = config::Route {
-        path: "/".into(),
-        exact: false,
-        host: Some("one.example".into()),
-        upstream: None,
-        auth: true,
-        exempt: false,
-        connections: 0,
-        messages: quiet().messages,
-    };
+    let route = config::Route { host: Some("one.example".into()), ..route("/") };
     let gateway = start(&config::Gateway { routes: vec![route], ..broadcast() });
     let push = push(&gateway);
     let request = good_request("/a").replace("localhost", "one.example");

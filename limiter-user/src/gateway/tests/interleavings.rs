@@ -231,16 +231,7 @@ fn settings(auth: Auth, upstream: Upstream, on_violation: OnViolation) -> config
         bytes_per_second_per_source: 1 << 30,
         ..Messages::default()
     };
-    let open = config::Route {
-        path: "/open".into(),
-        exact: false,
-        host: None,
-        upstream: None,
-        auth: false,
-        exempt: false,
-        connections: 0,
-        messages: messages.clone(),
-    };
+    let open = config::Route { auth: false, messages: messages.clone(), ..route("/open") };
     config::Gateway {
         upstream,
         routes: vec![open],

@@ -136,6 +136,20 @@ pub fn quiet() -> config::Gateway {
     }
 }
 
+/// A route for what is below a path, with the application and the limits of everything else.
+pub fn route(path: &str) -> config::Route {
+    config::Route {
+        path: path.into(),
+        exact: false,
+        host: None,
+        upstream: None,
+        auth: true,
+        exempt: false,
+        connections: 0,
+        messages: quiet().messages,
+    }
+}
+
 pub fn unlimited() -> Limits {
     Limits { connections_per_source: 0, connections_total: 0, ..Limits::default() }
 }

@@ -13,7 +13,7 @@ mod stream;
 pub(super) use handshake::Client;
 pub(super) use probe::probe;
 pub(super) use server::{Seat, ServerMetrics, Servers};
-pub(super) use stream::Stream;
+pub(super) use stream::{Stream, connect};
 
 use std::sync::Arc;
 

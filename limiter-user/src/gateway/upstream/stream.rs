@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -147,20 +148,25 @@ impl Stream {
 }
 
 /// Connects to the first address of a host that takes the connection.
-async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
+pub(in crate::gateway) async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in lookup_host((host, port)).await? {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // Both only make things faster: what we say first goes out at once when the upstream has answered the SYN, and is the
-        // acknowledgement of that answer, which needs no packet of its own.
-        _ = socket.set_nodelay(true);
-        _ = SockRef::from(&socket).set_tcp_quickack(false);
-        match socket.connect(address).await {
+        match connect_to(address).await {
             Ok(stream) => return Ok(stream),
+            // Also where the kernel has no sockets of this family.
             Err(error) => last = error,
         }
     }
     Err(last)
+}
+
+async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // Both only make things faster: what we say first goes out at once when the server has answered the SYN, and is the
+    // acknowledgement of that answer, which needs no packet of its own.
+    _ = socket.set_nodelay(true);
+    _ = SockRef::from(&socket).set_tcp_quickack(false);
+    socket.connect(address).await
 }
 
 /// Does the same with whichever it is.

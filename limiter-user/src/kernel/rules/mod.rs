@@ -18,7 +18,7 @@ use limiter_common::{
     rule::{RuleEntry, RuleOrigin},
 };
 
-use super::{KernelError, copies::Word, host, maps::count_rules_full, pins::Pins};
+use super::{KernelError, copies::Word, host, pins::Pins, services::count_rules_full};
 use crate::policy::{Cidr, Rule};
 use entry::{Place, cidr, ends_ns, entry, from_entry, has_ended, is_same, key, place};
 use trie::Copies;

@@ -79,16 +79,7 @@ pub(super) async fn full_rows() -> Vec<Row> {
     let in_source = shaken(&source).await;
     let service = limited(Limits { connections_total: 1, ..unlimited() });
     let in_service = shaken(&service).await;
-    let route = config::Route {
-        path: "/".into(),
-        exact: false,
-        host: None,
-        upstream: None,
-        auth: true,
-        exempt: false,
-        connections: 1,
-        messages: quiet().messages,
-    };
+    let route = config::Route { connections: 1, ..route("/") };
     let routed = start(&config::Gateway { routes: vec![route], ..quiet() });
     let on_route = shaken(&routed).await;
     let (fast, hidden) = behind_a_proxy(Limits { connection_rate: 1, connection_burst: 1, ..unlimited() });
