@@ -51,7 +51,7 @@ pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Parts
         }
         // What ends a line may end the head, so to a stream of these the next rule would not apply.
         if read.len() > MAX_EMPTY && read[..=MAX_EMPTY].iter().all(|byte| b"\r\n".contains(byte)) {
-            return Err(NoRequest::Malformed(StatusCode::BAD_REQUEST));
+            return Err(NoRequest::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));
         }
         // To parse it all at every byte would cost the square of its length.
         if read.len() >= 2 * parsed || has_end(&read[seen..]) {
@@ -210,7 +210,8 @@ mod tests {
         let more = head(MAX_EMPTY / 2 + 1);
         let pieces: Vec<&[u8]> = more.chunks(2).collect();
         for pieces in [vec![more.as_slice()], pieces] {
-            assert_eq!(read_of(&pieces).await.unwrap_err(), NoRequest::Malformed(StatusCode::BAD_REQUEST));
+            let too_many = NoRequest::Malformed(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+            assert_eq!(read_of(&pieces).await.unwrap_err(), too_many);
         }
     }
 
